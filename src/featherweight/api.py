@@ -1,0 +1,518 @@
+"""The whole story, read it first: load, ask for recipes, weigh what they make, hand the best one back.
+
+Every function here is one command of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from featherweight import bundle
+from featherweight import report as reports
+from featherweight.data import Data
+from featherweight.engine.catalog import doctor, methods, runtimes
+from featherweight.engine.environment import describe
+from featherweight.engine.evaluate import Scales
+from featherweight.engine.files import as_artifact, load_examples, weigh_files
+from featherweight.engine.fit import Fit, Fitted, Question
+from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
+from featherweight.engine.run import Run, write_model
+from featherweight.engine.sources import follow, load_sources, scoring_code
+from featherweight.engine.store import Store, digest, told_as_machine_error
+from featherweight.engine.template import template
+from featherweight.engine.timing import Limits
+from featherweight.errors import BudgetError, LoadError, OutputError, TargetError, nearest
+from featherweight.method import Progress, Silent
+from featherweight.outcome import Budget, Preference, Result
+from featherweight.plugins import find_runtime
+from featherweight.recipe import Recipe
+from featherweight.runtime import Target
+from featherweight.tools.costs import layer_costs, totals
+
+__all__ = [
+    "apply",
+    "demo",
+    "doctor",
+    "fit",
+    "inspect",
+    "lower",
+    "measure",
+    "methods",
+    "report",
+    "runtimes",
+]
+
+_TRIALS = 8  # with holes and no --trials
+
+
+def fit(
+    model: str,
+    data: str | Data | None = None,
+    *,
+    out: str | Path,
+    weights: str | None = None,
+    metric: str | None = None,
+    budget: Budget | None = None,
+    prefer: Preference = "balanced",
+    confident: bool = False,
+    runtime: str = "onnxruntime",
+    recipe: str | Recipe | None = None,
+    trials: int | None = None,
+    time_limit: float = 600.0,
+    limits: Limits | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    inputs: Sequence[str] = (),
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Find the best artifact of a model within a budget and write it to ``out``.
+
+    Args:
+        model: ``path.py:callable``, ``package.module:callable``, model.onnx or model.pt2.
+        data: file.npz, a folder of class folders of images, ``path.py:callable``, or the data itself.
+        out: Folder for the artifact, recipe.yaml, result.json, report.html, model_card.md and load.py.
+        weights: Of the callable's module: safetensors or a state dict.
+        metric: What scores outputs; by default it follows from the labels.
+        budget: The limits; none by default.
+        prefer: What is best among artifacts within the budget.
+        confident: The upper end of the drop's 95 % interval must be within its limit.
+        runtime: Which runtime will load the artifact.
+        recipe: A YAML file or a recipe; with holes it is searched; None searches the template.
+        trials: Artifacts to measure at most; 8 by default, 1 without holes.
+        time_limit: No trial starts after so many seconds; one always does.
+        limits: How long and how well to measure.
+        threads: Cores that the runtime may use.
+        seed: The only source of randomness.
+        image_size: For a folder of images.
+        mean: For a folder of images.
+        std: For a folder of images.
+        inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
+        force: Replace what is in ``out``.
+        allow_pickle: Load pickled modules, which runs their code.
+        progress: Where long work says how far it is.
+
+    Returns:
+        What is in ``out/result.json``; ``met`` tells whether the budget is kept.
+
+    Raises:
+        UserError: The input is at fault; nothing was written to ``out``.
+        MachineError: The disk is full; nothing was written to ``out``.
+        RunnerError: Measuring failed.
+    """
+    place, shown = Path(out), progress or Silent()
+    check_output(place)
+    target = _target(runtime, threads)
+    question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
+    sources = load_sources(
+        model,
+        weights=weights,
+        data=data,
+        inputs=inputs,
+        metric=metric,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        seed=seed,
+        allow_pickle=allow_pickle,
+    )
+    for note in sources.notes:
+        shown.note(f"note: {note}")
+    store = Store()
+    run = Run(sources.model, sources.data, target, store, seed=seed, progress=shown)
+    limits = limits or Limits()
+    name = Path(model.rpartition(":")[2] or model).stem
+    key = _run_key(run, question, limits, name)
+    check_other_run(place, force, key)
+    kept = store.get("runs", key)
+    if kept is None:
+        follow(run.original)
+        if not question.searches:  # what is wrong with its steps shows before anything is measured
+            run.apply(question.recipe)
+        fitted = Fit(run, Scales(run, limits), question).answer()
+        fitted = replace(fitted, result=fitted.result.model_copy(update={"run": key}))
+        if not fitted.finished:
+            write_folder(place, lambda folder: _deliver(folder, fitted, run, name))
+            return fitted.result
+        kept = store.put("runs", key, lambda folder: _deliver(folder, fitted, run, name))
+        store.trim()
+    delivered = kept
+    write_folder(place, lambda folder: _copy(delivered, folder))
+    return Result.model_validate_json((delivered / MARK).read_text())
+
+
+def _target(runtime: str, threads: int) -> Target:
+    """This machine through a runtime that is installed.
+
+    Raises:
+        PluginError: There is no such runtime.
+        MissingRuntime: It is not installed.
+        TargetError: The machine has fewer cores.
+    """
+    find_runtime(runtime).require()
+    target = Target(runtime=runtime, threads=threads).resolved()
+    cores = describe(target).cores
+    if not 1 <= threads <= cores:
+        raise TargetError(
+            f"{threads} threads are asked for, and this machine has {cores} cores for us",
+            fix=f"--threads {cores}",
+        )
+    return target
+
+
+def _question(
+    recipe: str | Recipe | None,
+    budget: Budget,
+    prefer: Preference,
+    confident: bool,
+    trials: int | None,
+    time_limit: float,
+) -> Question:
+    for axis, limit in budget.model_dump().items():
+        if limit is not None and not limit >= 0:
+            raise BudgetError(f"{axis} {limit} is no limit", fix="give a number that is not negative")
+    if trials is not None and trials < 1:
+        raise BudgetError(f"{trials} trials are none", fix="ask for 1 or more")
+    if prefer not in get_args(Preference):
+        raise BudgetError(f"nothing is preferred by '{prefer}'", fix=nearest(prefer, get_args(Preference)))
+    steps = template() if recipe is None else recipe
+    steps = steps if isinstance(steps, Recipe) else Recipe.load(steps)
+    searched = recipe is None or steps.has_holes
+    return Question(
+        budget=budget,
+        prefer=prefer,
+        confident=confident,
+        recipe=steps,
+        open_ended=recipe is None,
+        trials=(_TRIALS if trials is None else trials) if searched else 1,
+        time_limit=time_limit,
+    )
+
+
+def _run_key(run: Run, question: Question, limits: Limits, name: str) -> str:
+    """What makes two runs the same: model, data, question, target, machine, code, and names in the texts."""
+    environment = describe(run.target)
+    return digest(
+        run.original.key,
+        run.data.fingerprint,
+        run.data.metric.name,
+        scoring_code(run.data),
+        [name, run.data.origin, run.data.class_names, run.data.notes],
+        question.budget.model_dump(),
+        [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
+        question.recipe.to_dict(),
+        run.target.to_json(),
+        asdict(limits),
+        run.seed,
+        environment.model_dump(mode="json"),
+        run.sources,
+    )
+
+
+def _deliver(folder: Path, fitted: Fitted, run: Run, name: str) -> None:
+    """Fill the folder that the user gets."""
+    result, artifact = fitted.result, fitted.weighed.artifact
+    for name in artifact.files:
+        shutil.copy2(artifact.folder / name, folder / name)
+    (folder / "recipe.yaml").write_text(Recipe.from_dict(result.recipe).to_yaml())
+    (folder / "model_card.md").write_text(bundle.model_card(result, name=name))
+    entry = run.original.entries["forward"]
+    (folder / "load.py").write_text(bundle.loader(result, artifact, run.target, entry))
+    (folder / "report.html").write_text(reports.render(result))
+    (folder / MARK).write_text(result.to_json())
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for file in source.iterdir():  # one by one: copytree would hide what went wrong, such as a full disk
+        shutil.copy2(file, folder / file.name)
+
+
+def apply(
+    model: str,
+    recipe: str | Recipe,
+    *,
+    out: str | Path,
+    data: str | Data | None = None,
+    weights: str | None = None,
+    inputs: Sequence[str] = (),
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    runtime: str = "onnxruntime",
+    seed: int = 0,
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Apply a filled recipe and write the changed model to ``out``: no pickle, nothing measured.
+
+    Args are those of :func:`fit`.
+
+    Returns:
+        What was written, with static costs before and after.
+
+    Raises:
+        UserError: The input is at fault; nothing was written.
+    """
+    place = Path(out)
+    check_output(place)
+    check_other_run(place, force)
+    steps = _filled(recipe)
+    run = _run(
+        model, data, Target(runtime=runtime).resolved(), seed, progress,
+        weights=weights, inputs=inputs, image_size=image_size, mean=mean, std=std, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    changed = run.apply(steps)
+
+    def write(folder: Path) -> None:
+        write_model(folder, changed)
+        (folder / "recipe.yaml").write_text(steps.to_yaml())
+
+    write_folder(place, write)
+    before, after = totals(run.original), totals(changed)
+    return {
+        "out": str(place),
+        "edits": len(changed.edits),
+        "formats": len(changed.formats),
+        "before": dict(before),
+        "after": dict(after),
+    }
+
+
+def lower(
+    model: str,
+    *,
+    out: str | Path,
+    recipe: str | Recipe | None = None,
+    data: str | Data | None = None,
+    weights: str | None = None,
+    inputs: Sequence[str] = (),
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    seed: int = 0,
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a model's artifact for a runtime, after a recipe if one is given. Nothing is measured.
+
+    Args are those of :func:`fit`.
+
+    Returns:
+        What was written: files, bytes, digest, and how many tensors are stored in which type.
+
+    Raises:
+        UserError: The input is at fault; nothing was written.
+    """
+    place = Path(out)
+    check_output(place)
+    check_other_run(place, force)
+    target = _target(runtime, threads)
+    steps = None if recipe is None else _filled(recipe)
+    run = _run(
+        model, data, target, seed, progress,
+        weights=weights, inputs=inputs, image_size=image_size, mean=mean, std=std, allow_pickle=allow_pickle,
+    )  # fmt: skip
+    artifact = run.lower(run.original if steps is None else run.apply(steps))
+    stored: dict[str, int] = {}
+    for tensor in run.runtime.stored(artifact).values():
+        stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.bytes
+
+    summary = {
+        "runtime": runtime,
+        "files": list(artifact.files),
+        "bytes": artifact.bytes,
+        "sha256": artifact.sha256,
+        "bytes_by_type": stored,
+    }
+
+    def write(folder: Path) -> None:
+        for name in artifact.files:
+            shutil.copy2(artifact.folder / name, folder / name)
+        if steps is not None:
+            (folder / "recipe.yaml").write_text(steps.to_yaml())
+        (folder / "artifact.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    write_folder(place, write)
+    return {"out": str(place), **summary}
+
+
+def _filled(recipe: str | Recipe) -> Recipe:
+    steps = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if steps.has_holes:
+        index, holes = next(iter(steps.holes().items()))
+        name, step = next(iter(holes)), steps.steps[index]
+        raise step.error(
+            f"'{name}' of {step.method} is left open, and only fit fills what is open",
+            (name,),
+            fix=f"write one value for {name}, or use featherweight fit",
+        )
+    return steps
+
+
+def _run(
+    model: str, data: str | Data | None, target: Target, seed: int, progress: Progress | None, **given: Any
+) -> Run:
+    sources = load_sources(model, data=data, seed=seed, **given)
+    shown = progress or Silent()
+    for note in sources.notes:
+        shown.note(f"note: {note}")
+    follow(sources.model)
+    return Run(sources.model, sources.data, target, Store(), seed=seed, progress=shown)
+
+
+def measure(
+    artifact: str | Path,
+    *,
+    twin: str | Path | None = None,
+    data: str | Data | None = None,
+    metric: str | None = None,
+    inputs: Sequence[str] = (),
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    limits: Limits | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Weigh a file that a runtime loads: latency in turn with its twin, memory, quality when data is given.
+
+    Args:
+        artifact: The file.
+        twin: The file to compare with, usually the original lowered by :func:`lower`.
+        data: Examples; without it ``inputs`` says what the file takes, and quality is not measured.
+        metric: What scores outputs.
+        inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
+        image_size: For a folder of images.
+        mean: For a folder of images.
+        std: For a folder of images.
+        runtime: Which runtime loads the files.
+        threads: Cores that the runtime may use.
+        limits: How long and how well to measure.
+        seed: Of random inputs and of the bootstrap.
+        progress: Where long work says how far it is.
+
+    Returns:
+        The fields of a measurement, ``metric`` and ``sha256``; ``baseline`` beside them where there is a
+        twin.
+
+    Raises:
+        UserError: The input is at fault.
+        RunnerError: The runtime crashed or hangs.
+    """
+    target = _target(runtime, threads)
+    weighed, other = as_artifact(artifact, runtime), None if twin is None else as_artifact(twin, runtime)
+    return weigh_files(
+        weighed,
+        other,
+        load_examples(
+            data, metric=metric, inputs=inputs, image_size=image_size, mean=mean, std=std, seed=seed
+        ),
+        target,
+        scored=data is not None,
+        limits=limits or Limits(),
+        seed=seed,
+        progress=progress or Silent(),
+    )
+
+
+def inspect(
+    model: str,
+    *,
+    data: str | Data | None = None,
+    weights: str | None = None,
+    inputs: Sequence[str] = (),
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Where the cost is: shape, parameters, bytes, MACs and activation bytes by layer. Static.
+
+    Args are those of :func:`fit`.
+
+    Raises:
+        UserError: The input is at fault.
+    """
+    sources = load_sources(
+        model,
+        data=data,
+        weights=weights,
+        inputs=inputs,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        allow_pickle=allow_pickle,
+    )
+    follow(sources.model)
+    rows = [row for entry in sources.model.entries for row in layer_costs(sources.model, entry)]
+    return {**totals(sources.model), "layers": [asdict(row) for row in rows]}
+
+
+def report(folder: str | Path) -> dict[str, Any]:
+    """Write ``report.html`` again from ``result.json`` of a folder that :func:`fit` wrote.
+
+    Raises:
+        OutputError: There is no such file, or it is no result.
+    """
+    place = Path(folder)
+    if not (place / MARK).is_file():
+        raise OutputError(f"'{place}' holds no {MARK}", fix="name a folder that featherweight fit wrote")
+    try:
+        result = Result.model_validate_json((place / MARK).read_text())
+    except ValueError as error:
+        raise OutputError(
+            f"'{place / MARK}' is no result of this version: {_first_finding(error)}",
+            fix="run featherweight fit again with --force",
+        ) from error
+    with told_as_machine_error("the report"):
+        unfinished = place / ".report.html.partial"
+        unfinished.write_text(reports.render(result))
+        unfinished.replace(place / "report.html")
+    return {"report": str(place / "report.html"), "met": result.met}
+
+
+def _first_finding(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg'].lower()}"
+
+
+def demo(*, out: str | Path, force: bool = False, progress: Progress | None = None) -> Result:
+    """Fit the shipped ResNet-20 for Fashion-MNIST to at most 0.5 % drop and 350 KB.
+
+    Raises:
+        LoadError: featherweight was installed without the repository, which holds the example.
+    """
+    example = Path(__file__).parents[2] / "examples" / "fashion_mnist"
+    if not example.is_dir():
+        raise LoadError(
+            "the example is part of the repository, which is not here", fix="git clone, make demo"
+        )
+    return fit(
+        f"{example / 'nets.py'}:resnet20",
+        str(example / "data.npz"),
+        weights=str(example / "resnet20.safetensors"),
+        budget=Budget(quality_drop=0.005, bytes=350_000),
+        trials=3,
+        out=out,
+        force=force,
+        progress=progress,
+    )

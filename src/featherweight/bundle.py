@@ -1,0 +1,245 @@
+"""What travels beside an artifact: the model card and ``load.py``, both pure text.
+
+They leave the user's machine, so neither holds a path, an example or a host's name:
+whatever looks like a path is cut down to its last part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from featherweight import figures
+from featherweight.summary import before_after, blockers, doubts, gains, verdict
+
+if TYPE_CHECKING:
+    from featherweight.model import Entry
+    from featherweight.outcome import Result
+    from featherweight.runtime import Artifact, Target
+
+_ABSOLUTE = re.compile(r"~?[\\/]|\.{1,2}[\\/]|[A-Za-z]:[\\/]")
+# The folders of a path inside a sentence, where a blank ends it.
+_FOLDERS = re.compile(
+    r"(?<![\w:/\\.-])(?:[A-Za-z]:[\\/]|~?[\\/]+|\.{1,2}[\\/])(?:[^\\/\s'\",;:]+[\\/])*(?=[^\\/\s])"
+)
+
+
+def model_card(result: Result, *, name: str = "model") -> str:
+    """Markdown with YAML front matter, as Hugging Face reads it.
+
+    Args:
+        result: What was handed back.
+        name: Title of the card.
+
+    Returns:
+        The text of ``model_card.md``.
+    """
+    result = _shareable(result)
+    parts = [
+        _front_matter(result),
+        f"# {_inline(name)}",
+        " ".join(
+            ["A neural network that featherweight compressed.", *(_inline(text) for text in gains(result))]
+        ),
+        "## How it was made",
+        "These steps changed the original network, in this order; they make the same artifact again.",
+        _fenced(_yaml(result.recipe), "yaml"),
+        "## Measured figures",
+        _figures(result),
+        *_classes(result),
+        "## Inputs",
+        _inputs(result.examples.get("origin")),
+        "## How to load it",
+        f"`load.py` beside this card opens `{_code(result.chosen.artifact)}` and runs it once; "
+        "`report.html` and `result.json` hold every figure.",
+        "## Limitations",
+        "\n".join(f"- {_inline(sentence)}" for sentence in _limitations(result)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def loader(result: Result, artifact: Artifact, target: Target, entry: Entry) -> str:
+    """The text of ``load.py``: opens the artifact as it was measured and runs it once on zeros.
+
+    An ONNX Runtime artifact needs numpy and onnxruntime only; other runtimes are opened
+    through featherweight.
+
+    Args:
+        result: What was handed back.
+        artifact: The files that lie beside ``load.py``.
+        target: Threads and options that it was measured with.
+        entry: Names, shapes and types of its inputs.
+    """
+    arrays, shapes = _arrays(entry)
+    prepare = _preparation(result.examples.get("origin"))
+    comments = [f"# {' '.join(_public(text).split())}" for text in (shapes, prepare) if text]
+    file = artifact.entries.get("forward") or next(iter(artifact.entries.values()))
+    if artifact.runtime == "onnxruntime":
+        head = [
+            f'"""Runs {file} with ONNX Runtime {result.environment.versions.get("onnxruntime", "")}'.rstrip()
+            + '."""',
+            "from pathlib import Path",
+            "",
+            "import numpy as np",
+            "import onnxruntime",
+            "",
+            "options = onnxruntime.SessionOptions()",
+            f"options.intra_op_num_threads, options.inter_op_num_threads = {target.threads}, 1",
+            *(f"setattr(options, {option!r}, {value!r})" for option, value in target.options.items()),
+            f"model = Path(__file__).with_name({file!r})",
+            'session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])',
+        ]
+        feed = ", ".join(f"{name!r}: {array}" for name, array in zip(entry.input_names, arrays, strict=True))
+        call = f"outputs = session.run(None, {{{feed}}})"
+    else:
+        head = [
+            f'"""Runs {file} with featherweight\'s runtime {artifact.runtime}."""',
+            "from pathlib import Path",
+            "",
+            "import numpy as np",
+            "from featherweight.plugins import find_runtime",
+            "from featherweight.runtime import Artifact, Target",
+            "",
+            f"files, entries = {tuple(artifact.files)!r}, {dict(artifact.entries)!r}",
+            f"artifact = Artifact({artifact.runtime!r}, Path(__file__).parent, files, entries)",
+            f"options = {dict(target.options)!r}",
+            f"target = Target({target.runtime!r}, {target.isa!r}, {target.threads}, options=options)",
+            f"session = find_runtime({artifact.runtime!r}).open(artifact, target)",
+        ]
+        call = f"outputs = session({', '.join(arrays)})"
+    return "\n".join([*head, *comments, call, "print(*(output.shape for output in outputs))"]) + "\n"
+
+
+def _arrays(entry: Entry) -> tuple[list[str], str]:
+    """An expression that makes each input, and all of them in words: 'x: float32 (batch, 3, 32, 32)'."""
+    arrays, words = [], []
+    for name, example in zip(entry.input_names, entry.example_inputs, strict=True):
+        free = entry.dynamic_axes.get(name, {})
+        shape = tuple(1 if axis == 0 and axis in free else size for axis, size in enumerate(example.shape))
+        named = ", ".join(free.get(axis, str(size)) for axis, size in enumerate(example.shape))
+        dtype = str(example.dtype).removeprefix("torch.")
+        arrays.append(f"np.zeros({shape!r}, {dtype!r})")
+        words.append(f"{name}: {dtype} ({named})")
+    return arrays, "; ".join(words)
+
+
+def _preparation(origin: Any) -> str:
+    """What was done to an image before the network saw it, if that is known."""
+    if not isinstance(origin, Mapping):
+        return ""
+    steps = []
+    if origin.get("image_size") is not None:
+        sides = " x ".join(str(side) for side in origin["image_size"])
+        how = ", ".join(f"{key} {origin[key]}" for key in ("resize", "crop") if origin.get(key))
+        steps.append(f"{origin.get('channels', '')} images of {sides}{f' ({how})' if how else ''}".strip())
+    if origin.get("mean") is not None and origin.get("std") is not None:
+        mean, std = (figures.plain(origin[key]) for key in ("mean", "std"))
+        steps.append(f"value = (byte / 255 - mean) / std with mean {mean} and std {std}")
+    if origin.get("layout"):
+        steps.append(f"layout {origin['layout']}")
+    return "; ".join(steps)
+
+
+def _front_matter(result: Result) -> str:
+    methods = [str(method) for step in result.recipe.get("steps") or [] for method in step]
+    tags = dict.fromkeys(["featherweight", "model-compression", result.chosen.runtime, *methods])
+    library = "onnx" if result.chosen.artifact.endswith(".onnx") else result.chosen.runtime
+    fields = {"library_name": library, "tags": list(tags), "metrics": [result.metric]}
+    return f"---\n{_yaml(fields)}---"
+
+
+def _figures(result: Result) -> str:
+    env = result.environment
+    rows = [
+        f"| {_inline(row.label)} | {_inline(row.before)} | {_inline(row.after)} | {_inline(row.change)} |"
+        for row in before_after(result)
+        if row.seen
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in env.versions.items())
+    place = f"{env.cpu} ({env.isa}), {env.threads} of {env.cores} cores, {env.platform}, Python {env.python}"
+    return "\n".join(
+        [
+            "| Figure | Original | This artifact | Change |",
+            "|---|---:|---:|---:|",
+            *rows,
+            "",
+            "Measured on this artifact and on the original, through one runtime; in brackets 95% intervals.",
+            f"Where: {_inline(place)}, {_inline(versions)}.",
+            f"sha256 of the artifact: `{result.chosen.sha256}`.",
+        ]
+    )
+
+
+def _classes(result: Result) -> list[str]:
+    if not result.classes:
+        return []
+    rows = [
+        f"| {_inline(one.label)} | {one.examples} | {figures.percent(one.before)} "
+        f"| {figures.percent(one.after)} | {100 * (one.after - one.before):+.2f} |"
+        for one in sorted(result.classes, key=lambda one: one.after - one.before)
+    ]
+    head = ["| Class | Examples | Original | This artifact | Change, points |", "|---|---:|---:|---:|---:|"]
+    return ["## What it did to each class", "\n".join([*head, *rows])]
+
+
+def _inputs(origin: Any) -> str:
+    prepared = _preparation(origin)
+    if prepared:
+        return f"As in the measurement: {_inline(prepared)}. `load.py` names shapes and types."
+    return "Prepared as for the original network. `load.py` names shapes and types."
+
+
+def _limitations(result: Result) -> list[str]:
+    scored = result.examples.get("reporting") or result.examples.get("scored")
+    source = result.examples.get("calibration")
+    return [
+        verdict(result),
+        *blockers(result),
+        *doubts(result),
+        *([f"Quality was measured on {scored:,} examples."] if isinstance(scored, int) else []),
+        *(["It was calibrated on random inputs."] if source == "random" else []),
+        "Latency and memory hold for the processor, threads and versions above; elsewhere, measure again.",
+        "What the original network does badly, this one does too; its licence and intended use carry over.",
+    ]
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _shareable(result: Result) -> Result:
+    """The result with no path in any of its texts, and without the trials, which a card does not name."""
+    return type(result).model_validate(_public(result.model_dump(by_alias=True)) | {"trials": []})
+
+
+def _public(value: Any) -> Any:
+    """The value with every path in it cut down to its last part."""
+    if isinstance(value, str):
+        if _ABSOLUTE.match(value):
+            return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        return _FOLDERS.sub("", value)
+    if isinstance(value, Mapping):
+        return {_public(key): _public(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item) for item in value]
+    return value
+
+
+def _inline(text: str) -> str:
+    """Text that stays one line and one table cell, with no markup of its own."""
+    flat = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", flat).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _code(text: str) -> str:
+    return " ".join(text.replace("`", "'").split())
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any run of backticks in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -1,0 +1,688 @@
+"""The command line: one thin command per function of ``api.py``.
+
+Results go to standard output, everything else (progress, warnings, errors) to
+standard error. Exit codes: 0 done and within the budget; 3 done, but not within
+it; 2 the input is at fault; 1 the machine or we are; 130 interrupted with nothing
+to hand back. Imports nothing heavy at its top: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from featherweight import terminal
+from featherweight.terminal import Bars
+
+if TYPE_CHECKING:
+    from featherweight.engine.timing import Limits
+    from featherweight.outcome import Budget, Result
+
+NOT_MET = 3
+INTERRUPTED = 130
+
+# Typer raises click's usage errors, or since 0.27 those of its own copy of click.
+_UsageError: type = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="featherweight",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fits a trained neural network into a budget: quality drop, bytes, latency, memory.\n\n"
+    "Every number is measured on the artifact, through the runtime that will load it.\n\n"
+    "\b\nExample:\n"
+    "  featherweight fit net.py:resnet20 --weights net.safetensors --data data.npz \\\n"
+    "    --max-drop 0.5% --max-size 350KB --out fitted",
+    epilog="\b\nExit codes: 0 within the budget; 3 finished, not within it (best so far delivered);\n"
+    "2 the input is at fault; 1 the machine or featherweight is; 130 interrupted.\n\n"
+    "Finished work is kept in ~/.cache/featherweight, so running again resumes; the environment variable "
+    "FEATHERWEIGHT_CACHE names another folder.",
+)
+
+
+class Prefer(StrEnum):
+    """What is best among artifacts within the budget."""
+
+    BALANCED = "balanced"
+    LATENCY = "latency"
+    BYTES = "bytes"
+    QUALITY = "quality"
+
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="path.py:callable or package.module:callable that returns the module, model.onnx, or model.pt2.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="FILE",
+        help="Weights of the callable's module: .safetensors, or a torch state dict.",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="file.npz (x, y, x_train, y_train, x_calibration), a folder of class-named folders of images, "
+        "or path.py:callable. Without it inputs are random.",
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="METRIC",
+        help="accuracy, top5, f1, mse, mae, pearson, perplexity, wer, cer, agreement, sqnr, "
+        "or path.py:callable. By default it follows from the labels.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE",
+        help="Without data: one input, [NAME=][DTYPE:]SIZES with the batch left out, e.g. 3x224x224 or "
+        "ids=int64:128. Once for each input.",
+    ),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(
+        "--image-size", metavar="SIZE", help="For a folder of images: 224, or height x width: 28x32."
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean",
+        metavar="NUMBERS",
+        help="For a folder of images, of values in 0..1: 0.5, or 0.485,0.456,0.406.",
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="NUMBERS", help="For a folder of images: 0.5, or 0.229,0.224,0.225."),
+]
+RuntimeOption = Annotated[
+    str,
+    typer.Option(
+        "--runtime", metavar="NAME", help="What will load the artifact; see: featherweight runtimes."
+    ),
+]
+Threads = Annotated[
+    int, typer.Option("--threads", metavar="N", min=1, help="Cores that the runtime may use.")
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="The only source of randomness.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        show_default=False,
+        help="Folder to write; one that holds another run is refused.",
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors; the result is in --out.")]
+NoBars = Annotated[bool, typer.Option("--quiet", help="No progress bars and no remarks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, errors too.")]
+Pickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load pickled modules. This runs code that the file holds.")
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="FILE", help="Steps in YAML; what they leave open is searched."),
+]
+FilledRecipe = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE", help="Steps in YAML that leave nothing open.")
+]
+MaxDrop = Annotated[
+    str | None,
+    typer.Option(
+        "--max-drop",
+        metavar="DROP",
+        help="Largest quality drop: 0.5% or 0.005. Absolute for scores in 0..1 (accuracy 93.0% to 92.5%), "
+        "else a fraction of the original's score.",
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="SIZE",
+        help="Largest sum of the files: 300KB (1000 bytes each), 4MiB (1024 KiB).",
+    ),
+]
+MaxLatency = Annotated[
+    str | None,
+    typer.Option("--max-latency", metavar="TIME", help="Largest median latency of one example: 5ms, 800us."),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory", metavar="SIZE", help="Largest peak memory above that of the imported runtime: 50MB."
+    ),
+]
+MeasureTime = Annotated[
+    str,
+    typer.Option(
+        "--measure-time",
+        metavar="TIME",
+        help="Time limit of one latency measurement; a short one may leave it unresolved.",
+    ),
+]
+
+
+@app.command()
+def fit(
+    model: ModelArgument,
+    out: Out,
+    data: DataOption = None,
+    weights: Weights = None,
+    metric: Metric = None,
+    max_drop: MaxDrop = None,
+    max_size: MaxSize = None,
+    max_latency: MaxLatency = None,
+    max_memory: MaxMemory = None,
+    prefer: Annotated[
+        Prefer,
+        typer.Option(
+            "--prefer", help="What is best within the budget; balanced is the smallest latency x bytes."
+        ),
+    ] = Prefer.BALANCED,
+    confident: Annotated[
+        bool,
+        typer.Option(
+            "--confident",
+            help="The upper end of the drop's 95% interval must keep the limit, not the estimate.",
+        ),
+    ] = False,
+    runtime: RuntimeOption = "onnxruntime",
+    recipe: RecipeOption = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            "--trials",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Artifacts to measure at most; 8 by default, 1 with a recipe that leaves nothing open.",
+        ),
+    ] = None,
+    time: Annotated[
+        str,
+        typer.Option(
+            "--time", metavar="TIME", help="No trial starts after so long: 90s, 10m, 2h; one always does."
+        ),
+    ] = "10m",
+    measure_time: MeasureTime = "20s",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    inputs: Inputs = None,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the best artifact of MODEL within a budget.
+
+    Writes to --out: the artifact, recipe.yaml, result.json, report.html,
+    model_card.md and load.py. Without --recipe, folding and 8-bit quantization
+    with several settings are tried. Running again resumes; a finished run is
+    read from the store. Ctrl-C hands back the best so far.
+
+    \b
+    Examples:
+      featherweight fit net.py:resnet20 --weights net.safetensors --data data.npz \\
+        --max-drop 0.5% --max-size 350KB --out fitted
+      featherweight fit model.onnx --data photos/ --image-size 224 --max-latency 5ms --out fitted
+      featherweight fit net.py:net --input 3x32x32 --recipe int8.yaml --out fitted
+    """
+    from featherweight import api
+    from featherweight.outcome import parse_time
+
+    with Bars(quiet) as progress:
+        result = api.fit(
+            model,
+            data,
+            out=out,
+            weights=weights,
+            metric=metric,
+            budget=_budget(max_drop, max_size, max_latency, max_memory),
+            prefer=prefer.value,
+            confident=confident,
+            runtime=runtime,
+            recipe=recipe,
+            trials=trials,
+            time_limit=parse_time(time, "--time"),
+            limits=_limits(measure_time),
+            threads=threads,
+            seed=seed,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            inputs=inputs or (),
+            force=force,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    _show_result(result, out, quiet, as_json)
+
+
+@app.command("apply")
+def apply_(
+    model: ModelArgument,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe", metavar="FILE", show_default=False, help="Steps in YAML that leave nothing open."
+        ),
+    ],
+    out: Out,
+    data: DataOption = None,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    runtime: RuntimeOption = "onnxruntime",
+    seed: Seed = 0,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Apply a recipe and write the changed model.
+
+    Writes to --out: weights.safetensors, model.json (what changed, and how tensors will be
+    stored) and recipe.yaml. No pickle. Nothing is measured.
+
+    \b
+    Example:
+      featherweight apply net.py:net --weights net.safetensors --recipe int8.yaml \\
+        --data data.npz --out changed
+    """
+    from featherweight import api
+
+    with Bars(quiet) as progress:
+        summary = api.apply(
+            model,
+            recipe,
+            out=out,
+            data=data,
+            weights=weights,
+            inputs=inputs or (),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            runtime=runtime,
+            seed=seed,
+            force=force,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    _show_summary(summary, quiet, as_json)
+
+
+@app.command()
+def lower(
+    model: ModelArgument,
+    out: Out,
+    recipe: FilledRecipe = None,
+    data: DataOption = None,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    runtime: RuntimeOption = "onnxruntime",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    force: Force = False,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write MODEL's artifact, as it is or after a recipe.
+
+    Writes to --out: the files that the runtime loads, artifact.json (their digest and what is stored
+    in which type) and, where one was given, recipe.yaml. Nothing is measured.
+
+    \b
+    Example: the twin that 'featherweight measure' compares with
+      featherweight lower net.py:net --weights net.safetensors --input 3x32x32 --out twin
+    """
+    from featherweight import api
+
+    with Bars(quiet) as progress:
+        summary = api.lower(
+            model,
+            out=out,
+            recipe=recipe,
+            data=data,
+            weights=weights,
+            inputs=inputs or (),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            runtime=runtime,
+            threads=threads,
+            seed=seed,
+            force=force,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    _show_summary(summary, quiet, as_json)
+
+
+@app.command()
+def measure(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="A file that the runtime loads.")
+    ],
+    twin: Annotated[
+        Path | None,
+        typer.Option(
+            "--twin", metavar="FILE", help="The file to compare with: the original, written by lower."
+        ),
+    ] = None,
+    data: DataOption = None,
+    metric: Metric = None,
+    inputs: Inputs = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    runtime: RuntimeOption = "onnxruntime",
+    measure_time: MeasureTime = "20s",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    quiet: NoBars = False,
+    as_json: AsJson = False,
+) -> None:
+    """Weigh an artifact: latency, memory, quality.
+
+    With a twin, latency is measured in turn with it; with data, so is quality.
+    Latencies are in seconds of one call with one example, memory and sizes in bytes.
+
+    \b
+    Examples:
+      featherweight measure fitted/model.onnx --input 3x32x32
+      featherweight measure fitted/model.onnx --twin twin/model.onnx --data data.npz --json
+    """
+    from featherweight import api
+
+    with Bars(quiet) as progress:
+        summary = api.measure(
+            artifact,
+            twin=twin,
+            data=data,
+            metric=metric,
+            inputs=inputs or (),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            runtime=runtime,
+            limits=_limits(measure_time),
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+    terminal.print_measurement(summary, as_json)
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    data: DataOption = None,
+    weights: Weights = None,
+    inputs: Inputs = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    allow_pickle: Pickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the cost is, layer by layer.
+
+    Nothing is measured. Bytes are those of the parameters; activation bytes those of
+    the layer's output for one example.
+
+    \b
+    Example:
+      featherweight inspect net.py:net --input 3x32x32
+    """
+    from featherweight import api
+
+    with Bars(quiet=True):
+        summary = api.inspect(
+            model,
+            data=data,
+            weights=weights,
+            inputs=inputs or (),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            allow_pickle=allow_pickle,
+        )
+    if as_json:
+        terminal.print_json(summary)
+        return
+    terminal.print_table(
+        ["layer", "type", "output", "params", "bytes", "MACs", "activation bytes"],
+        [
+            [
+                row["name"],
+                row["type"],
+                "x".join(map(str, row["shape"])),
+                *(f"{row[key]:,}" for key in ("params", "bytes", "macs", "activation_bytes")),
+            ]
+            for row in summary["layers"]
+        ],
+        f"total: {summary['params']:,} parameters, {summary['bytes']:,} bytes, {summary['macs']:,} MACs",
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", show_default=False, help="A folder that fit wrote.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Write DIR/report.html again from DIR/result.json.
+
+    \b
+    Example:
+      featherweight report fitted
+    """
+    from featherweight import api
+
+    terminal.print_summary(api.report(folder), as_json)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods that recipes may name.
+
+    \b
+    Example: a step of a recipe
+      - quantize: {range: percentile, where: {exclude: [head]}}
+    """
+    from featherweight import api
+
+    found = api.methods()
+    if as_json:
+        terminal.print_json(found)
+        return
+    for name, about in found.items():
+        terminal.print_text(f"{name} ({about['kind']}): {about['summary']}")
+        for parameter, said in about["parameters"].items():
+            terminal.print_text(f"    {parameter}: {said}")
+
+
+@app.command()
+def runtimes(as_json: AsJson = False) -> None:
+    """List the runtimes, and how to install those that are missing.
+
+    \b
+    Example: name one of them
+      featherweight fit net.py:net --data data.npz --runtime onnxruntime --out fitted
+    """
+    from featherweight import api
+
+    found = api.runtimes()
+    if as_json:
+        terminal.print_json(found)
+        return
+    terminal.print_table(
+        ["runtime", "version", "to install"],
+        [[name, about["version"] or "not installed", about["install"]] for name, about in found.items()],
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine is, and which runtimes work.
+
+    Each runtime runs a small network, which is compared with PyTorch. Exit code 1 when
+    one that is installed does not work, or when none is installed.
+
+    \b
+    Example:
+      featherweight doctor --json
+    """
+    from featherweight import api
+
+    with Bars(quiet=True):
+        found = api.doctor()
+    if as_json:
+        terminal.print_json(found)
+    else:
+        rows = [
+            [key, ", ".join(value) if isinstance(value, list) else str(value)]
+            for key, value in found["machine"].items()
+        ]
+        terminal.print_table(["this machine", ""], rows)
+        states = {True: "yes", False: "no", None: "not installed"}
+        terminal.print_table(
+            ["runtime", "works", "says"],
+            [[name, states[about["works"]], about["says"]] for name, about in found["runtimes"].items()],
+        )
+    if not found["healthy"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Out = Path("demo"),
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the shipped ResNet-20 into 350KB.
+
+    At most 0.5% of its accuracy on Fashion-MNIST may be lost. Works in a clone of the repository.
+
+    \b
+    Example:
+      featherweight demo --out demo
+    """
+    from featherweight import api
+
+    with Bars(quiet) as progress:
+        result = api.demo(out=out, force=force, progress=progress)
+    _show_result(result, out, quiet, as_json)
+
+
+def _budget(drop: str | None, size: str | None, latency: str | None, memory: str | None) -> Budget:
+    from featherweight.outcome import Budget, parse_drop, parse_size, parse_time
+
+    return Budget(
+        quality_drop=None if drop is None else parse_drop(drop, "--max-drop"),
+        bytes=None if size is None else parse_size(size, "--max-size"),
+        latency_s=None if latency is None else parse_time(latency, "--max-latency"),
+        memory_bytes=None if memory is None else parse_size(memory, "--max-memory"),
+    )
+
+
+def _limits(measure_time: str) -> Limits:
+    from featherweight.engine.timing import Limits
+    from featherweight.outcome import parse_time
+
+    return Limits(seconds=parse_time(measure_time, "--measure-time"))
+
+
+def _show_result(result: Result, out: Path, quiet: bool, as_json: bool) -> None:
+    if as_json or not quiet:
+        terminal.print_result(result, out, as_json)
+    raise typer.Exit(0 if result.met else NOT_MET)
+
+
+def _show_summary(summary: dict[str, Any], quiet: bool, as_json: bool) -> None:
+    if as_json or not quiet:
+        terminal.print_summary(summary, as_json)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, as ``timeout`` and ``docker stop`` send it, hands back the best so far too."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; its exit code. Every error is told in words.
+
+    Args:
+        arguments: Without the program's name; None takes those of this process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in given
+    code: int | None = INTERRUPTED
+    try:
+        with _ended_as_by_ctrl_c():
+            code = app(args=given or ["--help"], prog_name="featherweight", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the last place: what is no error of ours is told as a fault
+        if isinstance(error, _UsageError):
+            usage = cast(typer.BadParameter, error)
+            command = usage.ctx.command_path if usage.ctx else "featherweight"
+            return terminal.tell_usage(usage.format_message(), f"{command} --help", as_json)
+        return terminal.tell_error(error, as_json)
+    if code == INTERRUPTED:
+        terminal.tell_interrupted(as_json)
+    return code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

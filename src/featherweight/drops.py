@@ -1,0 +1,96 @@
+"""How much worse a score became, and how sure that is: drops and their paired bootstrap.
+
+Efron and Tibshirani 1993, An Introduction to the Bootstrap; Poisson weights instead of draws with
+replacement: Hanley and MacGibbon 2006.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from featherweight.metrics import Metric
+
+_CHUNK = 1 << 22  # weights that are held at once
+
+
+def drop(metric: Metric, baseline: float, value: float) -> float:
+    """How much worse ``value`` is: positive is worse.
+
+    Absolute for a bounded metric (0.5 points of accuracy are 0.005), else a fraction of the baseline.
+    """
+    return float(_drops(metric, np.asarray(baseline, np.float64), np.asarray(value, np.float64)))
+
+
+def paired_bootstrap(
+    metric: Metric, rows_before: np.ndarray, rows_after: np.ndarray, seed: int, resamples: int = 1000
+) -> tuple[float, float]:
+    """The 95 % percentile interval of the drop, both sides resampled with the same examples.
+
+    An additive metric weighs the examples with Poisson(1) counts. f1 and pearson, which must
+    reduce every resample anew, take at most 200 resamples with replacement.
+
+    Args:
+        metric: What reduces rows.
+        rows_before: The original's rows (N, k).
+        rows_after: The artifact's rows for the same examples, in the same order.
+        seed: Of the resampling.
+        resamples: How many.
+
+    Returns:
+        The lower and upper end, positive is worse.
+    """
+    if rows_before.shape != rows_after.shape or not len(rows_before):
+        raise ValueError(f"rows of the same examples are needed: {rows_before.shape} and {rows_after.shape}")
+    rng = np.random.default_rng(seed)
+    if metric.additive:
+        before, after = _additive_scores(metric, rows_before, rows_after, rng, resamples)
+    else:
+        picks = rng.integers(0, len(rows_before), (min(resamples, 200), len(rows_before)))
+        before = np.array([metric.reduce(rows_before[pick]) for pick in picks])
+        after = np.array([metric.reduce(rows_after[pick]) for pick in picks])
+    drops = _drops(metric, before, after)
+    low, high = np.quantile(drops, [0.025, 0.975], method="inverted_cdf")  # never between inf and inf
+    return float(low), float(high)
+
+
+def _additive_scores(
+    metric: Metric, before: np.ndarray, after: np.ndarray, rng: np.random.Generator, resamples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of Poisson-weighted resamples, before and after."""
+    table = _poisson_table()
+    both = np.concatenate([before, after], axis=1)
+    infinite = ~np.isfinite(both)
+    values = np.where(infinite, 0.0, both)
+    scale = np.abs(values).max(axis=0) + np.finfo(np.float64).tiny  # keeps float32 sums away from overflow
+    columns = np.concatenate([values / scale, infinite, np.ones((len(both), 1))], axis=1).astype(np.float32)
+    step = max(1, _CHUNK // len(both))
+    sums = np.concatenate(
+        [
+            table[rng.integers(0, len(table), (min(step, resamples - i), len(both)), np.uint16)] @ columns
+            for i in range(0, resamples, step)
+        ]
+    ).astype(np.float64)
+    sums = sums[sums[:, -1] > 0]  # a resample of very few examples may be empty
+    width = both.shape[1]
+    means = sums[:, :width] * scale / sums[:, -1:]
+    means[sums[:, width : 2 * width] > 0] = np.inf
+    return metric.of_means(means[:, : before.shape[1]]), metric.of_means(means[:, before.shape[1] :])
+
+
+def _poisson_table() -> np.ndarray:
+    """Counts with Poisson(1) shares over 65,535 equal chances: a draw is one look-up."""
+    count = np.arange(12)
+    shares = np.cumsum(np.exp(-1.0) / np.concatenate([[1.0], np.cumprod(count[1:], dtype=np.float64)]))
+    chances = (np.arange(65535) + 0.5) / 65535
+    return np.searchsorted(shares, chances).astype(np.float32)
+
+
+def _drops(metric: Metric, baseline: np.ndarray, value: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        lost = baseline - value if metric.higher_is_better else value - baseline
+        if not metric.bounded:
+            lost = np.where(lost == 0, 0.0, lost / np.abs(baseline))
+    return np.asarray(lost)

@@ -1,0 +1,1 @@
+"""Runs recipes, measures artifacts in other processes, searches under a budget."""

@@ -1,0 +1,263 @@
+"""Weighs models: lowered, scored and timed beside the original; every part is kept in the store.
+
+The original, lowered for the same target, is the twin of every artifact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from featherweight.engine.environment import describe
+from featherweight.engine.measure import (
+    Limits,
+    Memory,
+    Quality,
+    Scored,
+    Timing,
+    measure_latency,
+    measure_memory,
+    quality,
+    score_artifact,
+)
+from featherweight.engine.run import Run
+from featherweight.engine.sources import scoring_code
+from featherweight.engine.store import digest
+from featherweight.model import Model
+from featherweight.outcome import Latency, LayerRow, Measurement
+from featherweight.runtime import Artifact
+from featherweight.tools.costs import LayerCost, layer_costs
+from featherweight.tools.simulate import layer_errors
+
+_ERROR_BATCHES = 1  # of the data's batch size; the column is a guide, the artifact's score is what counts
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """One model's artifact and what was seen of it; the measurement depends on which examples count."""
+
+    artifact: Artifact
+    scored: Scored
+    timing: Timing
+    memory: Memory
+
+
+class Scales:
+    """Weighs models against one original.
+
+    Args:
+        run: The original, its data, its target and the store.
+        limits: How long and how well to measure.
+    """
+
+    def __init__(self, run: Run, limits: Limits | None = None) -> None:
+        self.run = run
+        self.limits = limits or Limits()
+        self.environment = describe(run.target)
+        self._machine = digest(
+            self.environment.cpu, self.environment.flags, self.environment.cores, run.runtime.version()
+        )
+        self.twin = run.lower(run.original)
+        self.twin_scored = self._score(self.twin, None)
+
+    def weigh(self, model: Model) -> Weighed:
+        """Lower, score and time a model.
+
+        Raises:
+            TargetError: The runtime cannot store it.
+            RunnerError: A measuring process crashed or hung.
+        """
+        artifact = self.run.lower(model)
+        scored = self._score(artifact, self.twin_scored)
+        return Weighed(artifact, scored, self._time(artifact), self._memory(artifact))
+
+    def measurement(self, weighed: Weighed, indices: np.ndarray | None = None) -> Measurement:
+        """What was seen of an artifact, with the quality on these scored examples."""
+        judged = self.quality(weighed, indices)
+        timing = weighed.timing
+        return Measurement(
+            **judged.fields(),
+            bytes=weighed.artifact.bytes,
+            latency_s=timing.artifact,
+            latency_ratio=timing.ratio,
+            latency_ratio_ci95=timing.ratio_ci95,
+            resolved=timing.resolved,
+            throughput=timing.throughput,
+            peak_rss_bytes=weighed.memory.peak,
+            memory_bytes=weighed.memory.above_runtime,
+            energy_j=timing.energy_j,
+            macs=weighed.artifact.details["macs"],
+            params=weighed.artifact.details["params"],
+        )
+
+    def baseline(self, weighed: Weighed | None, indices: np.ndarray | None = None) -> Measurement:
+        """What was seen of the original; its latency in the same rounds as the artifact, else not at all."""
+        timing = None if weighed is None else weighed.timing
+        memory = self._memory(self.twin)
+        metric = self.run.data.metric
+        rows = self.twin_scored.rows[metric.name]
+        return Measurement(
+            quality=metric.reduce(rows if indices is None else rows[indices]),
+            quality_drop=0.0,
+            bytes=self.twin.bytes,
+            latency_s=timing.twin if timing else None,
+            throughput=timing.twin_throughput if timing else None,
+            peak_rss_bytes=memory.peak,
+            memory_bytes=memory.above_runtime,
+            energy_j=timing.twin_energy_j if timing else None,
+            macs=self.twin.details["macs"],
+            params=self.twin.details["params"],
+        )
+
+    def quality(self, weighed: Weighed, indices: np.ndarray | None = None) -> Quality:
+        """The artifact against its twin on these scored examples."""
+        return quality(self.run.data, self.twin_scored, weighed.scored, indices=indices, seed=self.run.seed)
+
+    def layers(self, model: Model, weighed: Weighed) -> list[LayerRow]:
+        """Bytes, MACs and simulated error by layer, the original beside the artifact."""
+        run = self.run
+        stored = {name: entry.dtype for name, entry in run.runtime.stored(weighed.artifact).items()}
+        before = {row.name: row for row in _rows(run.original)}
+        errors: dict[str, float] = {}
+        if model.formats:
+            errors = _errors(model, self.run)
+        return [
+            _layer_row(row, before.get(row.name), stored, errors)
+            for row in _rows(model)
+            if row.macs or row.params
+        ]
+
+    # ---- parts, each kept under its own key
+
+    def _score(self, artifact: Artifact, original: Scored | None) -> Scored:
+        run = self.run
+        key = digest(
+            "scores",
+            artifact.sha256,
+            None if original is None else self.twin.sha256,
+            run.data.fingerprint,
+            run.data.metric.name,
+            scoring_code(run.data),
+            run.target.to_json(),
+            run.runtime.version(),
+            run.sources,
+        )
+        kept = run.store.get("scores", key)
+        if kept is None:
+            shown = run.progress
+            shown.note("scoring the original" if original is None else "scoring the artifact")
+            kept = run.store.put(
+                "scores",
+                key,
+                lambda folder: _drop(
+                    score_artifact(
+                        artifact, run.target, run.data, folder, original=original, limits=self.limits
+                    )
+                ),
+            )
+        return Scored.load(kept)
+
+    def _time(self, artifact: Artifact) -> Timing:
+        def compute() -> dict[str, Any]:
+            timing = measure_latency(
+                artifact,
+                self.twin,
+                self.run.target,
+                self.inputs(),
+                limits=self.limits,
+                progress=self.run.progress,
+            )
+            return asdict(timing) | {
+                "artifact": timing.artifact.model_dump(),
+                "twin": None if timing.twin is None else timing.twin.model_dump(),
+            }
+
+        key = self._key("latency", artifact, self.twin.sha256, asdict(self.limits))
+        return _timing(self._kept("latency", key, compute))
+
+    def _memory(self, artifact: Artifact) -> Memory:
+        def compute() -> dict[str, Any]:
+            seen = measure_memory(
+                artifact, self.run.target, self.inputs(), limits=self.limits, progress=self.run.progress
+            )
+            return asdict(seen)
+
+        return Memory(**self._kept("memory", self._key("memory", artifact), compute))
+
+    def _key(self, kind: str, artifact: Artifact, *more: Any) -> str:
+        shapes = [list(array.shape) for array in self.inputs()]
+        target = self.run.target.to_json()
+        return digest(kind, artifact.sha256, target, self._machine, shapes, self.run.sources, *more)
+
+    def _kept(self, kind: str, key: str, compute: Any) -> Any:
+        known = self.run.store.get_json(kind, key)
+        if known is None:
+            known = compute()
+            self.run.store.put_json(kind, key, known)
+        return known
+
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """Arrays of one call with one example."""
+        entry = self.run.original.entries["forward"]
+        return tuple(
+            value[:1].numpy() if 0 in entry.dynamic_axes.get(name, {}) else value.numpy()
+            for name, value in zip(entry.input_names, entry.example_inputs, strict=True)
+        )
+
+
+def _drop(_: object) -> None:
+    """The store's writers return nothing."""
+
+
+def _timing(data: Mapping[str, Any]) -> Timing:
+    interval = data["ratio_ci95"]
+    return Timing(
+        **{
+            **data,
+            "artifact": Latency(**data["artifact"]),
+            "twin": None if data["twin"] is None else Latency(**data["twin"]),
+            "ratio_ci95": None if interval is None else (interval[0], interval[1]),
+            "cores": tuple(data["cores"]),
+            "notes": tuple(data["notes"]),
+        }
+    )
+
+
+def _rows(model: Model) -> list[LayerCost]:
+    return [row for entry in model.entries for row in layer_costs(model, entry)]
+
+
+def _errors(model: Model, run: Run) -> dict[str, float]:
+    """Smallest SQNR of each layer's calls."""
+    import torch
+
+    found: dict[str, float] = {}
+    for entry in model.entries:
+        batches = [
+            tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in batch)
+            for batch in run.data.calibration(_ERROR_BATCHES * run.data.batch_size)
+        ][:_ERROR_BATCHES]
+        for name, decibels in layer_errors(model, batches, entry).items():
+            layer = name.partition("#")[0] if "/" not in name else name
+            found[layer] = min(decibels, found.get(layer, math.inf))
+    return found
+
+
+def _layer_row(
+    row: LayerCost, before: LayerCost | None, stored: Mapping[str, str], errors: Mapping[str, float]
+) -> LayerRow:
+    dtype = stored.get(f"{row.name}.weight", stored.get(row.name, "float32" if row.params else "–"))
+    return LayerRow(
+        name=row.name,
+        type=row.type,
+        macs=row.macs,
+        params=row.params,
+        bytes_before=before.bytes if before else row.bytes,
+        bytes_after=row.bytes,
+        stored=dtype,
+        sqnr_db=errors.get(row.name),
+    )

@@ -1,0 +1,195 @@
+"""Folds a recipe over a model, step by step, each step kept in the store: running again resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from featherweight.data import Data
+from featherweight.engine.store import Store, digest, sources_digest
+from featherweight.errors import FeatherweightError, RecipeError
+from featherweight.exchange.key import root_key
+from featherweight.formats import TensorFormat, decode, encode
+from featherweight.method import Context, Method, Progress, Silent
+from featherweight.model import Edit, Model, Remove, SetAttr
+from featherweight.plugins import find_runtime
+from featherweight.recipe import Recipe
+from featherweight.runtime import Artifact, Role, Runtime, Target
+from featherweight.tools.costs import totals
+
+
+@dataclass(frozen=True)
+class TargetSupports:
+    """A runtime's answers for one target, as methods may ask them."""
+
+    runtime: Runtime
+    target: Target
+
+    @property
+    def float_outputs(self) -> frozenset[str]:
+        return self.runtime.float_outputs
+
+    def __call__(self, op: str, weight: TensorFormat | None, activation: TensorFormat | None) -> bool:
+        return self.runtime.supports(op, weight, activation, self.target)
+
+    def realise(self, fmt: TensorFormat, role: Role) -> TensorFormat:
+        return self.runtime.realise(fmt, self.target, role)
+
+
+class Run:
+    """One original model, its data and its target; applies steps and lowers what they make.
+
+    Args:
+        original: What everything starts from.
+        data: Calibration and training examples, and the scored ones.
+        target: Where artifacts will run.
+        store: Where finished work is kept.
+        seed: The only source of randomness.
+        progress: Where long work says how far it is.
+    """
+
+    def __init__(
+        self,
+        original: Model,
+        data: Data,
+        target: Target,
+        store: Store,
+        *,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.original = original if original.key else original.evolve(key=_key(original))
+        self.data = data
+        self.target = target.resolved()
+        self.store = store
+        self.seed = seed
+        self.progress = progress or Silent()
+        self.runtime = find_runtime(self.target.runtime)
+        self.sources = sources_digest()
+        self.warnings: dict[str, None] = {}  # in the order in which they came, once each
+
+    def context(self) -> Context:
+        """What a step may use."""
+        return Context(
+            models={"original": self.original},
+            data=self.data,
+            target=self.target,
+            supports=TargetSupports(self.runtime, self.target),
+            seed=self.seed,
+            progress=self.progress,
+        )
+
+    def apply(self, recipe: Recipe) -> Model:
+        """The model that a filled recipe makes of the original.
+
+        Raises:
+            RecipeError: The recipe is not valid, or a step does not fit the model.
+        """
+        model = self.original
+        for number, method in enumerate(recipe.methods(), 1):
+            model = self.step(model, method, number)
+        return model
+
+    def step(self, model: Model, method: Method, number: int = 1) -> Model:
+        """One step: read from the store, or computed and kept there."""
+        name = type(method).__module__.rpartition(".")[2]
+        self._warn_of_unmatched(model, method, f"step {number} ({name})")
+        key = self._step_key(model, name, method)
+        kept = self.store.get("steps", key)
+        if kept is None:
+            changed = self._compute(model, method, name, number).evolve(key=key)
+            self.store.put("steps", key, lambda folder: write_model(folder, changed))
+            return changed
+        return _read_model(kept, self.original, key)
+
+    def _warn_of_unmatched(self, model: Model, method: Method, step: str) -> None:
+        layers = {path: type(layer).__name__ for path, layer in model.module.named_modules() if path}
+        for pattern in method.where.unmatched(layers):
+            warning = f"where of {step} names '{pattern}', which is no layer or type of the model"
+            if warning not in self.warnings:
+                self.warnings[warning] = None
+                self.progress.note(f"warning: {warning}")
+
+    def _compute(self, model: Model, method: Method, name: str, number: int) -> Model:
+        torch.manual_seed(self.seed)
+        try:
+            return method.apply(model, self.context())
+        except FeatherweightError as error:
+            if error.where is None:
+                error.where = f"step {number} ({name})"
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise RecipeError(f"step {number} ({name}) ran out of memory") from error
+
+    def _step_key(self, model: Model, name: str, method: Method) -> str:
+        return digest(
+            "step",
+            model.key,
+            name,
+            method.model_dump(mode="json"),
+            self.data.fingerprint if method.needs else "",
+            self.seed,
+            self.sources,
+            torch.__version__,
+            self.target.runtime,
+            self.target.isa,
+        )
+
+    def lower(self, model: Model) -> Artifact:
+        """The model's artifact for the target, from the store if it was made before."""
+        key = digest("artifact", model.key, self.target.to_json(), self.runtime.version(), self.sources)
+        kept = self.store.get("artifacts", key)
+        if kept is None:
+            self.runtime.require()
+            kept = self.store.put("artifacts", key, lambda folder: self._write_artifact(model, folder))
+        data = json.loads((kept / "artifact.json").read_text())
+        return Artifact.from_json(data, kept)
+
+    def _write_artifact(self, model: Model, folder: Path) -> None:
+        artifact = self.runtime.lower(model, self.target, folder)
+        costs = totals(model)
+        details = {**artifact.details, "macs": costs["macs"], "params": costs["params"]}
+        artifact = replace(artifact, details=details)
+        (folder / "artifact.json").write_text(json.dumps(artifact.to_json()))
+
+
+def _key(model: Model) -> str:
+    """The store's address of a model that was made by hand."""
+    formats = {name: [encode(fmt) for fmt in chain] for name, chain in model.formats.items()}
+    return digest("model", root_key(model.module, model.entries), formats)
+
+
+def write_model(folder: Path, model: Model) -> None:
+    """Edits, formats and tensors; with the original module they rebuild the model, without pickle."""
+    data = {
+        "edits": [{"kind": type(edit).__name__, **asdict(edit)} for edit in model.edits],
+        "formats": {name: [encode(fmt) for fmt in chain] for name, chain in model.formats.items()},
+    }
+    (folder / "model.json").write_text(json.dumps(data))
+    save_file(_untied(model.module.state_dict()), folder / "weights.safetensors")
+
+
+def _untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors refuses tensors that share memory: each one is written by itself."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_model(folder: Path, original: Model, key: str) -> Model:
+    data = json.loads((folder / "model.json").read_text())
+    edits = tuple(_edit(edit) for edit in data["edits"])
+    module = original.rebuild(edits, load_file(folder / "weights.safetensors"))
+    formats = {name: tuple(decode(fmt) for fmt in chain) for name, chain in data["formats"].items()}
+    return replace(original, module=module, formats=formats, edits=edits, key=key, traced={})
+
+
+def _edit(data: Mapping[str, Any]) -> Edit:
+    if data["kind"] == "Remove":
+        return Remove(data["path"])
+    shape = None if data["shape"] is None else tuple(data["shape"])
+    return SetAttr(data["path"], data["name"], data["value"], shape)

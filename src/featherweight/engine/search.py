@@ -1,0 +1,377 @@
+"""Ask and tell over a recipe's holes under a budget: Optuna proposes, measurements answer.
+
+Ask for a candidate, run it, tell what was measured; stop at any moment, and ``best`` is the best so far.
+The sampler is a tree-structured Parzen estimator for two objectives with limits as constraints
+(arXiv:2304.11127, arXiv:2606.09889). The first candidate is the default of every hole, so that an
+answer stands early, and no point is proposed twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import TrialState
+
+from featherweight.engine.draws import Draw, Point, Tried, parameter, random_value, suggest
+from featherweight.engine.verdict import (
+    Verdict,
+    choose,
+    excess,
+    pareto_front,
+    rejection,
+    relaxation,
+    score,
+    violations,
+)
+from featherweight.errors import BudgetError, OutputError
+from featherweight.holes import Hole, canonical
+from featherweight.outcome import AXES, Budget, Measurement, Preference, Trial
+from featherweight.recipe import Recipe
+
+__all__ = [
+    "Candidate",
+    "Failure",
+    "Search",
+    "Verdict",
+    "choose",
+    "pareto_front",
+    "rejection",
+    "relaxation",
+    "score",
+    "violations",
+]
+
+Ended = Literal["trials", "time", "exhausted"]
+_PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
+_WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A candidate that could not be measured, in one sentence."""
+
+    reason: str
+
+
+class Candidate:
+    """A recipe whose holes are being filled.
+
+    Attributes:
+        number: Counts the trials from 0.
+        recipe: As far as it is filled.
+    """
+
+    def __init__(
+        self, search: Search, number: int, recipe: Recipe, proposal: optuna.Trial | None, first: bool
+    ) -> None:
+        self.number = number
+        self.recipe = recipe
+        self.draws: list[Draw] = []
+        self.proposal = proposal
+        self._search = search
+        self._first = first
+
+    @property
+    def point(self) -> Point:
+        """What tells this candidate from others: its holes and their values, in order."""
+        return tuple(draw.key for draw in self.draws)
+
+    def fill(self, step: int, holes: Mapping[str, Hole]) -> dict[str, Any]:
+        """Values for holes of one step (counted from 0), by address; the recipe takes them over.
+
+        Holes are asked of the model that reaches the step, so call this when it is known.
+        """
+        values: dict[str, Any] = {}
+        for address, hole in holes.items():
+            # A hole may differ from one prefix to another; Optuna wants one distribution a name.
+            text = f"{type(hole).__name__} {canonical(hole.to_data())}"
+            name = f"{step}/{address}#{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+            self._search.tried.enter(self.point, hole.size)
+            values[address] = self._value(name, hole)
+            self.draws.append(Draw(name, hole, values[address]))
+        self.recipe = self.recipe.filled({step: values})
+        return values
+
+    def _value(self, name: str, hole: Hole) -> Any:
+        if self._first:
+            return hole.first
+        if self.proposal is None:
+            return random_value(self._search.random, hole, self._search.tried.values(self.point))
+        return suggest(self.proposal, name, hole)
+
+
+class Search:
+    """Proposes filled recipes and learns from their measurements.
+
+    A recipe with holes is filled by :meth:`ask`. One without is either a single candidate, or a
+    template whose holes the caller asks of the methods on the way and hands to
+    :meth:`Candidate.fill`; then :meth:`accept` tells whether the point is new.
+
+    Args:
+        recipe: The search space, or a template.
+        budget: The limits; those on other axes than the quality drop are the sampler's constraints.
+        baseline: The twin's measurement.
+        prefer: What is made small among the artifacts within budget.
+        confident: Hold the upper end of the drop's 95 % interval against its limit.
+        seed: The same seed and answers give the same candidates.
+        trials: Largest number of candidates.
+        deadline_s: Seconds from now after which no candidate is proposed.
+        storage: A journal to go on from; without one the search is forgotten with the process.
+        clock: Seconds, never going back.
+
+    Raises:
+        BudgetError: Fewer than one trial is asked for.
+        OutputError: Another process works on the journal, or it is damaged.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        budget: Budget,
+        *,
+        baseline: Measurement,
+        prefer: Preference = "balanced",
+        confident: bool = False,
+        seed: int = 0,
+        trials: int = 20,
+        deadline_s: float | None = None,
+        storage: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if trials < 1:
+            raise BudgetError(f"{trials} trials are none", fix="write --trials 1 or more")
+        self.recipe, self.budget, self.baseline = recipe, budget, baseline
+        self.prefer, self.confident, self.limit = prefer, confident, trials
+        self._clock = clock
+        self._deadline = math.inf if deadline_s is None else clock() + deadline_s
+        self.trials: list[Trial] = []
+        self.tried = Tried()
+        self._asked = 0
+        self._repeated = False
+        self._lock = None if storage is None else _hold(storage)
+        self._study = self._open(storage, seed)
+        known = self._take_up()
+        # A search that goes on must not draw again what it drew before.
+        self.random = random.Random(f"{seed}/{known}")
+        self._study.sampler = _sampler(self.random.randrange(2**32), trials, bool(self._excesses(baseline)))
+
+    def close(self) -> None:
+        """Let another process go on with the journal."""
+        if self._lock is not None:
+            self._lock.close()
+
+    @property
+    def ended(self) -> Ended | None:
+        """Why no further candidate will come; None: one will."""
+        if self.tried.exhausted:
+            return "exhausted"
+        if self._asked >= self.limit:
+            return "trials"
+        return "time" if self._asked and self._clock() >= self._deadline else None
+
+    def ask(self) -> Candidate | None:
+        """The next candidate; None when the search has ended."""
+        if self.ended:
+            return None
+        if not self.recipe.has_holes:
+            return self._candidate(explore=self._repeated)
+        for proposal in range(_PROPOSALS + 1):
+            candidate = self._candidate(explore=proposal == _PROPOSALS)
+            for step, holes in self.recipe.holes().items():
+                candidate.fill(step, holes)
+            if self.accept(candidate):
+                return candidate
+        return None
+
+    def accept(self, candidate: Candidate) -> bool:
+        """Whether a candidate that the caller filled is new; one that is not is dropped, so ask again."""
+        self._repeated = self.tried.has(candidate.point)
+        if self._repeated:
+            self._asked -= 1
+            if candidate.proposal is not None:
+                self._study.tell(candidate.proposal, state=TrialState.FAIL)
+        self.tried.finish(candidate.point)
+        return not self._repeated
+
+    def tell(
+        self,
+        candidate: Candidate,
+        outcome: Measurement | Failure,
+        *,
+        rejected: str | None = None,
+        seconds: float = 0.0,
+        sha256: str | None = None,
+    ) -> Trial:
+        """What became of a candidate.
+
+        Args:
+            candidate: From :meth:`ask`.
+            outcome: What was measured, or why nothing was.
+            rejected: Why it is no answer all the same (see :func:`rejection`).
+            seconds: How long it took.
+            sha256: Of the artifact.
+        """
+        seen = None if isinstance(outcome, Failure) else outcome
+        trial = Trial(
+            number=candidate.number,
+            recipe=candidate.recipe.to_dict(),
+            state="failed" if seen is None else "rejected" if rejected else "measured",
+            measurement=seen,
+            within_budget=None if seen is None else not violations(self.budget, seen, self.confident),
+            reason=outcome.reason if isinstance(outcome, Failure) else rejected or "",
+            seconds=seconds,
+            sha256=sha256,
+        )
+        self.trials.append(trial)
+        self.tried.finish(candidate.point)
+        self._record(candidate, trial)
+        return trial
+
+    def best(self) -> Verdict:
+        """The best of what was told so far."""
+        return choose(self.trials, self.baseline, self.budget, self.prefer, self.confident)
+
+    def pareto(self) -> list[Trial]:
+        """Measured trials that no other one beats on quality drop, bytes and latency at once."""
+        measured = [
+            (trial, trial.measurement)
+            for trial in self.trials
+            if trial.state == "measured" and trial.measurement is not None
+        ]
+        return [measured[index][0] for index in pareto_front([seen for _, seen in measured])]
+
+    # ---- Optuna's side
+
+    def _open(self, storage: Path | None, seed: int) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        space = [self.recipe.to_dict(), self.budget.model_dump(), self.prefer, self.confident, seed]
+        name = hashlib.sha256(canonical(space).encode()).hexdigest()[:16]
+        try:
+            journal = None if storage is None else JournalStorage(_backend(storage))
+            return optuna.create_study(
+                storage=journal,
+                study_name=name,
+                load_if_exists=True,
+                directions=["minimize", "minimize"],
+            )
+        except (ValueError, KeyError, TypeError) as error:  # lines that are no JSON, or none of Optuna's
+            self.close()
+            raise OutputError(f"the search's journal '{storage}' is damaged", fix="delete it") from error
+
+    def _take_up(self) -> int:
+        """What a journal knows: told trials are told again, begun ones given up. Their number."""
+        for frozen in self._study.trials:
+            if frozen.state == TrialState.WAITING:
+                self._study.tell(self._study.ask(), state=TrialState.FAIL)
+            elif frozen.state == TrialState.RUNNING:
+                self._study.tell(frozen.number, state=TrialState.FAIL)
+            if "trial" in frozen.user_attrs:
+                self.trials.append(Trial.model_validate_json(frozen.user_attrs["trial"]))
+                point: Point = ()
+                for name, size, value in frozen.user_attrs["draws"]:
+                    self.tried.enter(point, size)
+                    point = (*point, (name, value))
+                self.tried.finish(point)
+        self.trials.sort(key=lambda trial: trial.number)
+        self._asked = len(self.trials)
+        return len(self._study.trials)
+
+    def _candidate(self, explore: bool) -> Candidate:
+        first = self._asked == 0
+        proposal = None if first or explore else self._study.ask()
+        self._asked += 1
+        return Candidate(self, self._asked - 1, self.recipe, proposal, first)
+
+    def _record(self, candidate: Candidate, trial: Trial) -> None:
+        proposal = candidate.proposal
+        if proposal is None:  # a point of our own choice: Optuna learns of it now
+            self._study.enqueue_trial({draw.name: parameter(draw) for draw in candidate.draws})
+            proposal = self._study.ask()
+            for draw in candidate.draws:
+                suggest(proposal, draw.name, draw.hole)
+        draws = [(draw.name, draw.hole.size, canonical(draw.value)) for draw in candidate.draws]
+        proposal.set_user_attr("draws", draws)
+        proposal.set_user_attr("trial", trial.model_dump_json())
+        objectives = None if trial.measurement is None else self._objectives(trial.measurement)
+        if trial.measurement is None or objectives is None:
+            self._study.tell(proposal, state=TrialState.FAIL)
+            return
+        proposal.set_user_attr("excess", self._excesses(trial.measurement))
+        self._study.tell(proposal, objectives)
+
+    def _objectives(self, measurement: Measurement) -> tuple[float, float] | None:
+        """What is preferred against the quality drop (or, where that is preferred, bytes x latency)."""
+        order = score(measurement, self.prefer, self.baseline)
+        both = order[0], order[-1]
+        return both if all(math.isfinite(value) for value in both) else None
+
+    def _excesses(self, measurement: Measurement) -> list[float]:
+        """Relative excess over every limit that is no objective; 0 where it is kept.
+
+        The quality drop is always an objective, and guides the sampler sooner so than as a constraint.
+        """
+        broken = {item.axis: excess(item) for item in violations(self.budget, measurement, self.confident)}
+        limited = [axis for axis in AXES if axis != "quality_drop" and getattr(self.budget, axis) is not None]
+        return [min(broken.get(axis, 0.0), _WORST) for axis in limited]
+
+
+def _sampler(seed: int, trials: int, constrained: bool) -> optuna.samplers.BaseSampler:
+    with warnings.catch_warnings():
+        # Experimental before Optuna 5 and superseded in it, the function is what 4.2 to 5 have in common.
+        warnings.simplefilter("ignore")
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=min(10, max(4, trials // 4)),
+            multivariate=True,
+            warn_independent_sampling=False,  # holes that only some candidates have are drawn by themselves
+            constraints_func=_constraints if constrained else None,
+        )
+
+
+def _constraints(trial: optuna.trial.FrozenTrial) -> list[float]:
+    return list(trial.user_attrs["excess"])
+
+
+class _Held(JournalFileSymlinkLock):
+    """The process holds the whole journal (see :func:`_hold`), so single writes need no lock of their own.
+
+    Optuna's own lock would outlive a killed process and stop the next one for half a minute.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return None
+
+
+def _hold(path: Path) -> IO[bytes]:
+    """Lock the journal until it is closed or the process dies, and cut off a line torn by a kill."""
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OutputError(
+            f"another process is searching with the journal '{path}'", fix="wait until it has ended"
+        ) from error
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    return file
+
+
+def _backend(path: Path) -> JournalFileBackend:
+    return JournalFileBackend(str(path), lock_obj=_Held(str(path)))

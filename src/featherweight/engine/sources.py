@@ -1,0 +1,231 @@
+"""A model and its data, loaded together and checked against each other."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import logging
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featherweight.data import (
+    Data,
+    Examples,
+    check_inputs,
+    check_labels,
+    load_data,
+    random_data,
+    resolve_metric,
+)
+from featherweight.errors import DataError, LoadError
+from featherweight.exchange.load import InputSpec, load_model
+from featherweight.graph import trace
+from featherweight.model import Model
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a run starts from.
+
+    Attributes:
+        model: The original.
+        data: In the model's dtypes, with a metric.
+        notes: Warnings for the user.
+    """
+
+    model: Model
+    data: Data
+    notes: tuple[str, ...]
+
+
+def load_sources(
+    model: str,
+    *,
+    weights: str | None = None,
+    data: str | Data | None = None,
+    inputs: Sequence[str] = (),
+    metric: str | None = None,
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    seed: int = 0,
+    allow_pickle: bool = False,
+) -> Sources:
+    """Load both and see that they fit; without data, random inputs stand in.
+
+    Args:
+        model: See ``load_model``.
+        weights: For a callable's module.
+        data: See ``load_data``; or the data itself.
+        inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
+        metric: Name or ``path.py:callable``.
+        image_size: For a folder of images.
+        mean: For a folder of images.
+        std: For a folder of images.
+        seed: Of random inputs and random choices.
+        allow_pickle: Load pickled modules, which runs their code.
+
+    Raises:
+        LoadError: The model or its weights.
+        DataError: The data, or both together.
+    """
+    given: Data | None
+    if isinstance(data, str):
+        given = load_data(data, metric=metric, seed=seed, image_size=image_size, mean=mean, std=std)
+    else:
+        given = data if data is None or metric is None else data.evolve(metric=metric)
+        if (image_size, mean, std) != (None, None, None):
+            raise DataError("--image-size, --mean and --std are for a folder of images", fix="--data FOLDER")
+    if given is not None:
+        _check_same_inputs(given)
+    original = load_model(
+        model,
+        weights=weights,
+        inputs=[InputSpec.parse(text) for text in inputs] or None,
+        example_inputs=None if given is None else given.example_inputs(),
+        allow_pickle=allow_pickle,
+    )
+    _check_float32(original, model)
+    entry = original.entries["forward"]
+    shapes = [(tuple(value.shape[1:]), _dtype(value)) for value in entry.example_inputs]
+    checked = random_data(shapes, seed) if given is None else check_inputs(given, shapes)
+    if metric is not None and given is None:
+        checked = checked.evolve(metric=metric)
+    fitted = _with_metric(checked, _outputs(original, model))
+    return Sources(original, fitted, fitted.notes)
+
+
+def scoring_code(data: Data) -> str:
+    """Digest of the user's files that score outputs; '' without any. Edited, they must be run again."""
+    functions: list[Any] = [getattr(data.metric, "function", None), data.decode]
+    if type(data).score is not Data.score:
+        functions.append(type(data).score)
+    found = set()
+    for function in functions:
+        with suppress(TypeError, OSError):  # None, a built-in, or a class whose file is gone
+            found.add(
+                hashlib.sha256(Path(inspect.getfile(inspect.unwrap(function))).read_bytes()).hexdigest()
+            )
+    return ",".join(sorted(found))
+
+
+def _check_same_inputs(data: Data) -> None:
+    """Refuse examples of several shapes: which of them the model takes is not known yet."""
+    roles = {"x": data.scored, "x_train": data.train, "x_calibration": data.calibration_examples}
+    known = {
+        role: [source.shape for source in examples.inputs]
+        for role, examples in roles.items()
+        if isinstance(examples, Examples)
+    }
+    first = next(iter(known), "")
+    for role, shapes in known.items():
+        if shapes != known[first]:
+            one, other = (" and ".join(str(shape) for shape in known[name]) for name in (role, first))
+            raise DataError(
+                f"an example of {role} has shape {one}, and one of {first} has {other}",
+                fix="prepare both in the same way",
+            )
+
+
+def follow(model: Model) -> None:
+    """See that torch.export can follow the model, which everything that changes or lowers it needs.
+
+    Raises:
+        LoadError: It cannot; ``where`` is the user's own line.
+    """
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch.export logs and prints the graph that it could not follow
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            trace(model)
+    except LoadError as error:
+        error.where = error.where or _users_line(error.__cause__)
+        raise
+    finally:
+        logging.disable(level)
+
+
+def _users_line(cause: BaseException | None) -> str | None:
+    """'file:line: source' of the innermost frame that is neither an installed package's nor ours."""
+    if cause is None:
+        return None
+    paths = sysconfig.get_paths()
+    others = [_PACKAGE, *(Path(paths[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(other) for other in others):
+            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    return None
+
+
+def _check_float32(model: Model, name: str) -> None:
+    parameters = model.module.named_parameters()
+    odd = {name: value.dtype for name, value in parameters if value.dtype != torch.float32}
+    floats = {name: dtype for name, dtype in odd.items() if dtype.is_floating_point or dtype.is_complex}
+    for parameter, dtype in floats.items():
+        raise LoadError(
+            f"'{parameter}' of '{name}' is {str(dtype).removeprefix('torch.')}; methods and runtimes start "
+            "from float32",
+            fix="return the module in float32: module.float()",
+        )
+
+
+def _dtype(value: torch.Tensor) -> np.dtype[Any]:
+    return np.dtype(str(value.dtype).removeprefix("torch."))
+
+
+def _outputs(model: Model, name: str) -> tuple[np.ndarray, ...]:
+    """The original's flat outputs on its example inputs, one example more than those where the batch is open.
+
+    Raises:
+        LoadError: The network takes the size of its batch for a constant; it is measured with others.
+        DataError: The outputs are not finite.
+    """
+    entry = model.entries["forward"]
+    inputs = entry.example_inputs
+    if all(0 in entry.dynamic_axes.get(input_, {}) for input_ in entry.input_names):
+        inputs = tuple(torch.cat([value, value[:1]]) for value in inputs)
+    count = len(inputs[0]) if inputs[0].dim() else 1
+    try:
+        with torch.no_grad():
+            called = getattr(model.module, entry.method)(*entry.arguments(inputs))
+    except Exception as error:  # a user's network may raise anything
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise _fixed_batch(name, f"{type(error).__name__}: {first}") from error
+    outputs: list[torch.Tensor] = torch.utils._pytree.tree_leaves(called)
+    rows = [len(output) for output in outputs if output.dim()]
+    if count == 3 and 2 in rows:  # other numbers are told when they are scored
+        raise _fixed_batch(name, "it gives 2 rows")
+    if not all(bool(torch.isfinite(output).all()) for output in outputs):
+        raise DataError(
+            f"the outputs of '{name}' are NaN or infinite on the first examples",
+            fix="check its weights, and whether the inputs are scaled as in training",
+        )
+    return tuple(output.numpy() for output in outputs)
+
+
+def _fixed_batch(name: str, said: str) -> LoadError:
+    return LoadError(
+        f"'{name}' works on 2 examples and not on 3: {said}",
+        fix="let forward take the batch from its input, e.g. x.flatten(1) or x.reshape(len(x), -1)",
+    )
+
+
+def _with_metric(data: Data, outputs: tuple[np.ndarray, ...]) -> Data:
+    """The data with a metric that suits the outputs, and labels that suit their classes."""
+    if not data.has_metric:
+        data = data.evolve(metric=resolve_metric(data, outputs))
+    if data.metric.classes and outputs[0].ndim >= 2:
+        check_labels(data, outputs[0].shape[1])
+    return data

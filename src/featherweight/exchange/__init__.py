@@ -1,0 +1,1 @@
+"""In and out of ``nn.Module``: models are loaded here, and exported."""

@@ -1,0 +1,138 @@
+"""Compares an import with ONNX Runtime (graph optimization off) and finds the first node that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import torch
+from torch import Tensor
+
+from featherweight.errors import LoadError
+from featherweight.exchange.onnx_in.module import Imported
+from featherweight.exchange.onnx_in.read import Source
+from featherweight.plugins import find_runtime
+
+TOLERANCE = 1e-4  # of the largest value; float32 sums in another order stay far below
+_INSPECTED = 1 << 28  # bytes of a file that is run a second time with all its values as outputs
+
+
+def require_onnxruntime() -> None:
+    """Raise the error that tells how to install it, unless it is there.
+
+    Raises:
+        MissingRuntime: It cannot be imported.
+    """
+    find_runtime("onnxruntime").require()
+
+
+def check_import(
+    module: Imported, source: Source, content: bytes, path: str | None, inputs: Sequence[Tensor]
+) -> None:
+    """Run both on the same inputs.
+
+    Args:
+        module: The import.
+        source: What it was made of.
+        content: The model's bytes, without its external data.
+        path: The file on disk, where its external data are found; None: there are none.
+        inputs: One tensor per input.
+
+    Raises:
+        LoadError: ONNX Runtime refuses the file, or the results differ: names operator and node.
+    """
+    outside = path is not None and _is_external(source.proto)
+    expected = _run(path if path is not None and outside else content, source, inputs)
+    with torch.no_grad():
+        result = module(*inputs)
+    found = [item.numpy() for item in (result if isinstance(result, tuple) else (result,))]
+    for name, ours, theirs in zip(source.outputs, found, expected, strict=True):
+        if difference(ours, theirs) <= TOLERANCE:
+            continue
+        where = _first_difference(module, source, inputs)
+        raise LoadError(
+            f"the import of '{source.name}' computes something else than ONNX Runtime: "
+            f"output '{name}' is off by {_told(ours, theirs)}",
+            where=where or "no single node: the error grows over several",
+            fix="report the operator; meanwhile export with another opset, or give path.py:callable",
+        )
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest deviation over the largest value; NaN and infinities must be in the same places."""
+    if ours.shape != theirs.shape or ours.dtype.kind != theirs.dtype.kind:
+        return float("inf")
+    if theirs.size == 0:
+        return 0.0
+    if theirs.dtype.kind != "f":
+        return 0.0 if np.array_equal(ours, theirs) else float("inf")
+    finite = np.isfinite(theirs)
+    if not np.array_equal(np.where(finite, 0, ours), np.where(finite, 0, theirs), equal_nan=True):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    a, b = ours[finite].astype(np.float64), theirs[finite].astype(np.float64)
+    return float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-6))
+
+
+def _told(ours: np.ndarray, theirs: np.ndarray) -> str:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return f"its form ({ours.dtype} {ours.shape}, not {theirs.dtype} {theirs.shape})"
+    return f"{difference(ours, theirs):.2g} of its largest value"
+
+
+def _run(model: str | bytes, source: Source, inputs: Sequence[Tensor]) -> list[np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        feed = {item.name: value.numpy() for item, value in zip(source.inputs, inputs, strict=True)}
+        return [np.asarray(item) for item in session.run(None, feed)]
+    except Exception as error:  # onnxruntime raises its own kinds, which have no common base
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoadError(
+            f"ONNX Runtime cannot run '{source.name}': {first[:300]}",
+            fix="give inputs of the shape that it takes (--input), or export it again",
+        ) from error
+
+
+def _first_difference(module: Imported, source: Source, inputs: Sequence[Tensor]) -> str | None:
+    """Operator and name of the first node whose value differs while all before it agree."""
+    if source.proto.ByteSize() + sum(array.nbytes for array in source.constants.values()) > _INSPECTED:
+        return None
+    model = onnx.ModelProto()
+    model.CopyFrom(source.proto)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in source.constants.items()
+    )
+    values: dict[str, Any] = {item.name: value for item, value in zip(source.inputs, inputs, strict=True)}
+    with torch.no_grad():
+        for step in module.steps:
+            module.run(step, values)
+    made = [
+        name for step in module.steps for name in step.outputs if name and isinstance(values[name], Tensor)
+    ]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
+    try:
+        expected = dict(zip(made, _run(model.SerializeToString(), source, inputs), strict=True))
+    except LoadError:
+        return None
+    for step in module.steps:
+        for name in step.outputs:
+            if name in expected and difference(values[name].numpy(), expected[name]) > TOLERANCE:
+                return (
+                    f"node '{step.name}' (operator {step.op}): {_told(values[name].numpy(), expected[name])}"
+                )
+    return None
+
+
+def _is_external(model: onnx.ModelProto) -> bool:
+    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer)

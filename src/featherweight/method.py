@@ -1,0 +1,111 @@
+"""A method changes a model: ``apply(model, context) -> model``. An instance is one step of a recipe."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel
+
+from featherweight.formats import TensorFormat
+from featherweight.model import Model
+from featherweight.recipe import Hole, Where
+from featherweight.runtime import Role, Target
+
+if TYPE_CHECKING:
+    from featherweight.data import Data
+
+T = TypeVar("T")
+Kind = Literal["structure", "format", "values"]
+Need = Literal["calibration", "training"]
+
+
+class Supports(Protocol):
+    """What the target's runtime can do, as methods may ask it."""
+
+    @property
+    def float_outputs(self) -> frozenset[str]:
+        """Operators whose integer kernels can return float values."""
+        ...
+
+    def __call__(self, op: str, weight: TensorFormat | None, activation: TensorFormat | None) -> bool:
+        """Whether the operator runs in these formats."""
+        ...
+
+    def realise(self, fmt: TensorFormat, role: Role) -> TensorFormat:
+        """The grid that will be stored; TargetError where there is none."""
+        ...
+
+
+class Progress(Protocol):
+    """Where long work says how far it is."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items while a bar with an ETA grows."""
+        ...
+
+    def note(self, message: str) -> None:
+        """One line for the user, e.g. a warning."""
+        ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        yield from items
+
+    def note(self, message: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step may use besides the model.
+
+    Attributes:
+        models: 'original' and whatever else a recipe names (a teacher, tasks to merge).
+        data: Calibration and training examples; the scored ones are not for methods.
+        target: Where the artifact will run.
+        supports: What the target's runtime can do.
+        device: Where torch computes.
+        seed: The only source of randomness.
+        progress: Where long work says how far it is.
+    """
+
+    models: Mapping[str, Model]
+    data: Data
+    target: Target
+    supports: Supports
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    progress: Progress = field(default_factory=Silent)
+
+
+class Method(BaseModel, frozen=True, extra="forbid"):
+    """Base of every method; its fields are the parameters of a recipe's step.
+
+    Attributes:
+        kind: ``structure`` changes layers, ``format`` how tensors are stored, ``values`` their values.
+            No structure step may follow a format step.
+        needs: Which examples it cannot do without.
+        where: Which layers it may touch.
+    """
+
+    kind: ClassVar[Kind]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    where: Where = Where()
+
+    @abstractmethod
+    def apply(self, model: Model, context: Context) -> Model:
+        """The changed model; the input is untouched."""
+        raise NotImplementedError
+
+    @classmethod
+    def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
+        """Parameters that a search may vary on this model, with their choices or ranges."""
+        return {}

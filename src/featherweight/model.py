@@ -1,0 +1,141 @@
+"""The only thing that methods receive and return: a plain module and data beside it.
+
+``Model = module + formats``. The module stays eager, float and trainable; how a
+tensor will be stored is in ``formats``; what structure steps did is in ``edits``,
+as data, so that the original module, the edits and a safetensors file rebuild it
+without pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from featherweight.formats import TensorFormat
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to call the module.
+
+    Attributes:
+        example_inputs: Flat tensors of one call; nested inputs are flattened by ``tree``.
+        input_names: One per example input.
+        output_names: One per flat output.
+        dynamic_axes: Input name -> {axis: symbol}; the batch is usually ``{0: "batch"}``.
+        method: The module's method to call.
+        tree: How flat inputs become the call's positional arguments; None: as they are.
+    """
+
+    example_inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    method: str = "forward"
+    tree: pytree.TreeSpec | None = None
+
+    def arguments(self, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The positional arguments of a call with these flat inputs."""
+        return inputs if self.tree is None else tuple(pytree.tree_unflatten(list(inputs), self.tree))
+
+
+@dataclass(frozen=True)
+class Remove:
+    """The layer at ``path`` became ``nn.Identity``."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class SetAttr:
+    """An attribute of the layer at ``path`` was set to a JSON value, or to a new parameter.
+
+    ``shape`` given: a float32 parameter of that shape, whose values are in the weights file.
+    """
+
+    path: str
+    name: str
+    value: Any = None
+    shape: tuple[int, ...] | None = None
+
+
+Edit = Remove | SetAttr
+
+
+def make_edit(module: nn.Module, edit: Edit) -> None:
+    """Carry one edit out on a module, in place."""
+    if isinstance(edit, Remove):
+        parent, _, child = edit.path.rpartition(".")
+        setattr(module.get_submodule(parent), child, nn.Identity())
+        return
+    layer = module.get_submodule(edit.path)
+    if edit.shape is None:
+        setattr(layer, edit.name, edit.value)
+    else:
+        layer.register_parameter(edit.name, nn.Parameter(torch.zeros(edit.shape)))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A module, how it is called, how its tensors will be stored, and how it was made.
+
+    Attributes:
+        module: Plain, eager, float, trainable; never wrapped.
+        entries: ``forward`` by default; encoder, decoder step, one per task.
+        formats: By parameter name, or by name of a traced value; applied left to right.
+        edits: What structure steps did, oldest first.
+        key: Content hash of how the model was made; the store's address.
+        traced: What was derived from the module already (see ``graph.trace``); goes with the module.
+    """
+
+    module: nn.Module
+    entries: Mapping[str, Entry]
+    formats: Mapping[str, tuple[TensorFormat, ...]] = field(default_factory=dict)
+    edits: tuple[Edit, ...] = ()
+    key: str = ""
+    traced: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def evolve(
+        self,
+        *,
+        module: nn.Module | None = None,
+        formats: Mapping[str, tuple[TensorFormat, ...]] | None = None,
+        edits: tuple[Edit, ...] = (),
+        key: str | None = None,
+    ) -> Model:
+        """A changed copy. ``edits`` are appended; nothing of this model changes.
+
+        What changed is no longer what the key is of: without a new one the copy has none.
+        """
+        changed = module is not None or formats is not None or bool(edits)
+        return replace(
+            self,
+            module=self.module if module is None else module,
+            formats=self.formats if formats is None else dict(formats),
+            edits=self.edits + edits,
+            key=key if key is not None else "" if changed else self.key,
+            traced=self.traced if module is None else {},
+        )
+
+    def copy_module(self) -> nn.Module:
+        """A deep copy to edit."""
+        return copy.deepcopy(self.module)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Parameters by their first name (a tied one appears once)."""
+        return dict(self.module.named_parameters())
+
+    def rebuild(self, edits: tuple[Edit, ...], tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The module that these edits and tensors make of this (original) model."""
+        module = self.copy_module()
+        for edit in edits:
+            make_edit(module, edit)
+        module.load_state_dict(dict(tensors), strict=True)
+        return module

@@ -1,0 +1,230 @@
+"""What was asked, what was seen, what is handed back: the classes behind ``result.json`` (schema 1).
+
+docs/result.md describes every field; these models validate the file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from featherweight.errors import BudgetError
+
+Axis = Literal["quality_drop", "bytes", "latency_s", "memory_bytes"]
+Preference = Literal["balanced", "latency", "bytes", "quality"]
+AXES: tuple[Axis, ...] = ("quality_drop", "bytes", "latency_s", "memory_bytes")
+
+_SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_QUANTITY = re.compile(r"^\s*([+-]?[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-zA-Z%]*)\s*$")
+
+
+def _quantity(text: str, what: str, units: dict[str, float], example: str) -> float:
+    match = _QUANTITY.match(text)
+    known = ", ".join(units)
+    if match is None:
+        raise BudgetError(f"{what} '{text}' is not a number with a unit", fix=f"write for example {example}")
+    number, unit = float(match[1]), match[2].lower()
+    if unit not in units:
+        said = f"has the unknown unit '{match[2]}'" if unit else "has no unit"
+        raise BudgetError(f"{what} '{text}' {said}", fix=f"use one of {known}, for example {example}")
+    if number < 0 or not math.isfinite(number):
+        said = "negative" if number < 0 else "too large"
+        raise BudgetError(f"{what} '{text}' is {said}", fix=f"write for example {example}")
+    return number * units[unit]
+
+
+def parse_size(text: str, what: str = "size") -> int:
+    """Bytes of '300KB' (1000) or '300KiB' (1024)."""
+    return round(_quantity(text, what, dict(_SIZES), "300KB"))
+
+
+def parse_time(text: str, what: str = "time") -> float:
+    """Seconds of '5ms', '10m'."""
+    return _quantity(text, what, _TIMES, "5ms")
+
+
+def parse_drop(text: str, what: str = "drop") -> float:
+    """A fraction of '0.5%' (0.005) or '0.005'."""
+    return _quantity(text, what, {"%": 0.01, "": 1.0}, "0.5%")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Budget(_Record):
+    """Limits; None where there is none.
+
+    Attributes:
+        quality_drop: Largest drop against the original, absolute for scores in 0..1, else a
+            fraction of the original's score.
+        bytes: Largest sum of the files that the runtime loads.
+        latency_s: Largest median latency, seconds.
+        memory_bytes: Largest peak resident memory above the imported runtime's.
+    """
+
+    quality_drop: float | None = None
+    bytes: int | None = None
+    latency_s: float | None = None
+    memory_bytes: int | None = None
+
+
+class Flips(_Record):
+    """Predictions that compression changed: right to wrong, and wrong to right."""
+
+    lost: int
+    won: int
+
+
+class WorstClass(_Record):
+    """The class that lost most."""
+
+    label: str
+    drop: float
+
+
+class ClassChange(_Record):
+    """One class before and after."""
+
+    label: str
+    examples: int
+    before: float
+    after: float
+
+
+class Latency(_Record):
+    """Seconds of one call."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+class Measurement(_Record):
+    """What was seen of one artifact through its runtime; None where nothing measured it."""
+
+    quality: float | None = None
+    quality_drop: float | None = None
+    quality_drop_ci95: tuple[float, float] | None = None
+    agreement: float | None = None
+    sqnr_db: float | None = None
+    flips: Flips | None = None
+    worst_class: WorstClass | None = None
+    bytes: int | None = None
+    packed_bytes: int | None = None
+    latency_s: Latency | None = None
+    latency_ratio: float | None = None
+    latency_ratio_ci95: tuple[float, float] | None = None
+    resolved: bool | None = None
+    throughput: float | None = None
+    peak_rss_bytes: int | None = None
+    memory_bytes: int | None = None
+    energy_j: float | None = None
+    macs: int | None = None
+    params: int | None = None
+
+    def value(self, axis: Axis) -> float | None:
+        """The figure that a limit on this axis is held against."""
+        if axis == "latency_s":
+            return None if self.latency_s is None else self.latency_s.median
+        return getattr(self, axis)  # type: ignore[no-any-return]
+
+
+class Chosen(Measurement):
+    """The measurement of what is handed back, and which file it is."""
+
+    artifact: str
+    runtime: str
+    sha256: str
+
+
+class Violation(_Record):
+    """A limit that is not kept: by how much."""
+
+    axis: Axis
+    limit: float
+    value: float | None
+    reason: str
+
+
+class Relaxation(_Record):
+    """The cheapest single limit to move so that a measured artifact would do."""
+
+    axis: Axis
+    limit: float
+    trial: int
+    text: str
+
+
+class Trial(_Record):
+    """One recipe that was tried."""
+
+    number: int
+    recipe: dict[str, Any]
+    state: Literal["measured", "rejected", "failed"]
+    measurement: Measurement | None = None
+    within_budget: bool | None = None
+    chosen: bool = False
+    reason: str = ""
+    seconds: float = 0.0
+    sha256: str | None = None
+
+
+class LayerRow(_Record):
+    """One layer before and after, for the report."""
+
+    name: str
+    type: str
+    macs: int
+    params: int
+    bytes_before: int
+    bytes_after: int
+    stored: str
+    sqnr_db: float | None = None
+
+
+class Environment(_Record):
+    """Where it was measured."""
+
+    cpu: str
+    isa: str
+    flags: list[str]
+    cores: int
+    threads: int
+    memory_bytes: int
+    platform: str
+    python: str
+    versions: dict[str, str]
+
+
+class Result(_Record):
+    """Everything that ``fit`` hands back; ``result.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    met: bool
+    met_confident: bool
+    budget: Budget
+    prefer: Preference = "balanced"
+    metric: str
+    baseline: Measurement
+    chosen: Chosen
+    blocking: list[Violation] = []
+    relaxation: Relaxation | None = None
+    recipe: dict[str, Any]
+    trials: list[Trial]
+    environment: Environment
+    warnings: list[str] = []
+    layers: list[LayerRow] = []
+    classes: list[ClassChange] = []
+    examples: dict[str, Any] = {}
+    run: str = ""
+
+    def to_json(self) -> str:
+        """The text of ``result.json``."""
+        return self.model_dump_json(indent=2, by_alias=True) + "\n"

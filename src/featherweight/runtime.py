@@ -1,0 +1,225 @@
+"""A runtime turns a model into files and opens them again; a target says where and how they run.
+
+This file, ``errors.py`` and each file under ``runtimes/`` import neither torch nor
+a runtime's SDK at their top, so that a measuring process is as small as the
+application that will ship.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from featherweight.errors import MissingRuntime
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from featherweight.formats import TensorFormat
+    from featherweight.model import Model
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+Role = Literal["weight", "activation"]
+Isa = Literal["avx2", "avx512", "vnni", "armv8", "armv8.2-dotprod", "generic"]
+
+ISAS: tuple[str, ...] = ("avx2", "avx512", "vnni", "armv8", "armv8.2-dotprod", "generic")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and how an artifact runs.
+
+    Attributes:
+        runtime: Name of a file under ``runtimes/`` or of an entry point.
+        isa: Instruction set that decides integer ranges; '' is this machine's.
+        threads: Cores that the runtime may use, enforced by affinity.
+        device: 'local'.
+        options: The runtime's own settings, recorded with the artifact.
+    """
+
+    runtime: str = "onnxruntime"
+    isa: str = ""
+    threads: int = 1
+    device: str = "local"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self) -> Target:
+        """The same target with this machine's instruction set filled in."""
+        return self if self.isa else replace(self, isa=host_isa())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "runtime": self.runtime,
+            "isa": self.isa,
+            "threads": self.threads,
+            "device": self.device,
+            "options": dict(self.options),
+        }
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Files that a runtime loads.
+
+    Attributes:
+        runtime: Who loads them.
+        folder: Where they lie.
+        files: Every file that is loaded, relative to ``folder``.
+        entries: Entry name -> the file that holds it.
+        details: What lowering decided, by layer or tensor, for the report.
+    """
+
+    runtime: str
+    folder: Path
+    files: tuple[str, ...]
+    entries: Mapping[str, str]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of every file that the runtime loads."""
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file; of several: over names and digests, in the order of their names."""
+        if len(self.files) == 1:
+            return hashlib.sha256((self.folder / self.files[0]).read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for name in sorted(self.files):
+            digest.update(name.encode() + b"\0")
+            digest.update(hashlib.sha256((self.folder / name).read_bytes()).digest())
+        return digest.hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the folder, which moves."""
+        return {
+            "runtime": self.runtime,
+            "files": list(self.files),
+            "entries": dict(self.entries),
+            "details": dict(self.details),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], folder: Path) -> Artifact:
+        return cls(data["runtime"], folder, tuple(data["files"]), data["entries"], data["details"])
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a runtime really stores one tensor, read back from the artifact."""
+
+    name: str
+    dtype: str
+    bytes: int
+
+
+class Session(Protocol):
+    """An opened artifact. Takes and returns the original's dtypes; hides integer inputs and outputs."""
+
+    def __call__(self, *inputs: np.ndarray, entry: str = "forward") -> tuple[np.ndarray, ...]: ...
+
+
+class Runtime(ABC):
+    """One runtime: what it stores, how a model becomes its files, how they are opened.
+
+    Class attributes:
+        extra: The pip extra that an error message names.
+        packages: Distributions whose versions are recorded; the first one must be installed.
+        module: The import that must be there.
+        float_outputs: Operators whose integer kernels can return float values.
+    """
+
+    extra: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    module: ClassVar[str]
+    float_outputs: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    @classmethod
+    def installed(cls) -> bool:
+        return importlib.util.find_spec(cls.module) is not None
+
+    def require(self) -> None:
+        """Raise the error that tells how to install this runtime, unless it is there.
+
+        Raises:
+            MissingRuntime: Its package cannot be imported.
+        """
+        if not self.installed():
+            raise MissingRuntime(
+                f"runtime '{self.name}' is not installed: there is no package '{self.module}'",
+                fix=f'pip install "featherweight[{self.extra}]"',
+            )
+
+    def version(self) -> str:
+        """Versions of its packages, e.g. 'onnxruntime 1.31.1'."""
+        return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.packages)
+
+    @abstractmethod
+    def supports(
+        self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
+    ) -> bool:
+        """Whether the operator really runs in these formats here, faster or smaller for it."""
+
+    @abstractmethod
+    def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
+        """The exact grid that will be stored.
+
+        Raises:
+            TargetError: The runtime cannot store this format; says what it can.
+        """
+
+    @abstractmethod
+    def lower(self, model: Model, target: Target, out: Path) -> Artifact:
+        """Write the files of a model into the existing folder ``out``.
+
+        Raises:
+            TargetError: An operator or format cannot be stored.
+        """
+
+    @abstractmethod
+    def open(self, artifact: Artifact, target: Target) -> Session:
+        """Load the files; runs in the measuring process, so only the runtime torch may need torch."""
+
+    @abstractmethod
+    def stored(self, artifact: Artifact) -> Mapping[str, Stored]:
+        """What the files hold, by parameter name: dtype and bytes, read back from them."""
+
+
+def host_isa() -> str:
+    """The instruction set of this machine, as far as integer kernels care."""
+    machine = platform.machine().lower()
+    flags = cpu_flags()
+    if machine in ("x86_64", "amd64"):
+        if "avx512_vnni" in flags or "avx_vnni" in flags:
+            return "vnni"
+        if "avx512bw" in flags:
+            return "avx512"
+        return "avx2" if "avx2" in flags else "generic"
+    if machine in ("aarch64", "arm64"):
+        return "armv8.2-dotprod" if "asimddp" in flags else "armv8"
+    return "generic"
+
+
+def cpu_flags() -> frozenset[str]:
+    """Feature flags that the kernel reports; empty where it reports none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()

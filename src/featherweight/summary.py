@@ -1,0 +1,254 @@
+"""What a result says, in rows of before and after and in sentences, wherever it is told."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from featherweight import figures
+from featherweight.figures import MISSING, Scale, on_axis, quotient, scale_of, size
+from featherweight.outcome import AXES, Axis, Measurement, Result, Trial
+
+_FACTORS = {
+    "balanced": "product of latency ratio and size ratio",
+    "latency": "latency ratio",
+    "bytes": "size ratio",
+    "quality": "quality drop",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure before and after.
+
+    Attributes:
+        label: What it is.
+        before: Of the original, through the same runtime.
+        after: Of the artifact.
+        change: One against the other.
+    """
+
+    label: str
+    before: str
+    after: str
+    change: str = MISSING
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything measured it."""
+        return (self.before, self.after) != (MISSING, MISSING)
+
+
+def before_after(result: Result) -> list[Row]:
+    """Every figure of the baseline and of what was chosen, in the order in which they matter."""
+    old, new, scale = result.baseline, result.chosen, scale_of(result)
+    drop = scale.change(new.quality_drop)
+    if new.quality_drop_ci95 is not None:
+        drop += f" {scale.interval(new.quality_drop_ci95)}"
+    return [
+        Row(f"Quality ({result.metric})", scale.score(old.quality), scale.score(new.quality), drop),
+        Row("Agreement with the original", MISSING, figures.percent(new.agreement)),
+        Row("SQNR of the outputs", MISSING, figures.decibel(new.sqnr_db)),
+        Row("Flipped predictions", MISSING, figures.flips(new)),
+        _worst_class(new),
+        _compared("Size", size, old.bytes, new.bytes),
+        _compared("Download size", size, old.packed_bytes, new.packed_bytes),
+        Row(
+            "Latency (median, quartiles)",
+            figures.latency(old.latency_s),
+            figures.latency(new.latency_s),
+            _latency_change(new),
+        ),
+        _compared("Throughput", figures.rate, old.throughput, new.throughput),
+        _compared("Memory above the runtime", size, old.memory_bytes, new.memory_bytes),
+        _compared("Memory of the process (peak)", size, old.peak_rss_bytes, new.peak_rss_bytes),
+        _compared("Energy of a call", figures.joules, old.energy_j, new.energy_j),
+        _compared("MACs", figures.count, old.macs, new.macs),
+        _compared("Parameters", figures.count, old.params, new.params),
+    ]
+
+
+def _compared(
+    label: str, write: Callable[[float | None], str], before: float | None, after: float | None
+) -> Row:
+    return Row(label, write(before), write(after), _ratio(after, before))
+
+
+def _worst_class(new: Measurement) -> Row:
+    worst = new.worst_class
+    if worst is None:
+        return Row("Worst class", MISSING, MISSING)
+    return Row("Worst class", MISSING, worst.label, Scale(True).change(worst.drop))
+
+
+def terminal_table(result: Result) -> list[tuple[str, str, str, str]]:
+    """Rows of (label, before, after, change) for the command line: the figures that were measured."""
+    return [(row.label, row.before, row.after, row.change) for row in before_after(result) if row.seen]
+
+
+def _ratio(after: float | None, before: float | None) -> str:
+    return figures.ratio(quotient(after, before))
+
+
+def _latency_change(new: Measurement) -> str:
+    text = figures.ratio(new.latency_ratio)
+    if new.latency_ratio_ci95 is not None:
+        text += f" {figures.interval(new.latency_ratio_ci95)}"
+    return f"{text}, unresolved" if new.resolved is False else text
+
+
+def explain(result: Result) -> list[str]:
+    """What came out and why this artifact was chosen, in sentences."""
+    return [verdict(result), *gains(result), *blockers(result), *doubts(result), *choice(result)]
+
+
+def verdict(result: Result) -> str:
+    """One sentence: met, met with confidence, not met."""
+    return ": ".join(verdict_parts(result)) + "."
+
+
+def verdict_parts(result: Result) -> tuple[str, str]:
+    """The verdict in a word or three, and what it means."""
+    if not result.met:
+        if result.blocking and not broken_axes(result):
+            return "Not met", "the best artifact so far is worse than the original where it counts"
+        return "Not met", "the best artifact so far does not keep every limit"
+    if all(getattr(result.budget, axis) is None for axis in AXES):
+        return "Met", "nothing was limited"
+    if result.budget.quality_drop is None:
+        return "Met", "the measured artifact keeps every limit"
+    if result.met_confident:
+        return (
+            "Met with confidence",
+            "the measured artifact keeps every limit, even at the far end of its drop's 95% interval",
+        )
+    return "Met", "the measured artifact keeps every limit, its quality by the point estimate"
+
+
+def broken_axes(result: Result) -> set[Axis]:
+    """Axes whose limit blocks; a violation may also hold the artifact against the original."""
+    return {item.axis for item in result.blocking if item.limit == getattr(result.budget, item.axis)}
+
+
+def gains(result: Result) -> list[str]:
+    """What the artifact is against the original."""
+    new = result.chosen
+    smaller = figures.gain(quotient(new.bytes, result.baseline.bytes), "smaller", "larger")
+    faster = figures.gain(new.latency_ratio, "faster", "slower")
+    parts = [part for part in (smaller, faster) if part != MISSING]
+    if not parts:
+        return []
+    sentence = f"Measured through {new.runtime}, the artifact is {' and '.join(parts)} than the original"
+    if new.quality_drop is not None:
+        change = scale_of(result).change(new.quality_drop).replace("no change", "unchanged")
+        sentence += f"; its {result.metric} is {change}"
+    return [f"{sentence}."]
+
+
+def blockers(result: Result) -> list[str]:
+    """The limits that are not kept, then the cheapest one to move."""
+    scale, sentences = scale_of(result), []
+    for broken in result.blocking:
+        name, reason = figures.AXIS_NAMES[broken.axis].capitalize(), broken.reason.rstrip(".")
+        if broken.limit != getattr(result.budget, broken.axis):  # held against the original, not a limit
+            sentences.append(f"{name} blocks: {reason}.")
+            continue
+        value = f"{on_axis(broken.axis, broken.value, scale)}, " if broken.value is not None else ""
+        limit = on_axis(broken.axis, broken.limit, scale)
+        sentences.append(f"{name} blocks: {value}{reason or 'above the limit'}; the limit is {limit}.")
+    if result.relaxation is not None:
+        sentences.append(
+            f"Cheapest relaxation: {result.relaxation.text.rstrip('.')} (trial {result.relaxation.trial})."
+        )
+    return sentences
+
+
+def doubts(result: Result) -> list[str]:
+    """Where the measurement itself leaves a question open."""
+    new, scale, sentences = result.chosen, scale_of(result), []
+    if new.runtime == "torch":
+        sentences.append(
+            "The torch runtime simulates the formats: quality is what they do to the model, "
+            "size and latency are those of float PyTorch."
+        )
+    if new.resolved is False:
+        sentences.append(
+            "The latency is unresolved: its ratio's 95% interval stayed too wide, "
+            "so it cannot satisfy a latency limit."
+        )
+    limit, drop, bounds = result.budget.quality_drop, new.quality_drop, new.quality_drop_ci95
+    if limit is None or drop is None or bounds is None or not drop <= limit < bounds[1]:
+        return sentences
+    sentence = (
+        f"The drop's 95% interval ends at {scale.drop(bounds[1])}, above the limit of {scale.drop(limit)}"
+    )
+    scored = result.examples.get("reporting") or result.examples.get("scored")
+    if isinstance(scored, int) and limit > drop:
+        # The interval's width falls with the square root of the number of examples.
+        needed = math.ceil(scored * ((bounds[1] - drop) / (limit - drop)) ** 2)
+        sentence += (
+            f"; some {needed:,} scored examples instead of {scored:,} would settle it if the drop stays"
+        )
+    return [*sentences, f"{sentence}."]
+
+
+def choice(result: Result) -> list[str]:
+    """How the chosen trial was found: how many were tried, how many fit, which score decided."""
+    trials = result.trials
+    chosen = next((trial for trial in trials if trial.chosen), None)
+    if not trials:
+        return []
+    states = Counter(trial.state for trial in trials)
+    within = [trial for trial in trials if trial.within_budget and trial.state == "measured"]
+    if len(trials) == 1:
+        sentences = ["One recipe was tried."]
+    else:
+        kinds = ", ".join(
+            f"{states[state]} {state}" for state in ("measured", "rejected", "failed") if states[state]
+        )
+        keep = f"{len(within)} of them keep{'s' if len(within) == 1 else ''} every limit"
+        sentences = [
+            f"{len(trials)} recipes were tried: {kinds}; {keep if within else 'none keeps every limit'}."
+        ]
+    if chosen is None or chosen.measurement is None:
+        return sentences
+    own = _score(result, chosen)
+    if own is None:
+        return [*sentences, f"Trial {chosen.number} was chosen."]
+    rivals = [
+        (score, trial.number)
+        for trial in (within or trials)
+        if trial is not chosen and trial.state == "measured" and (score := _score(result, trial)) is not None
+    ]
+    reason = f"its {_FACTORS[result.prefer]} is {_written(result, own)}"
+    if chosen.measurement.quality_drop != result.chosen.quality_drop:
+        sentences.append(
+            "Trials are compared on one half of the examples; the other half gives the figures above."
+        )
+    if not result.met:
+        return [*sentences, f"Trial {chosen.number} is the best so far: {reason}."]
+    if rivals and own <= min(rivals)[0]:
+        best, number = min(rivals)
+        reason += f", the smallest among them; trial {number} is next with {_written(result, best)}"
+    return [*sentences, f"Trial {chosen.number} was chosen: {reason}."]
+
+
+def _score(result: Result, trial: Trial) -> float | None:
+    """What the search minimises among the artifacts within the budget."""
+    seen = trial.measurement
+    if seen is None:
+        return None
+    if result.prefer == "quality":
+        return seen.quality_drop
+    smaller = quotient(seen.bytes, result.baseline.bytes)
+    if result.prefer == "bytes":
+        return smaller
+    if result.prefer == "latency":
+        return seen.latency_ratio
+    return None if smaller is None or seen.latency_ratio is None else smaller * seen.latency_ratio
+
+
+def _written(result: Result, score: float) -> str:
+    return scale_of(result).drop(score) if result.prefer == "quality" else f"{score:.3f}"

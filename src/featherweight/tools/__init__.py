@@ -1,0 +1,1 @@
+"""What a method's author may use: costs, simulation."""

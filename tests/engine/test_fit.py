@@ -1,0 +1,335 @@
+"""What a fit chooses, reports and survives, on figures that are given instead of measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from featherweight.engine import fit as fit_module
+from featherweight.engine.evaluate import Scales, Weighed
+from featherweight.engine.fit import Fit, Question
+from featherweight.engine.run import Run
+from featherweight.engine.template import template
+from featherweight.errors import (
+    DataError,
+    LoadError,
+    MachineError,
+    RecipeError,
+    RunnerError,
+    TargetError,
+)
+from featherweight.method import Method, Silent
+from featherweight.outcome import Budget, Environment, Latency, Measurement
+from featherweight.recipe import Choice, Recipe
+
+RANGES = ("mse", "percentile", "minmax")
+ENVIRONMENT = Environment(
+    cpu="c", isa="vnni", flags=[], cores=2, threads=1, memory_bytes=1, platform="p", python="3", versions={}
+)
+TWIN = Measurement(quality=0.9, quality_drop=0.0, bytes=1000, latency_s=Latency(median=1.0, q1=1, q3=1))
+OPEN = Recipe.parse("version: 1\nsteps:\n  - quantize: {range: {choice: [mse, percentile, minmax]}}\n")
+FILLED = Recipe.parse("version: 1\nsteps:\n  - quantize: {range: mse}\n")
+
+
+def seen(drop: float = 0.0, size: int = 300, ratio: float = 0.5, resolved: bool = True) -> Measurement:
+    return Measurement(
+        quality=0.9 - drop,
+        quality_drop=drop,
+        quality_drop_ci95=(drop - 0.01, drop + 0.01),
+        bytes=size,
+        latency_s=Latency(median=ratio, q1=ratio, q3=ratio),
+        latency_ratio=ratio,
+        latency_ratio_ci95=(ratio - 0.01, ratio + 0.01),
+        resolved=resolved,
+        macs=1,
+        params=1,
+    )
+
+
+@dataclass
+class World:
+    """Figures by the value of ``range``: on the selecting half, on the reporting half, or what goes wrong."""
+
+    figures: Mapping[str, tuple[Measurement, Measurement] | BaseException]
+    examples: int = 200
+    runtime: str = "onnxruntime"
+    weighed: list[str] = field(default_factory=list)
+
+    def fit(self, question: Question) -> Fit:
+        data = SimpleNamespace(
+            metric=SimpleNamespace(name="accuracy"),
+            scored=range(self.examples),
+            halves=lambda seed: (np.arange(self.examples // 2), np.arange(self.examples // 2, self.examples)),
+            notes=("a note of the data",),
+            calibration_source="training",
+            origin={"kind": "arrays"},
+        )
+        run = SimpleNamespace(
+            data=data,
+            seed=0,
+            progress=Silent(),
+            original="original",
+            target=SimpleNamespace(runtime=self.runtime),
+            warnings={"a warning of the run": None},
+            apply=lambda recipe: recipe.to_dict()["steps"][-1]["quantize"]["range"],
+            context=lambda: "context",
+            step=self.step,
+        )
+        scales = SimpleNamespace(
+            twin_scored=SimpleNamespace(rows={"accuracy": np.zeros((self.examples, 1))}),
+            environment=ENVIRONMENT,
+            baseline=lambda weighed, indices: TWIN,
+            weigh=self.weigh,
+            measurement=self.measurement,
+            quality=lambda weighed, indices: SimpleNamespace(classes=()),
+            layers=lambda model, weighed: [],
+        )
+        return Fit(cast(Run, run), cast(Scales, scales), question)
+
+    def step(self, model: Any, method: Method, number: int) -> str:
+        return str(getattr(method, "range", f"{model}, folded"))
+
+    def weigh(self, model: str) -> Any:
+        self.weighed.append(model)
+        figure = self.figures[model]
+        if isinstance(figure, BaseException):
+            raise figure
+        artifact = SimpleNamespace(entries={"forward": "model.onnx"}, files=("model.onnx",), sha256=model)
+        return SimpleNamespace(
+            artifact=artifact, timing=SimpleNamespace(notes=("a note of timing",)), key=model
+        )
+
+    def measurement(self, weighed: Weighed, indices: np.ndarray | None) -> Measurement:
+        figure = self.figures[cast(Any, weighed).key]
+        assert not isinstance(figure, BaseException)
+        return figure[0] if indices is None or indices[0] == 0 else figure[1]
+
+
+def asked(recipe: Recipe = OPEN, **changes: Any) -> Question:
+    question = Question(
+        budget=Budget(quality_drop=0.005),
+        prefer="balanced",
+        confident=False,
+        recipe=recipe,
+        open_ended=False,
+        trials=3,
+        time_limit=60.0,
+    )
+    return replace(question, **changes)
+
+
+def both(**figures: Measurement | BaseException) -> dict[str, Any]:
+    """The same on both halves."""
+    return {
+        key: value if isinstance(value, BaseException) else (value, value) for key, value in figures.items()
+    }
+
+
+class TestChoice:
+    def test_best_within_the_budget(self) -> None:
+        world = World(both(mse=seen(size=400), percentile=seen(size=300), minmax=seen(0.02, size=100)))
+        fitted = world.fit(asked()).answer()
+        result = fitted.result
+        assert result.met
+        assert result.chosen.sha256 == "percentile"
+        assert result.recipe["steps"] == [{"quantize": {"range": "percentile"}}]
+        assert [trial.chosen for trial in result.trials] == [t.sha256 == "percentile" for t in result.trials]
+        assert result.blocking == []
+        assert result.relaxation is None
+        assert fitted.finished
+
+    def test_the_reporting_half_must_confirm(self) -> None:
+        world = World(
+            {
+                "mse": (seen(0.0, 100), seen(0.02, 100)),  # best by the half that selects
+                "percentile": (seen(0.001, 300), seen(0.004, 300)),
+                "minmax": (seen(0.0, 500), seen(0.0, 500)),
+            }
+        )
+        result = world.fit(asked()).answer().result
+        assert result.met
+        assert result.chosen.sha256 == "percentile"
+        assert result.chosen.quality_drop == 0.004  # the reporting half's figure
+        assert result.examples["halved"]
+        assert result.examples["selecting"] == result.examples["reporting"] == 100
+
+    def test_nothing_is_met_that_the_reporting_half_denies(self) -> None:
+        world = World(
+            {key: (seen(0.0, 100 * (1 + i)), seen(0.03 - 0.01 * i, 100)) for i, key in enumerate(RANGES)}
+        )
+        result = world.fit(asked()).answer().result
+        assert not result.met
+        assert not result.met_confident
+        assert result.chosen.sha256 == "minmax"  # breaks the limit least
+        assert [item.axis for item in result.blocking] == ["quality_drop"]
+        assert result.relaxation is not None
+        assert result.relaxation.limit == pytest.approx(0.01)  # not the 0 that the selecting half saw
+
+    def test_a_blocked_budget_names_the_cheapest_relaxation(self) -> None:
+        world = World(both(mse=seen(0.0, 400), percentile=seen(0.002, 320), minmax=seen(0.09, 100)))
+        result = world.fit(asked(budget=Budget(quality_drop=0.005, bytes=300))).answer().result
+        assert not result.met
+        assert result.chosen.sha256 == "percentile"
+        assert [(item.axis, item.value) for item in result.blocking] == [("bytes", 320)]
+        assert result.relaxation is not None
+        assert (result.relaxation.axis, result.relaxation.limit) == ("bytes", 320)
+
+    def test_confident_holds_the_upper_end(self) -> None:
+        world = World(both(mse=seen(0.001), percentile=seen(0.002), minmax=seen(0.003)))
+        assert world.fit(asked()).answer().result.met
+        result = World(world.figures).fit(asked(confident=True)).answer().result
+        assert not result.met
+
+    def test_met_confident_stands_beside(self) -> None:
+        world = World(both(mse=seen(-0.02), percentile=seen(0.004), minmax=seen(0.004)))
+        assert world.fit(asked()).answer().result.met_confident
+        result = World(both(mse=seen(0.004), percentile=seen(0.004), minmax=seen(0.004)))
+        assert not result.fit(asked()).answer().result.met_confident
+
+    def test_an_unresolved_latency_satisfies_no_limit(self) -> None:
+        world = World(both(**{key: seen(resolved=False) for key in RANGES}))
+        result = world.fit(asked(budget=Budget(latency_s=1.0))).answer().result
+        assert not result.met
+        assert result.blocking[0].reason == "unresolved"
+
+
+class TestRejection:
+    def test_what_is_worse_than_the_original_is_no_answer(self) -> None:
+        world = World(
+            both(mse=seen(size=100, ratio=11.0), percentile=seen(0.01, 500), minmax=seen(0.01, 500))
+        )
+        result = world.fit(asked(budget=Budget(bytes=200))).answer().result
+        assert not result.met
+        assert result.chosen.sha256 != "mse"
+        states = {trial.sha256: trial.state for trial in result.trials}
+        assert states["mse"] == "rejected"
+
+    def test_the_only_one_is_handed_back_with_the_reason(self) -> None:
+        world = World(both(**{key: seen(size=300, ratio=5.0) for key in RANGES}))
+        result = world.fit(asked()).answer().result
+        assert not result.met
+        assert "no gain over the original" in result.blocking[0].reason
+
+    def test_a_filled_recipe_is_reported_never_rejected(self) -> None:
+        world = World(both(mse=seen(size=300, ratio=5.0)))
+        result = world.fit(asked(FILLED, trials=1)).answer().result
+        assert result.met
+        assert result.trials[0].state == "measured"
+
+    def test_one_trial_of_a_search_may_be_rejected(self) -> None:
+        world = World(both(mse=seen(size=300, ratio=5.0)))
+        result = world.fit(asked(trials=1)).answer().result
+        assert not result.met
+        assert result.trials[0].state == "rejected"
+
+
+class TestFailure:
+    @pytest.mark.parametrize("kind", [LoadError, RecipeError, RunnerError, TargetError])
+    def test_of_one_trial_lets_the_others_go_on(self, kind: type[Exception]) -> None:
+        world = World(
+            both(mse=kind("cannot store '/root/.cache/x/model.onnx'"), percentile=seen(), minmax=seen())
+        )
+        result = world.fit(asked()).answer().result
+        assert result.met
+        failed = next(trial for trial in result.trials if trial.state == "failed")
+        assert failed.reason == "cannot store 'model.onnx'"
+        assert failed.measurement is None
+        assert not failed.chosen
+
+    def test_of_all_trials_is_told_by_the_last(self) -> None:
+        world = World({key: TargetError(f"no kernel for {key}") for key in RANGES})
+        with pytest.raises(TargetError, match="no kernel for"):
+            world.fit(asked()).answer()
+        assert sorted(world.weighed) == sorted(RANGES)
+
+    def test_of_the_only_trial(self) -> None:
+        with pytest.raises(RunnerError, match="crashed"):
+            World({"mse": RunnerError("crashed")}).fit(asked(FILLED, trials=1)).answer()
+
+    @pytest.mark.parametrize("kind", [MachineError, DataError])
+    def test_that_is_not_the_recipes_ends_the_search(self, kind: type[Exception]) -> None:
+        world = World({key: kind("the disk is full") for key in RANGES})
+        with pytest.raises(kind):
+            world.fit(asked()).answer()
+        assert len(world.weighed) == 1
+
+    def test_a_fault_of_ours_is_not_hidden(self) -> None:
+        world = World({key: ZeroDivisionError("a bug") for key in RANGES})
+        with pytest.raises(ZeroDivisionError):
+            world.fit(asked()).answer()
+
+
+class TestEnd:
+    def test_of_time_leaves_one_trial_and_is_no_end_of_its_own(self) -> None:
+        fitted = World(both(**{key: seen() for key in RANGES})).fit(asked(time_limit=0.0)).answer()
+        assert len(fitted.result.trials) == 1
+        assert not fitted.finished
+        assert "the time limit ended the search after 1 of 3 trials" in fitted.result.warnings
+
+    def test_by_interruption_hands_back_the_best_so_far(self) -> None:
+        figures = both(mse=seen(), percentile=KeyboardInterrupt(), minmax=KeyboardInterrupt())
+        fitted = World(figures).fit(asked()).answer()
+        assert fitted.result.chosen.sha256 == "mse"
+        assert not fitted.finished
+        assert "the search was interrupted after 1 trials" in fitted.result.warnings
+
+    def test_by_interruption_before_anything(self) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            World({key: KeyboardInterrupt() for key in RANGES}).fit(asked()).answer()
+
+    def test_by_interruption_after_a_failure_only(self) -> None:
+        figures = {"mse": TargetError("no"), "percentile": KeyboardInterrupt(), "minmax": KeyboardInterrupt()}
+        with pytest.raises(KeyboardInterrupt):
+            World(figures).fit(asked()).answer()
+
+    def test_nothing_is_tried_twice(self) -> None:
+        world = World(both(**{key: seen() for key in RANGES}))
+        assert world.fit(asked(trials=9)).answer().finished
+        assert sorted(world.weighed) == sorted(RANGES)
+
+
+class TestWarnings:
+    def test_say_what_is_simulated(self) -> None:
+        world = World(both(mse=seen()), runtime="torch")
+        warnings = world.fit(asked(FILLED, trials=1)).answer().result.warnings
+        assert "simulates" in warnings[0]
+        assert warnings[1:] == ["a note of the data", "a warning of the run", "a note of timing"]
+
+    def test_say_that_few_examples_select_and_report(self) -> None:
+        world = World(both(**{key: seen() for key in RANGES}), examples=40)
+        result = world.fit(asked()).answer().result
+        assert any("the same 40 examples" in warning for warning in result.warnings)
+        assert not result.examples["halved"]
+
+    def test_one_trial_has_nothing_to_select(self) -> None:
+        result = World(both(mse=seen())).fit(asked(FILLED, trials=1)).answer().result
+        assert not result.examples["halved"]
+        assert not any("the same" in warning for warning in result.warnings)
+
+
+def test_holes_are_asked_of_the_model_that_reaches_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[tuple[str, Any]] = []
+
+    def holes(name: str, model: Any, context: Any) -> dict[str, Choice]:
+        known.append((name, model))
+        return {"range": Choice(RANGES)} if name == "quantize" else {}
+
+    monkeypatch.setattr(fit_module, "step_holes", holes)
+    world = World(both(**{key: seen() for key in RANGES}))
+    result = world.fit(asked(template(), open_ended=True, trials=9)).answer().result
+    assert sorted(world.weighed) == sorted(RANGES)
+    assert known[:2] == [("fold", "original"), ("quantize", "original, folded")]
+    assert result.recipe["steps"][0] == {"fold": {}}
+
+
+def test_seconds_of_trials_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(both(mse=seen()))
+    weigh: Callable[[str], Any] = world.weigh
+    monkeypatch.setattr(world, "weigh", lambda model: (time.sleep(0.02), weigh(model))[1])
+    assert world.fit(asked(FILLED, trials=1)).answer().result.trials[0].seconds >= 0.02

@@ -1,0 +1,290 @@
+"""A run: each step is computed once, and what the store gives back is what was computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from featherweight.data import Data
+from featherweight.engine.run import Run, TargetSupports, write_model
+from featherweight.engine.store import Store
+from featherweight.errors import DataError, MissingRuntime, RecipeError, TargetError
+from featherweight.formats import encode
+from featherweight.methods.fold import Fold
+from featherweight.methods.quantize import Quantize
+from featherweight.model import Entry, Model, Remove, SetAttr
+from featherweight.plugins import find_runtime
+from featherweight.recipe import Recipe
+from featherweight.runtime import Target
+from golden import data, inputs, model, target
+
+INT8 = Recipe.parse("version: 1\nsteps:\n  - fold: {}\n  - quantize: {samples: 16}\n")
+Calls = list[str]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Names of the methods that really computed, in order."""
+    done: Calls = []
+
+    def watched(name: str, apply: Callable[..., Model]) -> Callable[..., Model]:
+        def call(self: Any, reached: Model, context: Any) -> Model:
+            done.append(name)
+            return apply(self, reached, context)
+
+        return call
+
+    monkeypatch.setattr(Fold, "apply", watched("fold", Fold.apply))
+    monkeypatch.setattr(Quantize, "apply", watched("quantize", Quantize.apply))
+    return done
+
+
+def run(store: Store, name: str = "shared", seed: int = 0, **changed: Any) -> Run:
+    settings: dict[str, Any] = {"original": model(name), "data": data(name), "target": target(), **changed}
+    return Run(settings["original"], settings["data"], settings["target"], store, seed=seed)
+
+
+def journal(store: Store) -> list[str]:
+    return [json.loads(line)["kind"] for line in (store.folder / "journal.jsonl").read_text().splitlines()]
+
+
+def formats(net: Model) -> dict[str, Any]:
+    return {name: [encode(fmt) for fmt in chain] for name, chain in net.formats.items()}
+
+
+class TestSteps:
+    def test_are_computed_once(self, store: Store, calls: Calls) -> None:
+        first = run(store).apply(INT8)
+        assert calls == ["fold", "quantize"]
+        again = run(store).apply(INT8)
+        assert calls == ["fold", "quantize"]
+        assert journal(store) == ["steps", "steps"]
+        assert again.key == first.key
+        assert again.edits == first.edits
+        assert formats(again) == formats(first)
+        one, two = first.module.state_dict(), again.module.state_dict()
+        assert list(one) == list(two)
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+    def test_from_the_store_keep_tied_weights_tied(self, store: Store) -> None:
+        run(store).apply(INT8)
+        again = run(store).apply(INT8)
+        assert again.module.second.weight is again.module.first.weight
+        assert again.module.first.weight is not model("shared").module.first.weight
+
+    def test_a_shared_beginning_is_not_computed_again(self, store: Store, calls: Calls) -> None:
+        run(store).apply(INT8)
+        other = Recipe.parse("version: 1\nsteps:\n  - fold: {}\n  - quantize: {activations: none}\n")
+        run(store).apply(other)
+        assert calls == ["fold", "quantize", "quantize"]
+
+    def test_a_kill_between_two_steps_costs_the_second_only(self, store: Store, calls: Calls) -> None:
+        class Killed(BaseException):
+            pass
+
+        first = run(store)
+        put = store.put
+
+        def dies(kind: str, key: str, write: Callable[[Path], None]) -> Path:
+            if calls[-1:] == ["quantize"]:
+                raise Killed
+            return put(kind, key, write)
+
+        store.put = dies  # type: ignore[method-assign]
+        with pytest.raises(Killed):
+            first.apply(INT8)
+        store.put = put  # type: ignore[method-assign]
+        resumed = run(store).apply(INT8)
+        assert calls == ["fold", "quantize", "quantize"]
+        fresh = run(Store(store.folder.with_name("fresh"))).apply(INT8)
+        assert formats(resumed) == formats(fresh)
+        assert resumed.key == fresh.key
+
+    def test_do_not_depend_on_what_ran_before(self, store: Store, tmp_path: Path) -> None:
+        torch.manual_seed(1)
+        np.random.seed(1)
+        one = run(store).apply(INT8)
+        torch.manual_seed(2)
+        np.random.seed(2)
+        two = run(Store(tmp_path / "other")).apply(INT8)
+        assert formats(one) == formats(two)
+
+    def test_leave_the_original_alone(self, store: Store) -> None:
+        before = {name: tensor.clone() for name, tensor in model("shared").module.state_dict().items()}
+        run(store).apply(INT8)
+        after = model("shared").module.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+    def test_no_steps_are_the_original(self, store: Store) -> None:
+        assert run(store).apply(Recipe(())) is model("shared")
+
+
+class TestKeys:
+    """What a step is kept under."""
+
+    @staticmethod
+    def key(store: Store, method: Any, **changed: Any) -> str:
+        made = run(store, **changed)
+        return made._step_key(made.original, "m", method)
+
+    def test_change_with_what_decides_the_result(self, store: Store) -> None:
+        other = Data.of(x_train=inputs("shared", 8, 9))
+        keys = [
+            self.key(store, Quantize()),
+            self.key(store, Quantize(samples=7)),
+            self.key(store, Quantize(), seed=1),
+            self.key(store, Quantize(), data=other),
+            self.key(store, Quantize(), target=target(isa="armv8")),
+            self.key(store, Quantize(), target=target("torch")),
+            self.key(store, Quantize(), original=model("residual")),
+            self.key(store, Fold()),
+        ]
+        assert len(set(keys)) == len(keys)
+
+    def test_do_not_change_with_what_does_not(self, store: Store) -> None:
+        assert self.key(store, Quantize()) == self.key(
+            store, Quantize(), data=data("shared").evolve(batch_size=3)
+        )
+        other = Data.of(x_train=inputs("shared", 8, 9))
+        assert self.key(store, Fold()) == self.key(store, Fold(), data=other)  # it reads no examples
+        threads = Target("onnxruntime", target().isa, 4)
+        assert self.key(store, Quantize()) == self.key(store, Quantize(), target=threads)
+
+    def test_two_models_that_were_made_by_hand_do_not_share_steps(self, store: Store) -> None:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        examples = Data.of(x_train=x.numpy())
+        found = []
+        for value in (1.0, 2.0):
+            layer = nn.Linear(8, 4)
+            nn.init.constant_(layer.weight, value)
+            net = Model(layer.eval(), {"forward": Entry((x,), ("x",), ("y",), {"x": {0: "n"}})})
+            done = run(store, original=net, data=examples).apply(
+                Recipe.parse("version: 1\nsteps: [quantize: {}]")
+            )
+            found.append(done.module.weight[0, 0].item())  # type: ignore[index,union-attr,operator]
+        assert found == [1.0, 2.0]
+
+
+class TestArtifacts:
+    def test_are_lowered_once(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = run(store)
+        artifact = first.lower(first.apply(INT8))
+        monkeypatch.setattr(type(first.runtime), "lower", None)
+        again = run(store)
+        kept = again.lower(again.apply(INT8))
+        assert kept == artifact
+        assert kept.sha256 == artifact.sha256
+        assert journal(store) == ["steps", "steps", "artifacts"]
+        assert "artifact.json" not in kept.files
+        (y,) = again.runtime.open(kept, target())(inputs("shared", 2))
+        assert y.shape == (2, 10)
+
+    def test_say_what_they_cost(self, store: Store) -> None:
+        made = run(store, "linear3d")
+        details = made.lower(model("linear3d")).details
+        assert details["params"] == sum(p.numel() for p in model("linear3d").module.parameters())
+        assert details["macs"] == 9 * 12 * 24 + 9 * 24 * 24 + 24 * 10
+
+    def test_of_another_target_are_others(self, store: Store) -> None:
+        narrow = run(store, "linear3d", target=target(isa="avx2"))
+        wide = run(store, "linear3d", target=target(isa="vnni"))
+        step = Recipe.parse("version: 1\nsteps: [quantize: {}]")
+        assert narrow.lower(narrow.apply(step)).sha256 != wide.lower(wide.apply(step)).sha256
+
+    def test_without_the_runtime_are_told_and_leave_nothing(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = run(store)
+        monkeypatch.setattr(type(made.runtime), "module", "not_installed_here")
+        with pytest.raises(MissingRuntime):
+            made.lower(model("shared"))
+        assert not store.folder.exists()
+
+
+class TestErrors:
+    def test_name_the_step(self, store: Store) -> None:
+        recipe = Recipe.parse("version: 1\nsteps:\n  - fold: {}\n  - quantize: {where: {exclude: ['*']}}\n")
+        with pytest.raises(RecipeError, match="no layer to quantize") as told:
+            run(store).apply(recipe)
+        assert told.value.where == "step 2 (quantize)"
+        assert journal(store) == ["steps"]
+
+    def test_keep_a_nearer_place(self, store: Store) -> None:
+        recipe = Recipe.parse("version: 1\nsteps: [quantize: {symmetric_weights: false}]")
+        with pytest.raises(TargetError) as told:
+            run(store, "linear3d").apply(recipe)
+        assert told.value.where is not None
+        assert "fc1.weight" in told.value.where
+
+    def test_of_the_data_pass_through(self, store: Store) -> None:
+        bad = inputs("linear3d", 8).copy()
+        made = run(store, "linear3d", data=Data.of(x_train=bad))
+        broken = made.original.copy_module()
+        nn.init.constant_(broken.fc1.bias, float("nan"))  # type: ignore[union-attr,arg-type]
+        with pytest.raises(DataError, match="NaN") as told:
+            made.step(made.original.evolve(module=broken, key="broken"), Quantize())
+        assert told.value.where == "step 1 (quantize)"
+
+
+class TestWritten:
+    def test_models_are_json_and_safetensors_only(self, store: Store) -> None:
+        run(store).apply(INT8)
+        files = [path for path in store.folder.glob("steps/*/*") if path.is_file()]
+        assert {path.name for path in files} == {"model.json", "weights.safetensors"}
+
+    def test_every_kind_of_edit_comes_back(self, store: Store, tmp_path: Path) -> None:
+        from featherweight.engine.run import _read_model
+
+        net = model("depthwise")
+        edits = (
+            Remove("dropout"),
+            SetAttr("stem.0", "padding_mode", "zeros"),
+            SetAttr("stem.0", "bias", shape=(8,)),
+            SetAttr("stem.1", "eps", 1e-4),
+        )
+        module = net.rebuild((), net.module.state_dict())
+        for edit in edits:
+            from featherweight.model import make_edit
+
+            make_edit(module, edit)
+        nn.init.normal_(module.get_parameter("stem.0.bias"))
+        changed = net.evolve(module=module, edits=edits)
+        write_model(tmp_path, changed)
+        again = _read_model(tmp_path, net, "k")
+        assert again.edits == edits
+        assert again.key == "k"
+        x = torch.from_numpy(inputs("depthwise", 2))
+        with torch.no_grad():
+            assert torch.equal(again.module(x), changed.module(x))
+
+
+def test_supports_are_the_runtimes_answers_for_the_target() -> None:
+    runtime = find_runtime("onnxruntime")
+    asked = TargetSupports(runtime, target(isa="avx2"))
+    fmt = Quantize()._draft("weight")
+    assert asked.float_outputs == runtime.float_outputs
+    assert asked("conv2d", fmt, None)
+    assert not asked("lstm", fmt, None)
+    assert asked.realise(fmt, "weight").headroom == 1  # type: ignore[attr-defined]
+
+
+def test_the_context_is_what_the_run_was_given(store: Store) -> None:
+    made = run(store, seed=7)
+    context = made.context()
+    assert context.seed == 7
+    assert context.models == {"original": model("shared")}
+    assert context.data is data("shared")
+    assert context.target == target()

@@ -1,0 +1,429 @@
+"""ONNX Runtime: what we write becomes its integer kernels, and gives what the simulation says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conftest import Lowered
+from featherweight.data import Data
+from featherweight.errors import TargetError
+from featherweight.formats import IntQuant, PerChannel
+from featherweight.methods.quantize import Quantize
+from featherweight.model import Entry, Model
+from featherweight.plugins import find_runtime
+from featherweight.runtime import Artifact, Target
+from featherweight.tools.simulate import simulate
+from golden import context, data, decibels, folded, inputs, model, model_of, quantized, target
+from nets import NETS
+
+ort = pytest.importorskip("onnxruntime", reason="the runtime 'onnxruntime' is not installed")
+RUNTIME = find_runtime("onnxruntime")
+HERE = target()
+KERNELS = {  # float operator -> what it may become
+    "conv2d": {"QLinearConv"},
+    "linear": {"QGemm", "MatMulIntegerToFloat", "QLinearMatMul"},
+}
+
+
+def optimized(artifact: Artifact, folder: Path) -> Counter[str]:
+    """Operators that run, read back from the graph that ONNX Runtime makes of ours."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(artifact.folder / artifact.files[0], options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+def lower(net: Model, folder: Path, where: Target = HERE) -> Artifact:
+    folder.mkdir(exist_ok=True)
+    return RUNTIME.lower(net, where, folder)
+
+
+def quantize(net: Model, on: Target = HERE, **parameters: Any) -> Model:
+    examples = Data.of(x_train=net.entries["forward"].example_inputs[0].numpy())
+    return Quantize.model_validate(parameters).apply(net, context(net, examples, on))
+
+
+def answers(artifact: Artifact, x: np.ndarray, where: Target = HERE) -> np.ndarray:
+    (y,) = RUNTIME.open(artifact, where)(x)
+    return y
+
+
+def simulated(net: Model, x: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        (y,) = simulate(net)(torch.from_numpy(x))
+    return y.numpy()
+
+
+@cache
+def small() -> Model:
+    """Two convolutions and a head, enough for what needs no golden net."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)
+        )
+        return model_of(net, torch.randn(16, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", NETS)
+class TestGoldenNets:
+    def test_int8_gives_what_the_simulation_says(self, name: str, lowered: Lowered) -> None:
+        x = inputs(name)
+        seen = answers(lowered("onnxruntime", name, "int8"), x)
+        assert seen.dtype == np.float32
+        assert decibels(simulated(quantized(name), x), seen) >= 30
+
+    def test_int8_is_near_the_float_net(self, name: str, lowered: Lowered) -> None:
+        x = inputs(name, 16, 3)
+        with torch.no_grad():
+            wanted = model(name).module(torch.from_numpy(x)).numpy()
+        assert decibels(wanted, answers(lowered("onnxruntime", name, "int8"), x)) >= 25
+
+    def test_every_layer_runs_in_integers(self, name: str, lowered: Lowered, tmp_path: Path) -> None:
+        seen = optimized(lowered("onnxruntime", name, "int8"), tmp_path)
+        calls = Counter(node.op for node in _trace(quantized(name)))
+        for op, kernels in KERNELS.items():
+            assert sum(seen[kernel] for kernel in kernels) == calls[op], (op, seen)
+        assert not {"Conv", "Gemm", "FusedConv", "ConvInteger"} & set(seen)
+        assert not {"Relu", "Clip"} & set(seen) or name == "concat"  # there a batch norm stands before it
+
+    def test_weights_are_stored_as_int8_and_biases_as_int32(self, name: str, lowered: Lowered) -> None:
+        stored = RUNTIME.stored(lowered("onnxruntime", name, "int8"))
+        parameters = quantized(name).parameters
+        for weight in (key for key in quantized(name).formats if key in parameters):
+            assert stored[weight].dtype == "int8"
+            assert stored[weight].bytes == parameters[weight].numel()
+        convs = {node.layer for node in _trace(quantized(name)) if node.op == "conv2d"}
+        for layer in convs:
+            assert f"{layer}.bias" not in parameters or stored[f"{layer}.bias"].dtype == "int32"
+
+    def test_any_batch(self, name: str, lowered: Lowered) -> None:
+        artifact = lowered("onnxruntime", name, "int8")
+        x = inputs(name, 5)
+        rows = np.concatenate([answers(artifact, x[i : i + 1]) for i in range(5)])
+        np.testing.assert_allclose(answers(artifact, x), rows, rtol=1e-3, atol=1e-3)
+
+    def test_float_is_parity(self, name: str, lowered: Lowered) -> None:
+        x = inputs(name, 3)
+        with torch.no_grad():
+            wanted = model(name).module(torch.from_numpy(x)).numpy()
+        seen = answers(lowered("onnxruntime", name, "float"), x)
+        np.testing.assert_allclose(seen, wanted, rtol=1e-4, atol=1e-5)
+
+
+def _trace(net: Model) -> Any:
+    from featherweight.graph import trace
+
+    return trace(net)
+
+
+class TestKernels:
+    """How operators beside convolution and linear run: the facts that docs/adr/0003 names."""
+
+    @pytest.mark.parametrize(
+        ("name", "kernels"),
+        [
+            ("residual", {"QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QuantizeLinear": 1}),
+            ("depthwise", {"QLinearAdd": 2}),
+            ("concat", {"QLinearConcat": 3, "QLinearAveragePool": 1, "QLinearGlobalAveragePool": 1}),
+            ("shuffle", {"QLinearConcat": 2}),
+            ("squeeze_excite", {"QLinearMul": 1, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1}),
+            ("attention", {"QLinearAdd": 2}),
+        ],
+    )
+    def test_run_in_integers(
+        self, name: str, kernels: dict[str, int], lowered: Lowered, tmp_path: Path
+    ) -> None:
+        seen = optimized(lowered("onnxruntime", name, "int8"), tmp_path)
+        assert {kernel: seen[kernel] for kernel in kernels} == kernels
+
+    def test_a_residual_net_has_nothing_left_in_float(self, lowered: Lowered, tmp_path: Path) -> None:
+        seen = optimized(lowered("onnxruntime", "residual", "int8"), tmp_path)
+        whole = {"QuantizeLinear", "QLinearConv", "QLinearAdd", "QLinearGlobalAveragePool", "QGemm"}
+        assert set(seen) <= {*whole, "Transpose", "Reshape"}
+
+    def test_activations_are_unsigned(self, lowered: Lowered) -> None:
+        proto = onnx.load(lowered("onnxruntime", "residual", "int8").folder / "model.onnx")
+        constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+        points = [
+            constants[node.input[2]].data_type
+            for node in proto.graph.node
+            if node.op_type == "QuantizeLinear"
+        ]
+        assert set(points) == {onnx.TensorProto.UINT8}
+
+    def test_a_maximum_pooling_stays_between_integers(self, tmp_path: Path) -> None:
+        net = model_of(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 1)),
+            torch.randn(4, 3, 8, 8),
+        )
+        artifact = lower(quantize(net), tmp_path / "a")
+        seen = optimized(artifact, tmp_path)
+        assert seen["QLinearConv"] == 2
+        assert seen["DequantizeLinear"] == 1
+        assert seen["QuantizeLinear"] == 1
+
+
+class TestFile:
+    def test_the_same_model_is_the_same_file(self, lowered: Lowered, tmp_path: Path) -> None:
+        """Built, folded, quantized and lowered anew."""
+        module, example = NETS["linear3d"]()
+        again = model_of(module, example)
+        formats = Quantize().apply(again, context(again, data("linear3d"))).formats
+        assert lower(again.evolve(formats=formats), tmp_path).sha256 == (
+            lowered("onnxruntime", "linear3d", "int8").sha256
+        )
+
+    def test_lowering_twice_is_the_same_file(self, lowered: Lowered, tmp_path: Path) -> None:
+        artifact = lowered("onnxruntime", "shared", "int8")
+        assert lower(quantized("shared"), tmp_path / "b").sha256 == artifact.sha256
+
+    def test_is_a_valid_model(self, lowered: Lowered) -> None:
+        for name in ("residual", "attention", "shared"):
+            onnx.checker.check_model(
+                lowered("onnxruntime", name, "int8").folder / "model.onnx", full_check=True
+            )
+
+    def test_is_about_a_quarter(self, tmp_path: Path) -> None:
+        net = model_of(
+            nn.Sequential(nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)), torch.randn(2, 32, 8, 8)
+        )
+        before, after = lower(net, tmp_path / "a"), lower(quantize(net), tmp_path / "b")
+        assert after.bytes < 0.28 * before.bytes
+
+    def test_lowering_leaves_the_model_alone(self, tmp_path: Path) -> None:
+        net = quantize(small())
+        before = {name: tensor.clone() for name, tensor in net.module.state_dict().items()}
+        lower(net, tmp_path / "a")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in net.module.state_dict().items())
+
+    def test_another_entry_is_another_file(self, tmp_path: Path) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.body = nn.Linear(6, 6)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.body(x)
+
+            def twice(self, x: Tensor) -> Tensor:
+                return self.body(F.relu(self.body(x)))
+
+        x = torch.randn(8, 6)
+        entries = {n: Entry((x,), ("x",), ("y",), {"x": {0: "n"}}, n) for n in ("forward", "twice")}
+        net = quantize(Model(Net().eval(), entries, key="two"))
+        artifact = lower(net, tmp_path)
+        assert artifact.entries == {"forward": "model.onnx", "twice": "model.twice.onnx"}
+        session = RUNTIME.open(artifact, HERE)
+        for entry, call in (("forward", net.module), ("twice", net.module.twice)):
+            (y,) = session(x.numpy(), entry=entry)
+            assert decibels(call(x).detach(), y) > 25  # type: ignore[operator]
+
+
+class TestBiases:
+    """Integer kernels hold a bias as int32 at the product of two scales, which may be too small for it."""
+
+    @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-7, 1e-5])
+    def test_a_channel_of_next_to_nothing_keeps_its_bias(self, size: float, tmp_path: Path) -> None:
+        module = small().copy_module()
+        with torch.no_grad():
+            for layer, channel, bias in ((0, 2, 3.0), (2, 1, 1.0), (5, 3, -2.0)):
+                module[layer].weight[channel] *= size  # type: ignore[index]
+                module[layer].bias[channel] = bias  # type: ignore[index]
+        net = quantize(small().evolve(module=module))
+        artifact = lower(net, tmp_path / "a")
+        x = small().entries["forward"].example_inputs[0].numpy()
+        assert decibels(simulated(net, x), answers(artifact, x)) > 50
+        seen = optimized(artifact, tmp_path)
+        assert (seen["QLinearConv"], seen["QGemm"]) == (2, 1)
+
+    def test_a_bias_that_two_calls_share(self, lowered: Lowered) -> None:
+        stored = RUNTIME.stored(lowered("onnxruntime", "shared", "int8"))
+        assert stored["block.bias"].dtype == "int32"
+        assert stored["block.bias.1"].dtype == "int32"  # at the scale of the second call's input
+
+
+class TestTarget:
+    @pytest.mark.parametrize(("isa", "limit"), [("avx2", 63), ("avx512", 63), ("generic", 63), ("vnni", 127)])
+    def test_weights_leave_a_bit_where_kernels_saturate(self, isa: str, limit: int, tmp_path: Path) -> None:
+        where = target(isa=isa)
+        artifact = lower(quantize(small(), where), tmp_path, where)
+        values = {
+            value.name: value.const_value.numpy()  # type: ignore[union-attr]
+            for value in ir.load(artifact.folder / "model.onnx").graph.initializers.values()
+        }
+        largest = max(np.abs(values[f"{layer}.weight"].astype(int)).max() for layer in (0, 2, 5))
+        assert largest == limit
+        x = small().entries["forward"].example_inputs[0].numpy()
+        assert decibels(simulated(quantize(small(), where), x), answers(artifact, x)) > 30
+
+    def test_an_unknown_option_is_refused(self, lowered: Lowered) -> None:
+        artifact = lowered("onnxruntime", "linear3d", "float")
+        with pytest.raises(TargetError, match="no session option 'enable_mem_patern'") as told:
+            RUNTIME.open(artifact, target(options={"enable_mem_patern": True}))
+        assert told.value.fix == "did you mean 'enable_mem_pattern'?"
+        with pytest.raises(TargetError, match="'enable_mem_pattern' cannot be 'yes'"):
+            RUNTIME.open(artifact, target(options={"enable_mem_pattern": "yes"}))
+
+    def test_an_option_is_set(self, lowered: Lowered, tmp_path: Path) -> None:
+        file = tmp_path / "optimized.onnx"
+        where = target(options={"optimized_model_filepath": str(file)})
+        RUNTIME.open(lowered("onnxruntime", "linear3d", "float"), where)
+        assert file.is_file()
+
+
+class TestRefusals:
+    def test_weights_that_it_has_no_kernels_for(self) -> None:
+        asymmetric = IntQuant(-torch.ones(4), torch.ones(4), granularity=PerChannel(0))
+        with pytest.raises(TargetError, match="asymmetric weights per channel") as told:
+            RUNTIME.realise(asymmetric, HERE, "weight")
+        assert told.value.fix is not None
+        narrow = IntQuant(torch.tensor(-1.0), torch.tensor(1.0), 4, True)
+        for role in ("weight", "activation"):
+            with pytest.raises(TargetError, match="4-bit"):
+                RUNTIME.realise(narrow, HERE, role)  # type: ignore[arg-type]
+            assert not RUNTIME.supports("conv2d", narrow, None, HERE)
+        per_channel = IntQuant(-torch.ones(4), torch.ones(4), 8, True, PerChannel(1))
+        with pytest.raises(TargetError, match="activations per channel"):
+            RUNTIME.realise(per_channel, HERE, "activation")
+
+    def test_lowering_says_the_same(self, tmp_path: Path) -> None:
+        weight = small().parameters["0.weight"].detach().flatten(1)
+        fmt = IntQuant(weight.amin(1), weight.amax(1), granularity=PerChannel(0))
+        with pytest.raises(TargetError, match="asymmetric weights per channel"):
+            lower(small().evolve(formats={"0.weight": (fmt,)}), tmp_path)
+
+
+class TestFloat:
+    def test_an_excluded_layer_is_stored_as_float32(self, tmp_path: Path) -> None:
+        net = quantize(small(), where={"exclude": ["2"]})
+        stored = RUNTIME.stored(lower(net, tmp_path / "a"))
+        kinds = {name: stored[name].dtype for name in ("0.weight", "2.weight", "2.bias", "5.weight")}
+        assert kinds == {"0.weight": "int8", "2.weight": "float32", "2.bias": "float32", "5.weight": "int8"}
+
+    @pytest.mark.parametrize("left", [["2"], ["4"], ["7"], ["9"], ["2", "7", "9"]])
+    def test_an_excluded_layer_runs_in_float(self, left: list[str], tmp_path: Path) -> None:
+        """ONNX Runtime would round the weights of a float layer between integer ones to int8 by itself."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = model_of(
+                nn.Sequential(
+                    nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False), nn.MaxPool2d(2),
+                    nn.ConvTranspose2d(4, 4, 2, 2, groups=2, bias=False), nn.Conv2d(4, 4, 1), nn.Flatten(),
+                    nn.Linear(144, 9), nn.ReLU(), nn.Linear(9, 6, bias=False), nn.ReLU(), nn.Linear(6, 5),
+                ),
+                torch.randn(16, 3, 8, 8),
+            )  # fmt: skip
+        rough = net.copy_module()
+        with torch.no_grad():
+            for index in (2, 4, 7, 9):  # weights that int8 per tensor would ruin
+                rough[index].weight.view(-1)[0] = 60.0  # type: ignore[index]
+        done = quantize(net.evolve(module=rough), where={"exclude": left})
+        artifact = lower(done, tmp_path / "a")
+        x = net.entries["forward"].example_inputs[0].numpy()
+        assert decibels(simulated(done, x), answers(artifact, x)) > 40
+        floats = {"4", *left}  # there are no integer kernels for a transposed convolution
+        seen = optimized(artifact, tmp_path)
+        assert seen["QLinearConv"] == len({"0", "2", "5"} - floats)
+        assert seen["Gemm"] + seen["FusedGemm"] >= len({"7", "9"} & floats)
+        assert seen["Conv"] + seen["FusedConv"] == len({"2"} & floats)
+        assert seen["ConvTranspose"] == 1
+        stored = RUNTIME.stored(artifact)
+        assert {
+            index for index in (0, 2, 4, 5, 7, 9, 11) if stored[f"{index}.weight"].dtype == "float32"
+        } == {int(index) for index in floats}
+
+    def test_an_excluded_linear_layer_on_three_axes_keeps_its_name(self, tmp_path: Path) -> None:
+        net = model("linear3d")
+        some = Quantize.model_validate({"where": {"exclude": ["fc1"]}})
+        formats = some.apply(net, context(net, data("linear3d"))).formats
+        stored = RUNTIME.stored(lower(net.evolve(formats=formats), tmp_path))
+        assert stored["fc1.weight"].dtype == "float32"
+        assert stored["fc2.weight"].dtype == "int8"
+
+    def test_only_weights_as_integers(self, tmp_path: Path) -> None:
+        net = quantize(small(), activations="none")
+        artifact = lower(net, tmp_path)
+        x = small().entries["forward"].example_inputs[0].numpy()
+        assert decibels(simulated(net, x), answers(artifact, x)) > 80
+        assert {RUNTIME.stored(artifact)[f"{i}.weight"].dtype for i in (0, 2, 5)} == {"int8"}
+
+    def test_an_output_may_be_integers_inside(self, tmp_path: Path) -> None:
+        """A convolution at the end: the session still returns floats under the entry's name."""
+        net = model_of(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(4, 3, 6, 6))
+        done = quantize(net)
+        artifact = lower(done, tmp_path)
+        graph = ir.load(artifact.folder / "model.onnx").graph
+        assert [value.name for value in graph.outputs] == ["y"]
+        x = net.entries["forward"].example_inputs[0].numpy()
+        assert decibels(simulated(done, x), answers(artifact, x)) > 30
+
+
+def test_asymmetric_weights_per_tensor(tmp_path: Path) -> None:
+    net = quantize(small(), granularity="per_tensor", symmetric_weights=False)
+    artifact = lower(net, tmp_path / "a")
+    x = small().entries["forward"].example_inputs[0].numpy()
+    assert decibels(simulated(net, x), answers(artifact, x)) > 30
+    assert RUNTIME.stored(artifact)["0.weight"].dtype == "uint8"
+    assert optimized(artifact, tmp_path)["QLinearConv"] == 2
+
+
+def test_symmetric_activations(tmp_path: Path) -> None:
+    net = quantize(small(), symmetric_activations=True)
+    artifact = lower(net, tmp_path / "a")
+    x = small().entries["forward"].example_inputs[0].numpy()
+    assert decibels(simulated(net, x), answers(artifact, x)) > 30
+    assert optimized(artifact, tmp_path)["QLinearConv"] == 2
+
+
+def test_layers_of_a_length_axis(tmp_path: Path) -> None:
+    net = model_of(nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3)), torch.randn(8, 4, 16))
+    done = quantize(net)
+    artifact = lower(done, tmp_path / "a")
+    x = net.entries["forward"].example_inputs[0].numpy()
+    assert decibels(simulated(done, x), answers(artifact, x)) > 30
+    assert optimized(artifact, tmp_path)["QLinearConv"] == 2
+
+
+def test_operators_that_write_in_place(tmp_path: Path) -> None:
+    """``ReLU(inplace=True)`` and ``+=``, as most networks have them."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.relu(self.a(x))
+            z = self.b(y)
+            z += y
+            return self.relu(z)
+
+    net = model_of(Block(), torch.randn(8, 3, 8, 8))
+    x = net.entries["forward"].example_inputs[0].numpy()
+    done = quantize(net)
+    artifact = lower(done, tmp_path / "a")
+    assert decibels(simulated(done, x), answers(artifact, x)) > 30
+    seen = optimized(artifact, tmp_path)
+    assert (seen["QLinearConv"], seen["QLinearAdd"], seen["Relu"]) == (2, 1, 0)
+
+
+def test_folding_first_changes_only_what_it_should(lowered: Lowered, tmp_path: Path) -> None:
+    artifact = lower(folded("concat"), tmp_path)
+    x = inputs("concat", 3)
+    np.testing.assert_allclose(
+        answers(artifact, x), answers(lowered("onnxruntime", "concat", "float"), x), rtol=1e-4, atol=1e-5
+    )

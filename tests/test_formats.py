@@ -1,0 +1,283 @@
+"""Formats: the arithmetic of uniform integers, on every grid that a runtime may ask for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from featherweight.formats import IntQuant, PerChannel, PerTensor, TensorFormat, decode, encode
+
+reals = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+values = st.lists(reals, min_size=1, max_size=64).map(lambda xs: torch.tensor(xs, dtype=torch.float32))
+
+
+@st.composite
+def grids(draw: st.DrawFn, symmetric: bool | None = None) -> IntQuant:
+    """Any per-tensor grid: width, sign, headroom, range with or without zero in it."""
+    ends = sorted((draw(reals), draw(reals)))
+    width = draw(st.integers(2, 16))
+    return IntQuant(
+        torch.tensor(ends[0]),
+        torch.tensor(ends[1]),
+        width,
+        draw(st.booleans()) if symmetric is None else symmetric,
+        signed=draw(st.booleans()),
+        headroom=draw(st.integers(0, min(2, width - 2))),
+    )
+
+
+def step(fmt: IntQuant) -> float:
+    return float(fmt.grid()[0])
+
+
+def ends(fmt: IntQuant) -> tuple[float, float]:
+    """Smallest and largest value on the grid."""
+    scale, zero_point = fmt.grid()
+    return float((fmt.quant_min - zero_point) * scale), float((fmt.quant_max - zero_point) * scale)
+
+
+def tied(x: Tensor, fmt: IntQuant) -> Tensor:
+    """Values so near the middle of two steps that float32 may round them either way."""
+    steps = x.double() / fmt.grid()[0].double()
+    return ((steps - steps.floor()) - 0.5).abs() < 1e-2
+
+
+@given(grids(), values)
+def test_project_is_idempotent(fmt: IntQuant, x: Tensor) -> None:
+    once = fmt.project(x)
+    assert torch.equal(fmt.project(once), once)
+
+
+@given(grids(), st.lists(st.floats(0, 1), min_size=1, max_size=64))
+def test_the_error_inside_the_range_is_at_most_half_a_step(fmt: IntQuant, places: list[float]) -> None:
+    low, high = min(float(fmt.low), 0.0), max(float(fmt.high), 0.0)
+    x = torch.tensor([low + (high - low) * place for place in places], dtype=torch.float32)
+    slack = 1e-6 * max(-low, high)  # of float32 itself
+    assert (fmt.project(x) - x).abs().max() <= step(fmt) * 0.5001 + slack
+
+
+@given(grids())
+def test_zero_is_on_every_grid(fmt: IntQuant) -> None:
+    assert fmt.project(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert fmt.quantize(torch.zeros(1)).item() == fmt.grid()[1].item()
+
+
+@given(grids(), values)
+def test_values_outside_are_clamped_to_the_ends(fmt: IntQuant, x: Tensor) -> None:
+    low, high = ends(fmt)
+    projected = fmt.project(x)
+    assert projected.min() >= low
+    assert projected.max() <= high
+    beyond = torch.tensor([low - 2 * step(fmt) - 1, high + 2 * step(fmt) + 1])
+    assert fmt.project(beyond).tolist() == pytest.approx([low, high], rel=1e-6)
+
+
+@given(grids(), values)
+def test_project_is_dequantize_of_quantize(fmt: IntQuant, x: Tensor) -> None:
+    stored = fmt.quantize(x)
+    assert stored.min() >= fmt.quant_min
+    assert stored.max() <= fmt.quant_max
+    both = (fmt.project(x) - fmt.dequantize(stored)).abs()
+    assert not both[~tied(x, fmt)].any()
+    assert both.max() <= step(fmt) * 1.001
+
+
+@given(grids(symmetric=False), values)
+def test_torch_agrees(fmt: IntQuant, x: Tensor) -> None:
+    """Oracle: torch's own affine quantization with the same scale and zero point."""
+    scale, zero_point = fmt.grid()
+    seen = torch.fake_quantize_per_tensor_affine(
+        x, float(scale), int(zero_point), fmt.quant_min, fmt.quant_max
+    )
+    both = (fmt.dequantize(fmt.quantize(x)) - seen).abs()
+    assert not both[~tied(x, fmt)].any()
+
+
+@given(grids(symmetric=True), values)
+def test_a_symmetric_grid_is_odd(fmt: IntQuant, x: Tensor) -> None:
+    kept = ~tied(x, fmt)
+    assert torch.equal(fmt.project(-x)[kept], -fmt.project(x)[kept])
+    assert fmt.quant_max - fmt.grid()[1] == fmt.grid()[1] - fmt.quant_min
+
+
+@given(st.integers(2, 16), st.booleans(), st.booleans(), st.integers(0, 14))
+def test_integers_fit_their_width(width: int, signed: bool, symmetric: bool, headroom: int) -> None:
+    if headroom > width - 2:
+        with pytest.raises(ValueError, match="unused"):
+            IntQuant(torch.tensor(-1.0), torch.tensor(1.0), width, symmetric, PerTensor(), signed, headroom)
+        return
+    fmt = IntQuant(torch.tensor(-1.0), torch.tensor(1.0), width, symmetric, PerTensor(), signed, headroom)
+    lowest, highest = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if signed else (0, 2**width - 1)
+    assert lowest <= fmt.quant_min < fmt.quant_max <= highest
+    assert fmt.quant_max - fmt.quant_min + 1 == 2 ** (width - headroom) - symmetric
+
+
+@pytest.mark.parametrize(
+    ("signed", "symmetric", "headroom", "expected"),
+    [
+        (True, True, 0, (-127, 127)),
+        (True, True, 1, (-63, 63)),
+        (True, False, 0, (-128, 127)),
+        (False, False, 0, (0, 255)),
+        (False, True, 0, (1, 255)),
+        (False, False, 1, (0, 127)),
+    ],
+)
+def test_int8_grids(signed: bool, symmetric: bool, headroom: int, expected: tuple[int, int]) -> None:
+    fmt = IntQuant(torch.tensor(-1.0), torch.tensor(1.0), 8, symmetric, PerTensor(), signed, headroom)
+    assert (fmt.quant_min, fmt.quant_max) == expected
+
+
+def test_a_range_behind_relu_begins_at_its_zero_point() -> None:
+    """Kernels clamp at the zero point, so the activation costs nothing there."""
+    scale, zero_point = IntQuant(torch.tensor(0.5), torch.tensor(6.0)).grid()
+    assert int(zero_point) == 0
+    assert float(scale) == pytest.approx(6.0 / 255)
+
+
+class TestPerChannel:
+    @given(
+        st.integers(0, 2),
+        st.booleans(),
+        st.booleans(),
+        st.lists(st.tuples(reals, reals), min_size=3, max_size=3),
+        st.integers(0, 2**31),
+    )
+    def test_is_one_grid_a_channel(
+        self, axis: int, symmetric: bool, signed: bool, pairs: list[tuple[float, float]], seed: int
+    ) -> None:
+        low = torch.tensor([min(pair) for pair in pairs])
+        high = torch.tensor([max(pair) for pair in pairs])
+        whole = IntQuant(low, high, 8, symmetric, PerChannel(axis), signed)
+        x = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(seed)) * 100
+        for index in range(3):
+            one = replace(whole, low=low[index], high=high[index], granularity=PerTensor())
+            part = x.select(axis, index)
+            assert torch.equal(whole.quantize(x).select(axis, index), one.quantize(part))
+            both = (whole.project(x).select(axis, index) - one.project(part)).abs()
+            assert both[~tied(part, one)].max() <= 1e-5 * max(map(abs, ends(one)))
+
+    @given(st.booleans(), st.booleans(), st.floats(-100, 100, width=32, allow_subnormal=False))
+    def test_empty_and_constant_channels_are_kept(
+        self, symmetric: bool, signed: bool, constant: float
+    ) -> None:
+        x = torch.tensor([[0.0, 0.0], [constant, constant], [-1.0, 2.0]])
+        fmt = IntQuant(x.amin(1), x.amax(1), 8, symmetric, PerChannel(0), signed)
+        scale, _ = fmt.grid()
+        assert (scale > 0).all()
+        assert torch.isfinite(scale).all()
+        projected = fmt.project(x)
+        assert projected[0].tolist() == [0.0, 0.0]
+        assert projected[1].tolist() == pytest.approx([constant] * 2, rel=1e-5, abs=1e-8)
+
+    def test_does_not_mix_channels(self) -> None:
+        x = torch.tensor([[0.01, 0.02], [100.0, 200.0]])
+        fmt = IntQuant(torch.zeros(2), x.amax(1), granularity=PerChannel(0))
+        assert torch.allclose(fmt.project(x), x, rtol=5e-3)
+        whole = IntQuant(torch.tensor(0.0), torch.tensor(200.0))
+        assert whole.project(x)[0].tolist() == [0.0, 0.0]
+
+
+class TestGradient:
+    @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_is_one_inside_the_range_and_nothing_outside(
+        self, granularity: PerTensor | PerChannel, symmetric: bool
+    ) -> None:
+        shape = (2,) if isinstance(granularity, PerChannel) else ()
+        fmt = IntQuant(-torch.ones(shape), torch.ones(shape), 8, symmetric, granularity)
+        x = torch.tensor([[-3.0, -0.7, 0.0], [0.3, 0.99, 5.0]], requires_grad=True)
+        (fmt.project(x) * 2).sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [[0.0, 2.0, 2.0], [2.0, 2.0, 0.0]]
+
+    @given(grids(), values)
+    @settings(max_examples=30)
+    def test_the_values_are_the_same_with_and_without_it(self, fmt: IntQuant, x: Tensor) -> None:
+        with torch.no_grad():
+            plain = fmt.project(x)
+        assert torch.equal(fmt.project(x.clone().requires_grad_()).detach(), plain)
+
+
+class TestStoredBytes:
+    @pytest.mark.parametrize(
+        ("width", "elements", "scales", "expected"),
+        [(8, 100, 1, 105), (8, 100, 10, 150), (4, 100, 1, 55), (4, 101, 1, 56), (2, 3, 1, 6), (16, 5, 1, 15)],
+    )
+    def test_counts_integers_and_scales(self, width: int, elements: int, scales: int, expected: int) -> None:
+        per_channel = scales > 1
+        shape = (scales,) if per_channel else ()
+        fmt = IntQuant(
+            -torch.ones(shape),
+            torch.ones(shape),
+            width,
+            granularity=PerChannel() if per_channel else PerTensor(),
+        )
+        assert fmt.stored_bytes(elements) == expected
+        assert fmt.bits == width
+
+
+class TestData:
+    @given(grids())
+    def test_survives_json_bit_by_bit(self, fmt: IntQuant) -> None:
+        back = decode(json.loads(json.dumps(encode(fmt))))
+        assert isinstance(back, IntQuant)
+        assert back.low.dtype == fmt.low.dtype
+        assert back.low.view(torch.int32).equal(fmt.low.view(torch.int32))
+        assert back.high.view(torch.int32).equal(fmt.high.view(torch.int32))
+        rest = ("width", "symmetric", "granularity", "signed", "headroom")
+        assert [getattr(back, name) for name in rest] == [getattr(fmt, name) for name in rest]
+
+    @given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=9), st.integers(0, 3))
+    def test_survives_json_per_channel(self, lows: list[float], axis: int) -> None:
+        low = torch.tensor(lows)
+        fmt = IntQuant(low, low + low.abs(), granularity=PerChannel(axis))
+        back = decode(json.loads(json.dumps(encode(fmt))))
+        assert isinstance(back, IntQuant)
+        assert torch.equal(back.low, fmt.low)
+        assert torch.equal(back.high, fmt.high)
+        assert back.granularity == PerChannel(axis)
+
+    def test_what_is_unknown_is_refused(self) -> None:
+        data = encode(IntQuant(torch.tensor(0.0), torch.tensor(1.0)))
+        with pytest.raises(ValueError, match="unknown format 'Ternary'"):
+            decode({**data, "kind": "Ternary"})
+        with pytest.raises(TypeError, match="str has no JSON form"):
+            encode("int8")  # type: ignore[arg-type]
+
+    def test_learned_ranges_come_back(self) -> None:
+        fmt = IntQuant(torch.tensor(0.0), torch.tensor(1.0), signed=True, headroom=1)
+        trained = fmt.with_learned({"low": torch.tensor(-2.0), "high": torch.tensor(3.0)})
+        assert trained.learned() == {"low": torch.tensor(-2.0), "high": torch.tensor(3.0)}
+        assert (trained.signed, trained.headroom) == (True, 1)
+        assert isinstance(trained, TensorFormat)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "width", "said"),
+    [
+        (torch.tensor(0.0), torch.tensor(1.0), 1, "1 bits"),
+        (torch.tensor(0.0), torch.tensor(1.0), 17, "17 bits"),
+        (torch.zeros(2), torch.ones(3), 8, "differ in shape"),
+        (torch.tensor(0.0), torch.tensor(torch.inf), 8, "finite"),
+        (torch.tensor(torch.nan), torch.tensor(1.0), 8, "finite"),
+        (torch.tensor(2.0), torch.tensor(1.0), 8, "above"),
+    ],
+)
+def test_what_is_no_grid_is_refused(low: Tensor, high: Tensor, width: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        IntQuant(low, high, width)
+
+
+@pytest.mark.parametrize(
+    ("shape", "granularity"), [((), PerChannel(0)), ((3,), PerTensor()), ((2, 2), PerChannel())]
+)
+def test_ranges_match_the_granularity(shape: tuple[int, ...], granularity: PerTensor | PerChannel) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        IntQuant(-torch.ones(shape), torch.ones(shape), granularity=granularity)

@@ -1,0 +1,343 @@
+"""The report is complete, loads nothing, lets nothing break out, and survives what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from featherweight import figures, outcome
+from featherweight.charts import kind, pareto_plots
+from featherweight.outcome import Budget, Latency, Result, Violation
+from featherweight.report import explain, render, terminal_table
+from sample_results import (
+    BASELINE,
+    HOSTILE,
+    bare_result,
+    chosen,
+    full_result,
+    hostile_result,
+    missed_result,
+    trials,
+)
+
+SECTIONS = [
+    "verdict",
+    "asked",
+    "before-after",
+    "why",
+    "pareto",
+    "trials",
+    "recipe",
+    "layers",
+    "classes",
+    "examples",
+    "warnings",
+    "environment",
+]
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: elements, nesting, text, scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.stack: list[str] = []
+        self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        inside = self.stack[-1] if self.stack else ""
+        if inside == "script":
+            self.scripts.append(data)
+        elif inside != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def full() -> Page:
+    return Page(render(full_result()))
+
+
+@pytest.fixture(scope="module")
+def hostile() -> tuple[str, Page]:
+    text = render(hostile_result())
+    return text, Page(text)
+
+
+def test_every_section_is_there_in_order_and_every_element_closed(full: Page) -> None:
+    assert [attributes["id"] for attributes in full.attributes("section")] == SECTIONS
+    assert full.stack == []
+
+
+def test_nothing_is_loaded(full: Page) -> None:
+    for tag, attributes in full.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:,")), (tag, name, value)
+    policy = next(tag["content"] for tag in full.attributes("meta") if "http-equiv" in tag)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe-eval" not in policy
+
+
+def test_tables_and_plots_are_readable_without_eyes(full: Page) -> None:
+    tables = full.attributes("table")
+    assert len(full.attributes("caption")) == len(tables) >= 5
+    assert all(head.get("scope") in ("row", "col") for head in full.attributes("th"))
+    plot = next(tag for tag in full.attributes("div") if tag.get("id") == "plot")
+    assert plot["role"] == "img"
+    assert "trial 3" in str(plot["aria-label"])
+    assert [tag for tag, _ in full.tags if tag in ("h1", "h2")] == ["h1", *["h2"] * 11]
+
+
+def test_the_figures_are_written_for_people(full: Page) -> None:
+    for words in (
+        "0.25 points worse [-0.10, 0.60]",
+        "2.13 ms (2.10 to 2.19)",
+        "0.41× [0.40, 0.42]",
+        "297 KB",
+        "27.3 dB",
+        "31 lost, 26 won",
+        "3.7× smaller",
+        "272k",
+        "rejected, simulated",
+        "rejected, measured",
+        "quantize: no examples",
+        "fold → quantize(weights: int8, range: mse, where: exclude head)",
+        "int8 per channel",
+        "calibration falls back to 512 training examples",
+        "Example CPU @ 2.80GHz",
+    ):
+        assert words in full.text, words
+
+
+def test_what_is_missing_is_a_dash() -> None:
+    page = Page(render(bare_result()))
+    assert [attributes["id"] for attributes in page.attributes("section")] == SECTIONS
+    assert not re.search(r"\b(None|nan|undefined|null)\b", page.text.replace("None.", ""))
+    assert "was –" in page.text
+    assert terminal_table(bare_result()) == []
+
+
+def test_every_field_may_be_missing() -> None:
+    for name, field in outcome.Chosen.model_fields.items():
+        if field.is_required():
+            continue
+        result = full_result(
+            chosen=chosen(**{name: None}),
+            baseline=BASELINE.model_copy(update={name: None}),
+            trials=[
+                trial.model_copy(
+                    update={
+                        "measurement": trial.measurement and trial.measurement.model_copy(update={name: None})
+                    }
+                )
+                for trial in trials()
+            ],
+        )
+        said = " ".join([*explain(result), *(cell for row in terminal_table(result) for cell in row)])
+        assert "None" not in said, name
+        if name in ("quality_drop", "bytes", "latency_s", "latency_ratio", "memory_bytes"):
+            json.dumps(pareto_plots(result), allow_nan=False)
+
+
+def test_user_text_never_becomes_markup(hostile: tuple[str, Page]) -> None:
+    text, page = hostile
+    assert HOSTILE not in text
+    assert HOSTILE in page.text
+    assert page.attributes("img") == []
+    assert len(page.scripts) == len(page.attributes("script")) == 3
+    assert "</script" not in page.scripts[0]
+    plots = json.loads(page.scripts[0])
+    assert HOSTILE in json.dumps(plots)
+
+
+def test_infinite_figures_are_written_and_not_plotted() -> None:
+    bad = trials()[0]
+    seen = bad.measurement
+    assert seen is not None
+    seen = seen.model_copy(update={"quality_drop": float("inf"), "latency_ratio": float("nan")})
+    result = full_result(
+        metric="mse",
+        chosen=chosen(
+            quality=float("inf"), quality_drop=float("inf"), sqnr_db=float("inf"), latency_ratio=0.0
+        ),
+        trials=[bad.model_copy(update={"measurement": seen}), *trials()[1:]],
+    )
+    page = Page(render(result))
+    json.loads(page.scripts[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "∞" in page.text
+
+
+def test_the_verdict_names_what_blocks_and_what_would_help() -> None:
+    said = explain(missed_result())
+    assert said[0] == "Not met: the best artifact so far does not keep every limit."
+    assert "Latency blocks: 2.13 ms, above the limit; the limit is 1.50 ms." in said
+    assert "Cheapest relaxation: --max-latency 2.2ms would do (trial 3)." in said
+    assert any("unresolved" in sentence for sentence in said)
+    assert said[-1].startswith("Trial 3 is the best so far")
+    page = Page(render(missed_result()))
+    assert "Not met" in page.text
+    assert any(tag.get("class") == "tile broken" for tag in page.attributes("div"))
+
+
+def test_an_artifact_worse_than_the_original_is_not_held_against_a_limit() -> None:
+    reason = "slower than the original: latency ratio 1.21 [1.18, 1.24]"
+    worse = Violation(axis="latency_s", limit=1.0, value=1.21, reason=reason)
+    said = explain(full_result(met=False, budget=Budget(), blocking=[worse]))
+    assert said[0] == "Not met: the best artifact so far is worse than the original where it counts."
+    assert f"Latency blocks: {reason}." in said
+
+
+def test_the_verdict_grows_with_confidence() -> None:
+    assert explain(full_result())[0].startswith(
+        "Met: the measured artifact keeps every limit, its quality by"
+    )
+    sure = full_result(met_confident=True, chosen=chosen(quality_drop_ci95=(0.001, 0.004)))
+    assert explain(sure)[0].startswith("Met with confidence:")
+    assert not any("interval ends at" in sentence for sentence in explain(sure))
+    assert explain(bare_result()) == ["Met: nothing was limited."]
+
+
+def test_examples_needed_follow_from_the_interval() -> None:
+    # (0.006 - 0.0025) / (0.005 - 0.0025) = 1.4, and 1.4 ** 2 * 2000 = 3920.
+    assert any(
+        "some 3,920 scored examples instead of 2,000" in sentence for sentence in explain(full_result())
+    )
+
+
+def test_the_choice_is_derived_from_the_trials() -> None:
+    said = " ".join(explain(full_result()))
+    assert "12 recipes were tried: 9 measured, 2 rejected, 1 failed; 7 of them keep every limit." in said
+    assert "Trial 3 was chosen: its product of latency ratio and size ratio is 0.111, the smallest" in said
+    other = [trial.model_copy(update={"chosen": trial.number == 1}) for trial in trials()]
+    assert "the smallest" not in " ".join(explain(full_result(trials=other)))
+    assert "Trial 3 was chosen: its latency ratio is 0.409" in " ".join(
+        explain(full_result(prefer="latency"))
+    )
+
+
+def test_the_torch_runtime_is_called_a_simulation() -> None:
+    assert any("simulates" in sentence for sentence in explain(full_result(chosen=chosen(runtime="torch"))))
+
+
+def test_plots_offer_each_axis_with_its_limit() -> None:
+    plots = {plot["axis"]: plot for plot in pareto_plots(full_result())}
+    assert list(plots) == ["latency_ratio", "bytes", "memory_bytes"]
+    assert "largest latency" in json.dumps(plots["latency_ratio"]["spec"])
+    assert "largest memory" not in json.dumps(plots["memory_bytes"]["spec"])
+    assert f"{3e-3 / 5.21e-3}"[:8] in json.dumps(plots["latency_ratio"]["spec"])
+    assert pareto_plots(bare_result()) == []
+
+
+def test_the_front_holds_no_simulated_and_no_beaten_trial() -> None:
+    spec = pareto_plots(full_result())[0]["spec"]
+    lines = [layer for layer in spec["layer"] if layer["mark"]["type"] == "line"]
+    front = spec["datasets"][lines[0]["data"]["name"]]
+    drops = [point["drop"] for point in front]
+    assert drops == sorted(drops, reverse=True)
+    assert front[-1]["kind"] == "original"
+    assert not any("simulated" in point["kind"] for point in front)
+
+
+def test_simulated_and_measured_are_told_apart() -> None:
+    groups = {trial.number: kind(trial) for trial in trials()}
+    assert (groups[3], groups[5]) == ("chosen", "failed")
+    assert (groups[6], groups[9]) == ("rejected, measured", "rejected, simulated")
+
+
+def test_importing_the_report_imports_no_heavy_library() -> None:
+    code = (
+        "import sys, featherweight.report, featherweight.bundle;"
+        "print([name for name in ('altair', 'jinja2', 'vl_convert', 'torch', 'onnx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (figures.size(999), "999 B"),
+        (figures.size(999_600), "1.00 MB"),
+        (figures.size(1_093_412), "1.09 MB"),
+        (figures.size(0), "0 B"),
+        (figures.seconds(2.126e-3), "2.13 ms"),
+        (figures.seconds(0.00085), "850 us"),
+        (figures.seconds(0), "0 us"),
+        (figures.seconds(750), "12.5 min"),
+        (figures.count(40_813_000), "40.8M"),
+        (figures.ratio(0.041), "0.041×"),
+        (figures.gain(0.27, "smaller", "larger"), "3.7× smaller"),
+        (figures.gain(1.25, "smaller", "larger"), "1.2× larger"),
+        (figures.gain(0.0, "smaller", "larger"), "–"),
+        (figures.decibel(float("inf")), "∞ dB"),
+        (figures.latency(Latency(median=1.2e-3, q1=9e-4, q3=1.3e-3)), "1.20 ms (900 us to 1.30 ms)"),
+        (figures.Scale(True).change(-0.001), "0.10 points better"),
+        (figures.Scale(True).drop(-0.00001), "0.00 points"),
+        (figures.Scale(False).drop(0.012), "1.20%"),
+        (figures.Scale(False).score(4.3123), "4.312"),
+        (
+            figures.recipe_line({"steps": [{"fold": {}}, {"prune": {"macs": 0.5, "where": None}}]}),
+            "fold → prune(macs: 0.5, where: –)",
+        ),
+    ],
+)
+def test_formats(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def test_a_metric_of_the_user_is_read_off_its_numbers() -> None:
+    relative = full_result(
+        metric="score.py:f",
+        baseline=BASELINE.model_copy(update={"quality": 0.5}),
+        chosen=chosen(quality=0.49, quality_drop=0.02),
+    )
+    assert not figures.scale_of(relative).bounded
+    absolute = relative.model_copy(update={"chosen": chosen(quality=0.49, quality_drop=0.01)})
+    assert figures.scale_of(absolute).bounded
+    assert not figures.scale_of(full_result(metric="mse")).bounded
+
+
+def test_docs_describe_every_field_and_no_other() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "result.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+    records = [
+        cls
+        for cls in vars(outcome).values()
+        if isinstance(cls, type) and issubclass(cls, Result.__bases__[0]) and cls.__name__[0] != "_"
+    ]
+    assert len(records) == 13
+    for cls in records:
+        inherited = outcome.Measurement.model_fields if cls is outcome.Chosen else {}
+        fields = {field.alias or name for name, field in cls.model_fields.items() if name not in inherited}
+        described = set(re.findall(r"^\| `(\w+)` \|", sections[cls.__name__], re.M))
+        assert described == fields, cls.__name__

@@ -1,0 +1,235 @@
+"""Ranges: a histogram of a stream against numpy, and the three rules against brute force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from featherweight.errors import DataError
+from featherweight.formats import IntQuant, PerChannel, PerTensor
+from featherweight.tools.ranges import Histogram, RangeRule, activation_range, weight_range
+
+BINS = 4096
+floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+batches = st.lists(st.lists(floats, min_size=1, max_size=20), min_size=1, max_size=6)
+
+
+def seen(*parts: Tensor) -> Histogram:
+    histogram = Histogram()
+    for part in parts:
+        histogram.update(part, "x")
+    return histogram
+
+
+def grid(symmetric: bool = False, signed: bool = False, width: int = 8) -> IntQuant:
+    return IntQuant(torch.tensor(-1.0), torch.tensor(1.0), width, symmetric, signed=signed)
+
+
+def error(x: Tensor, fmt: IntQuant, low: float, high: float) -> float:
+    """Mean squared error of storing x over a range."""
+    ranged = replace(fmt, low=torch.tensor(low), high=torch.tensor(high))
+    return float((ranged.project(x) - x).double().square().mean())
+
+
+class TestHistogram:
+    @given(batches)
+    @settings(max_examples=60)
+    def test_holds_what_numpy_counts_over_its_bound(self, parts: list[list[float]]) -> None:
+        tensors = [torch.tensor(part, dtype=torch.float32) for part in parts]
+        histogram = seen(*tensors)
+        everything = torch.cat(tensors).numpy()
+        assert histogram.counts.sum() == everything.size
+        assert histogram.low == everything.min()
+        assert histogram.high == everything.max()
+        if not histogram.bound:
+            assert not everything.any()
+            return
+        assert np.log2(histogram.bound) % 1 == 0
+        assert histogram.bound >= np.abs(everything).max() > histogram.bound / 2
+        counts, edges = np.histogram(everything.astype(np.float64), BINS, (-histogram.bound, histogram.bound))
+        # float32 may put a value that lies on an edge into either neighbour
+        shift = np.abs(np.cumsum(histogram.counts.numpy()) - np.cumsum(counts))
+        width = 2 * histogram.bound / BINS
+        near = np.array([(np.abs(everything - edge) < width * 1e-2).sum() for edge in edges[1:]])
+        assert (shift <= near).all()
+
+    @given(batches, st.randoms(use_true_random=False))
+    @settings(max_examples=30)
+    def test_the_order_of_batches_does_not_matter(self, parts: list[list[float]], random: object) -> None:
+        shuffled = list(parts)
+        random.shuffle(shuffled)  # type: ignore[attr-defined]
+        one, two = (seen(*map(torch.tensor, some)) for some in (parts, shuffled))
+        assert (one.low, one.high, one.bound) == (two.low, two.high, two.bound)
+        assert one.counts.sum() == two.counts.sum()
+        assert (one.counts.cumsum(0) - two.counts.cumsum(0)).abs().max() <= 2
+
+    def test_doubling_merges_pairs_around_zero(self) -> None:
+        first = torch.linspace(-0.99, 0.99, 1000)
+        grown = seen(first, torch.tensor([7.5]))
+        assert grown.bound == 8.0
+        at_once = seen(torch.cat([first, torch.tensor([7.5])]))
+        assert torch.equal(grown.counts, at_once.counts)
+        middle = grown.counts[BINS // 2 - BINS // 16 : BINS // 2 + BINS // 16]
+        assert middle.sum() == 1000
+
+    def test_zeros_before_the_first_value_are_not_lost(self) -> None:
+        histogram = seen(torch.zeros(100), torch.tensor([1.0, -1.0]))
+        assert histogram.counts.sum() == 102
+
+    def test_memory_does_not_grow(self) -> None:
+        histogram = seen(torch.randn(1000))
+        size = histogram.counts.numel()
+        for scale in range(1, 40):
+            histogram.update(torch.randn(1000) * scale, "x")
+        assert histogram.counts.numel() == size == BINS
+        assert {type(value) for value in vars(histogram).values()} == {float, Tensor}
+
+    def test_counts_beyond_float32(self) -> None:
+        """2**24 is where adding one to a float32 stops."""
+        count = 2**24 + 1000
+        histogram = seen(torch.full((1,), 1.0).expand(count))
+        assert histogram.counts.sum() == count
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_what_is_not_finite_is_told(self, bad: float) -> None:
+        with pytest.raises(DataError, match="'conv1#0:0' is NaN or infinite") as told:
+            Histogram().update(torch.tensor([1.0, bad]), "conv1#0:0")
+        assert told.value.fix is not None
+
+    def test_tiny_and_huge_values(self) -> None:
+        for value in (1e-30, 1e-10, 1e30):
+            histogram = seen(torch.tensor([value, -value / 2]))
+            assert histogram.counts.sum() == 2
+        grown = seen(torch.tensor([1e-30]), torch.tensor([1e30]))
+        assert grown.counts.sum() == 2
+
+    @pytest.mark.parametrize("fraction", [0.9, 0.99, 0.999])
+    def test_quantiles_are_numpys_within_a_bin(self, fraction: float) -> None:
+        x = torch.randn(20000, generator=torch.Generator().manual_seed(0)) * 3 + 1
+        histogram = seen(*x.split(777))
+        tail = (1 - fraction) / 2
+        wanted = np.quantile(x.numpy(), [tail, 1 - tail])
+        width = 2 * histogram.bound / BINS
+        assert histogram.quantiles(fraction) == pytest.approx(wanted, abs=1.01 * width + 1e-3)
+
+
+class TestActivationRange:
+    X = torch.cat([torch.randn(5000, generator=torch.Generator().manual_seed(1)), torch.tensor([9.0, -6.0])])
+
+    def test_minmax_is_what_was_seen(self) -> None:
+        low, high = activation_range(seen(self.X[:2500], self.X[2500:]), grid(), "minmax", 99)
+        assert (low, high) == (-6.0, 9.0)
+
+    def test_percentile_leaves_the_tails_out(self) -> None:
+        low, high = activation_range(seen(self.X), grid(), "percentile", 99.0)
+        wanted = np.quantile(self.X.numpy(), [0.005, 0.995])
+        assert (low, high) == pytest.approx(tuple(wanted), abs=0.02)
+        whole = activation_range(seen(self.X), grid(), "percentile", 100.0)
+        assert whole == pytest.approx((-6.0, 9.0), abs=0.01)
+
+    @pytest.mark.parametrize("width", [3, 4, 8])
+    def test_least_squares_is_near_the_best_of_all_ranges(self, width: int) -> None:
+        fmt = grid(width=width)
+        low, high = activation_range(seen(self.X), fmt, "mse", 99)
+        fractions = np.linspace(0.1, 1, 46)
+        best = min(error(self.X, fmt, -6.0 * a, 9.0 * b) for a in fractions for b in fractions)
+        assert error(self.X, fmt, low, high) <= 1.1 * best
+        assert error(self.X, fmt, low, high) <= error(self.X, fmt, -6.0, 9.0)
+
+    @pytest.mark.parametrize("signed", [True, False])
+    def test_least_squares_on_a_symmetric_grid_is_the_best_limit(self, signed: bool) -> None:
+        fmt = grid(symmetric=True, signed=signed, width=4)
+        low, high = activation_range(seen(self.X), fmt, "mse", 99)
+        best = min(error(self.X, fmt, -limit, limit) for limit in np.linspace(0.5, 9, 200))
+        assert error(self.X, fmt, low, high) <= 1.02 * best
+
+    def test_behind_relu_it_begins_at_zero(self) -> None:
+        low, high = activation_range(seen(self.X.relu()), grid(), "mse", 99)
+        assert low == 0
+        assert 2 < high <= 9
+
+    @pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+    @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+    def test_a_constant_is_kept(self, rule: RangeRule, value: float) -> None:
+        x = torch.full((100,), value)
+        low, high = activation_range(seen(x), grid(), rule, 99.9)
+        assert np.isfinite([low, high]).all()
+        assert error(x, grid(), low, high) < 1e-4
+
+    @given(st.lists(floats, min_size=2, max_size=200), st.sampled_from(["minmax", "percentile", "mse"]))
+    @settings(max_examples=60)
+    def test_stays_inside_what_was_seen_and_makes_a_format(self, xs: list[float], rule: RangeRule) -> None:
+        x = torch.tensor(xs, dtype=torch.float32)
+        low, high = activation_range(seen(x), grid(), rule, 99.0)
+        assert min(float(x.min()), 0) <= low <= high <= max(float(x.max()), 0)
+        replace(grid(), low=torch.tensor(low), high=torch.tensor(high))
+
+
+class TestWeightRange:
+    W = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(2)) * torch.arange(1, 7).reshape(
+        6, 1, 1, 1
+    )
+
+    @staticmethod
+    def fmt(axis: int | None, symmetric: bool = True, width: int = 4) -> IntQuant:
+        shape = () if axis is None else (1,)
+        granularity = PerTensor() if axis is None else PerChannel(axis)
+        return IntQuant(-torch.ones(shape), torch.ones(shape), width, symmetric, granularity, signed=True)
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_minmax(self, axis: int) -> None:
+        low, high = weight_range(self.W, self.fmt(axis), "minmax", 99)
+        rows = self.W.movedim(axis, 0).flatten(1)
+        assert torch.equal(low, rows.amin(1))
+        assert torch.equal(high, rows.amax(1))
+        low, high = weight_range(self.W, self.fmt(None), "minmax", 99)
+        assert (low, high) == (self.W.min(), self.W.max())
+        assert low.shape == ()
+
+    def test_percentile_is_numpys(self) -> None:
+        low, high = weight_range(self.W, self.fmt(0), "percentile", 90.0)
+        wanted = np.quantile(self.W.flatten(1).numpy(), [0.05, 0.95], axis=1)
+        assert np.allclose(low, wanted[0], atol=1e-5)
+        assert np.allclose(high, wanted[1], atol=1e-5)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("axis", [None, 0, 1])
+    def test_least_squares_is_the_best_fraction_of_each_channel(
+        self, axis: int | None, symmetric: bool
+    ) -> None:
+        fmt = self.fmt(axis, symmetric)
+        low, high = weight_range(self.W, fmt, "mse", 99)
+        rows = self.W.reshape(1, -1) if axis is None else self.W.movedim(axis, 0).flatten(1)
+        one = replace(fmt, low=torch.tensor(-1.0), high=torch.tensor(1.0), granularity=PerTensor())
+        for row, first, last in zip(rows, low.reshape(-1), high.reshape(-1), strict=True):
+            ends = float(row.min()), float(row.max())
+            best = min(error(row, one, ends[0] * f, ends[1] * f) for f in np.linspace(0.2, 1.0, 81))
+            assert error(row, one, float(first), float(last)) == pytest.approx(best, rel=1e-3)
+
+    @pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+    def test_empty_and_constant_channels(self, rule: RangeRule) -> None:
+        weight = torch.stack([torch.zeros(9), torch.full((9,), 0.5), torch.full((9,), -0.5), torch.randn(9)])
+        fmt = self.fmt(0, width=8)
+        low, high = weight_range(weight, fmt, rule, 99.9)
+        projected = replace(fmt, low=low, high=high).project(weight)
+        assert torch.allclose(projected[:3], weight[:3], atol=1e-3)
+        assert (low <= 0).all()
+        assert (high >= 0).all()
+
+    def test_one_weight_a_channel(self) -> None:
+        weight = torch.tensor([[0.1], [-0.2], [0.0]])
+        for rule in ("minmax", "percentile", "mse"):
+            low, high = weight_range(weight, self.fmt(0, width=8), rule, 99.0)  # type: ignore[arg-type]
+            assert torch.allclose(torch.maximum(-low, high), weight.abs().flatten())
+
+    def test_percentile_of_a_large_tensor(self) -> None:
+        """torch.quantile refuses more than 2**24 elements; a VGG head has 100 million."""
+        weight = torch.linspace(-1, 1, 2**24 + 2).reshape(2, -1)
+        low, high = weight_range(weight, self.fmt(None), "percentile", 98.0)
+        assert (float(low), float(high)) == pytest.approx((-0.98, 0.98), abs=1e-3)
