@@ -25,6 +25,7 @@ from featherweight.formats import IntQuant, PerChannel
 RangeRule = Literal["minmax", "percentile", "mse"]
 
 _BINS = 4096
+_EXACT = 2**24  # histc counts in float32, which is exact up to here
 _SHRINK = torch.linspace(0.2, 1.0, 81)  # fractions of the seen range that the search tries
 _ROUNDS = 3
 
@@ -53,8 +54,9 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         if self.bound:
-            seen = torch.histc(values.float(), bins=_BINS, min=-self.bound, max=self.bound)
-            self.counts += seen.double()
+            for part in values.float().reshape(-1).split(_EXACT):
+                seen = torch.histc(part, bins=_BINS, min=-self.bound, max=self.bound)
+                self.counts += seen.double()
         else:  # nothing but zeros so far: they lie in the middle, whatever the bound will be
             self.counts[_BINS // 2] += values.numel()
 
