@@ -12,9 +12,11 @@ import contextlib
 import copy
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,6 +48,24 @@ def _(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
+_ATEN = torch.ops.aten
+# What torch.onnx translates as it stands; other operators are decomposed first, which traces the program anew.
+_WHOLE = frozenset(
+    {
+        operator.getitem,
+        torch.ops.featherweight.mark.default,
+        *(_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor),
+        *(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.linear.default, _ATEN.matmul.default),
+        *(_ATEN.relu.default, _ATEN.relu6.default, _ATEN.hardtanh.default, _ATEN.clamp.default),
+        *(_ATEN.sigmoid.default, _ATEN.hardswish.default, _ATEN.hardsigmoid.default, _ATEN.silu.default),
+        *(_ATEN.tanh.default, _ATEN.gelu.default, _ATEN.leaky_relu.default, _ATEN.softmax.int),
+        *(_ATEN._native_batch_norm_legit_no_training.default, _ATEN.layer_norm.default),
+        *(_ATEN.max_pool2d.default, _ATEN.avg_pool2d.default, _ATEN.mean.dim, _ATEN.embedding.default),
+        *(_ATEN.cat.default, _ATEN.flatten.using_ints, _ATEN.permute.default, _ATEN.transpose.int),
+    }
+)
+
+
 @dataclass(frozen=True)
 class OnnxExport:
     """An ONNX graph, and where the asked names are in it.
@@ -57,6 +77,16 @@ class OnnxExport:
 
     model: ir.Model
     values: Mapping[str, ir.Value]
+
+
+class _Program(ExportedProgram):
+    """A program that is traced once more (a third of an export) only where there is something to decompose."""
+
+    def run_decompositions(self, decomp_table: Any = None, **options: Any) -> ExportedProgram:
+        calls = [node.target for node in self.graph.nodes if node.op == "call_function"]
+        if decomp_table is not None and all(call in _WHOLE and call not in decomp_table for call in calls):
+            return self
+        return super().run_decompositions(decomp_table, **options)
 
 
 def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) -> OnnxExport:
@@ -102,6 +132,7 @@ def _marked(graph: Graph, keep: set[str]) -> ExportedProgram:
     rewritten = copy.deepcopy(graph.program.graph)
     for node, copied in zip(graph.program.graph.nodes, rewritten.nodes, strict=True):
         copied.name = node.name  # fx renames what is called like a builtin: the 'input' of nn.Linear
+    _decompose(rewritten)
     renamed: dict[str, str] = {}
     for node in list(rewritten.nodes):
         if node.name not in wanted or not node.users:  # a tied parameter may have a second, idle name
@@ -123,7 +154,7 @@ def _marked(graph: Graph, keep: set[str]) -> ExportedProgram:
         for spec in signature.output_specs
     ]
     root = torch.fx.GraphModule(program.graph_module, rewritten)
-    return ExportedProgram(
+    return _Program(
         root=root,
         graph=rewritten,
         graph_signature=ExportGraphSignature(list(signature.input_specs), outputs),
@@ -133,6 +164,28 @@ def _marked(graph: Graph, keep: set[str]) -> ExportedProgram:
         example_inputs=program.example_inputs,
         constants=program.constants,
     )
+
+
+def _decompose(graph: torch.fx.Graph) -> None:
+    """What decomposing makes of the commonest operators that have no translation, without tracing the rest."""
+    for node in list(graph.nodes):
+        if node.target is _ATEN.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            with graph.inserting_before(node):
+                made = graph.call_function(_ATEN.mean.dim, (node.args[0], [-1, -2], True))
+        elif node.target is _ATEN.batch_norm.default and not node.args[5]:
+            x, weight, bias, mean, variance, _, momentum, eps, _ = node.args
+            arguments = (x, weight, bias, mean, variance, momentum, eps)
+            with graph.inserting_before(node):
+                several = graph.call_function(_ATEN._native_batch_norm_legit_no_training.default, arguments)
+                made = graph.call_function(operator.getitem, (several, 0))
+            none = node.meta["val"].new_empty(0)
+            several.meta = {**node.meta, "val": (node.meta["val"], none, none)}
+        else:
+            continue
+        made.meta, name = dict(node.meta), node.name
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        made.name = name  # the signature and the marks know it
 
 
 def _translate(program: ExportedProgram, graph: Graph) -> ir.Model:
@@ -148,10 +201,10 @@ def _translate(program: ExportedProgram, graph: Graph) -> ir.Model:
         type_constraints=[("T", _TENSORS, "any tensor")],
         attributes=[kinds.Attribute("name", kinds.AttrType.STRING)],
     )
-    operator = onnxscript.values.Op(onnxscript.values.Opset(_DOMAIN, 1), "Mark", schema)
+    mark = onnxscript.values.Op(onnxscript.values.Opset(_DOMAIN, 1), "Mark", schema)
 
     def translation(x, name: str):  # type: ignore[no-untyped-def]
-        return operator(x, name=name)
+        return mark(x, name=name)
 
     try:
         with _quiet():
