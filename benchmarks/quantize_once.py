@@ -67,13 +67,19 @@ class Clock:
         def imported(
             name: str, space: Any = None, local: Any = None, fromlist: Any = (), level: int = 0
         ) -> Any:
-            if (name in sys.modules and not level) or (self._open and self._open[-1] == "imports"):
+            there = not level and name in sys.modules and _has(sys.modules[name], fromlist)
+            if there or (self._open and self._open[-1] == "imports"):
                 return statement(name, space, local, fromlist, level)
             with self.part("imports"):
                 return statement(name, space, local, fromlist, level)
 
         builtins.__import__ = imported
         self.wrap(importlib, "import_module", "imports")
+
+
+def _has(module: Any, fromlist: Any) -> bool:
+    """Whether an import of these names from a module that is there loads no sub-module."""
+    return all(item == "*" or item in vars(module) for item in fromlist or ())
 
 
 def _featherweight(job: dict[str, Any], clock: Clock) -> None:

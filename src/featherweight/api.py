@@ -149,7 +149,7 @@ def fit(
         store.trim()
     delivered = kept
     write_folder(place, lambda folder: _copy(delivered, folder))
-    return Result.model_validate_json((delivered / MARK).read_text())
+    return Result.model_validate_json((delivered / MARK).read_text(encoding="utf-8"))
 
 
 def _target(runtime: str, threads: int) -> Target:
@@ -225,12 +225,12 @@ def _deliver(folder: Path, fitted: Fitted, run: Run, name: str) -> None:
     result, artifact = fitted.result, fitted.weighed.artifact
     for name in artifact.files:
         shutil.copy2(artifact.folder / name, folder / name)
-    (folder / "recipe.yaml").write_text(Recipe.from_dict(result.recipe).to_yaml())
-    (folder / "model_card.md").write_text(bundle.model_card(result, name=name))
+    (folder / "recipe.yaml").write_text(Recipe.from_dict(result.recipe).to_yaml(), encoding="utf-8")
+    (folder / "model_card.md").write_text(bundle.model_card(result, name=name), encoding="utf-8")
     entry = run.original.entries["forward"]
-    (folder / "load.py").write_text(bundle.loader(result, artifact, run.target, entry))
-    (folder / "report.html").write_text(reports.render(result))
-    (folder / MARK).write_text(result.to_json())
+    (folder / "load.py").write_text(bundle.loader(result, artifact, run.target, entry), encoding="utf-8")
+    (folder / "report.html").write_text(reports.render(result), encoding="utf-8")
+    (folder / MARK).write_text(result.to_json(), encoding="utf-8")
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -277,7 +277,7 @@ def apply(
 
     def write(folder: Path) -> None:
         write_model(folder, changed)
-        (folder / "recipe.yaml").write_text(steps.to_yaml())
+        (folder / "recipe.yaml").write_text(steps.to_yaml(), encoding="utf-8")
 
     write_folder(place, write)
     before, after = totals(run.original), totals(changed)
@@ -344,8 +344,8 @@ def lower(
         for name in artifact.files:
             shutil.copy2(artifact.folder / name, folder / name)
         if steps is not None:
-            (folder / "recipe.yaml").write_text(steps.to_yaml())
-        (folder / "artifact.json").write_text(json.dumps(summary, indent=2) + "\n")
+            (folder / "recipe.yaml").write_text(steps.to_yaml(), encoding="utf-8")
+        (folder / "artifact.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
     write_folder(place, write)
     return {"out": str(place), **summary}
@@ -475,7 +475,7 @@ def report(folder: str | Path) -> dict[str, Any]:
     if not (place / MARK).is_file():
         raise OutputError(f"'{place}' holds no {MARK}", fix="name a folder that featherweight fit wrote")
     try:
-        result = Result.model_validate_json((place / MARK).read_text())
+        result = Result.model_validate_json((place / MARK).read_text(encoding="utf-8"))
     except ValueError as error:
         raise OutputError(
             f"'{place / MARK}' is no result of this version: {_first_finding(error)}",
@@ -483,7 +483,7 @@ def report(folder: str | Path) -> dict[str, Any]:
         ) from error
     with told_as_machine_error("the report"):
         unfinished = place / ".report.html.partial"
-        unfinished.write_text(reports.render(result))
+        unfinished.write_text(reports.render(result), encoding="utf-8")
         unfinished.replace(place / "report.html")
     return {"report": str(place / "report.html"), "met": result.met}
 

@@ -49,7 +49,7 @@ def _(x: Tensor, name: str) -> Tensor:
 
 
 _ATEN = torch.ops.aten
-# What torch.onnx translates as it stands; other operators are decomposed first, which traces the program anew.
+# What torch.onnx translates as it stands; others are decomposed first, which traces the program anew.
 _WHOLE = frozenset(
     {
         operator.getitem,
@@ -80,7 +80,7 @@ class OnnxExport:
 
 
 class _Program(ExportedProgram):
-    """A program that is traced once more (a third of an export) only where there is something to decompose."""
+    """A program that is traced again (a third of an export) only where there is something to decompose."""
 
     def run_decompositions(self, decomp_table: Any = None, **options: Any) -> ExportedProgram:
         calls = [node.target for node in self.graph.nodes if node.op == "call_function"]
@@ -167,7 +167,7 @@ def _marked(graph: Graph, keep: set[str]) -> ExportedProgram:
 
 
 def _decompose(graph: torch.fx.Graph) -> None:
-    """What decomposing makes of the commonest operators that have no translation, without tracing the rest."""
+    """What decomposing makes of the commonest operators that have no translation: no tracing for them."""
     for node in list(graph.nodes):
         if node.target is _ATEN.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
             with graph.inserting_before(node):
