@@ -28,6 +28,8 @@ _BINS = 4096
 _EXACT = 2**24  # histc counts in float32, which is exact up to here
 _SHRINK = torch.linspace(0.2, 1.0, 81)  # fractions of the seen range that the search tries
 _ROUNDS = 3
+_EXTREMES = 32  # values at each end of a row by which hopeless ranges are told
+_ROUNDING = 1 + 1e-4  # of the sums of squares
 
 
 class Histogram:
@@ -175,12 +177,26 @@ def weight_range(weight: Tensor, fmt: IntQuant, rule: RangeRule, percentile: flo
 def _least_squares_rows(rows: Tensor, fmt: IntQuant, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     best = torch.full((rows.shape[0],), math.inf)
     chosen = torch.ones(rows.shape[0])
+    largest = min(_EXTREMES, rows.shape[1])
+    above, below = rows.topk(largest, dim=1).values, rows.topk(largest, dim=1, largest=False).values
+    open_ = torch.arange(rows.shape[0])  # rows for which a smaller range may still be better
     for fraction in _SHRINK.flip(0):  # the whole range first: ties keep it
-        scale, zero_point = _grids(fmt, low * fraction, high * fraction)
-        steps = torch.round(rows / scale[:, None]) + zero_point[:, None]
-        steps = steps.clamp(fmt.quant_min, fmt.quant_max)
-        error = ((steps - zero_point[:, None]) * scale[:, None] - rows).square().sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, fraction, chosen)
+        scale, zero_point = (
+            grid[:, None] for grid in _grids(fmt, low[open_] * fraction, high[open_] * fraction)
+        )
+        smallest, greatest = fmt.quant_min - zero_point, fmt.quant_max - zero_point
+        # What the range cuts off the outermost values alone; it only grows from here on.
+        cut = (above[open_] - greatest * scale).clamp(min=0).square().sum(1)
+        cut += (smallest * scale - below[open_]).clamp(min=0).square().sum(1)
+        keep = cut <= best[open_] * _ROUNDING
+        if not keep.all():
+            open_, scale, smallest, greatest = (item[keep] for item in (open_, scale, smallest, greatest))
+            if not len(open_):
+                break
+        some = rows if len(open_) == len(rows) else rows[open_]
+        steps = torch.round(some / scale).clamp_(smallest, greatest)
+        error = steps.mul_(scale).sub_(some).square_().sum(1)
+        better = error < best[open_]
+        best[open_[better]] = error[better]
+        chosen[open_[better]] = fraction
     return low * chosen, high * chosen
