@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from featherweight.errors import LoadError
+from featherweight.exchange.onnx_in import host
 from featherweight.exchange.onnx_in.module import Imported
 from featherweight.exchange.onnx_in.read import Source
 from featherweight.plugins import find_runtime
@@ -48,7 +49,7 @@ def check_import(
     expected = _run(path if path is not None and outside else content, source, inputs)
     with torch.no_grad():
         result = module(*inputs)
-    found = [item.numpy() for item in (result if isinstance(result, tuple) else (result,))]
+    found = [host.array_of(item) for item in (result if isinstance(result, tuple) else (result,))]
     for name, ours, theirs in zip(source.outputs, found, expected, strict=True):
         if difference(ours, theirs) <= TOLERANCE:
             continue
@@ -92,7 +93,7 @@ def _run(model: str | bytes, source: Source, inputs: Sequence[Tensor]) -> list[n
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        feed = {item.name: value.numpy() for item, value in zip(source.inputs, inputs, strict=True)}
+        feed = {item.name: host.array_of(value) for item, value in zip(source.inputs, inputs, strict=True)}
         return [np.asarray(item) for item in session.run(None, feed)]
     except Exception as error:  # onnxruntime raises its own kinds, which have no common base
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -127,10 +128,9 @@ def _first_difference(module: Imported, source: Source, inputs: Sequence[Tensor]
         return None
     for step in module.steps:
         for name in step.outputs:
-            if name in expected and difference(values[name].numpy(), expected[name]) > TOLERANCE:
-                return (
-                    f"node '{step.name}' (operator {step.op}): {_told(values[name].numpy(), expected[name])}"
-                )
+            if name in expected and difference(host.array_of(values[name]), expected[name]) > TOLERANCE:
+                told = _told(host.array_of(values[name]), expected[name])
+                return f"node '{step.name}' (operator {step.op}): {told}"
     return None
 
 

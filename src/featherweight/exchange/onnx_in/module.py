@@ -120,7 +120,7 @@ class Imported(nn.Module):
         if ref.turn == "tensor" and isinstance(value, np.ndarray):
             return host.to_tensor(value)
         if ref.turn == "sizes" and isinstance(value, Tensor):
-            return value.detach().cpu().numpy()
+            return host.array_of(value)
         return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from onnx import AttributeProto
 from torch import Tensor, nn
 
 from featherweight.errors import LoadError
+from featherweight.exchange.onnx_in import host
 from featherweight.exchange.onnx_in.read import array_of
 
 LARGEST = 1 << 28  # elements of a tensor that a file may ask for by numbers alone
@@ -21,6 +22,10 @@ LARGEST = 1 << 28  # elements of a tensor that a file may ask for by numbers alo
 
 class UnsupportedError(Exception):
     """A form of an operator that is not read; the importer adds the node to the message."""
+
+
+class AbsurdError(UnsupportedError):
+    """A node asks for more memory than any model needs: nothing may run it."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Node:
         attributes: As in the file.
         constants: Values known at import, by name.
         examples: Values at the example inputs, by name: tensors or host numbers.
+        declared: Types of the graph's inputs, which a tensor may only carry (int4 in int8).
     """
 
     op: str
@@ -86,6 +92,7 @@ class Node:
     attributes: Mapping[str, AttributeProto]
     constants: Mapping[str, np.ndarray]
     examples: Mapping[str, Any]
+    declared: Mapping[str, np.dtype] = field(default_factory=dict)
 
     def has(self, index: int) -> bool:
         """Whether the optional input is given."""
@@ -123,9 +130,25 @@ class Node:
         """Whether an input is a tensor (not host numbers) of floating point."""
         value = self.constant(index)
         if value is not None:
-            return value.dtype.kind == "f"
+            return value.dtype.kind == "f" or value.dtype.name == "bfloat16"
         example = self.examples[self.inputs[index]]
         return isinstance(example, Tensor) and example.is_floating_point()
+
+    def dtype(self, index: int = 0) -> np.dtype:
+        """Type of an input as the file has it."""
+        value = self.constant(index)
+        if value is None:
+            name = self.inputs[index]
+            if name in self.declared:
+                return self.declared[name]
+            value = self.examples[name]
+            if isinstance(value, Tensor):
+                return host.array_of(value[(0,) * value.dim()] if value.numel() else value).dtype
+        return np.dtype(np.int64) if value.dtype == object else value.dtype
+
+    def tensor_dtype(self, index: int = 0) -> torch.dtype:
+        """Type of the tensor that an input arrives as."""
+        return host.torch_dtype(self.dtype(index))
 
     def axis(self, default: int, index: int = 0) -> int:
         """The attribute 'axis', not negative."""
@@ -171,7 +194,7 @@ Entry = Callable[[Node], Call]
 def check_size(shape: Sequence[Any]) -> None:
     """Refuse a shape that no model needs, before memory is taken for it."""
     if all(isinstance(size, int) for size in shape) and math.prod(shape) > LARGEST:
-        raise UnsupportedError(f"it makes a tensor of shape {tuple(shape)}")
+        raise AbsurdError(f"it makes a tensor of shape {tuple(shape)}")
 
 
 def blank(kind: type[nn.Module], *args: Any, **settings: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from featherweight.exchange.onnx_in.node import Entry
 from featherweight.exchange.onnx_in.operators import (
     activation,
+    casts,
     conv,
     elementwise,
     index,
@@ -24,6 +25,7 @@ OPERATORS: dict[tuple[str, str], Entry] = {
     ("", name): entry
     for family in (
         activation,
+        casts,
         conv,
         elementwise,
         index,

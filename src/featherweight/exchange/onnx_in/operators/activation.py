@@ -98,6 +98,33 @@ def _over_the_rest(x: Tensor, function: Callable[..., Tensor], axis: int) -> Ten
     return function(x.flatten(axis), dim=-1).reshape(x.shape)
 
 
+def _hardmax(node: Node) -> Call:
+    axis = node.axis(1 if node.opset < 13 else -1)
+    if node.opset < 13 and axis != node.rank() - 1:
+        return Call(lambda x: _one_at_largest(x.flatten(axis), -1).reshape(x.shape))
+    return Call(partial(_one_at_largest, axis=axis))
+
+
+def _one_at_largest(x: Tensor, axis: int) -> Tensor:
+    places = torch.argmax(x, axis, keepdim=True)
+    steps = torch.arange(x.shape[axis]).reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
+    return (steps == places).to(x.dtype)
+
+
+def _shrink(node: Node) -> Call:
+    edge, bias = node.number("lambd", 0.5), node.number("bias", 0.0)
+    if bias == edge and node.is_float():
+        return Call(nn.Softshrink(edge))
+    if bias == 0.0 and node.is_float():
+        return Call(nn.Hardshrink(edge))
+    return Call(partial(_shrunk, edge=edge, bias=bias))
+
+
+def _shrunk(x: Tensor, edge: float, bias: float) -> Tensor:
+    inner = torch.where(x > edge, x - bias, 0.0)
+    return torch.where(x < -edge, x + bias, inner).to(x.dtype)
+
+
 def _clip(node: Node) -> Call:
     if node.opset < 11:
         lowest = node.number("min", -math.inf) if "min" in node.attributes else None
@@ -155,6 +182,8 @@ ENTRIES: dict[str, Entry] = {
     "Softplus": _layer(nn.Softplus),
     "Softsign": _layer(nn.Softsign),
     "Gelu": _gelu,
+    "Hardmax": _hardmax,
+    "Shrink": _shrink,
     "Softmax": _softmax(nn.Softmax, F.softmax),
     "LogSoftmax": _softmax(nn.LogSoftmax, F.log_softmax),
 }

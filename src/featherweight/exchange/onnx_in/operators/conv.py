@@ -17,7 +17,7 @@ from featherweight.exchange.onnx_in.node import (
     by_rank,
     check_size,
 )
-from featherweight.exchange.onnx_in.operators.padding import window_of
+from featherweight.exchange.onnx_in.operators.padding import Window, window_of
 
 _CONV: dict[int, type[nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {
@@ -25,6 +25,7 @@ _TRANSPOSED: dict[int, type[nn.Module]] = {
     4: nn.ConvTranspose2d,
     5: nn.ConvTranspose3d,
 }
+_TRANSPOSED_FUNCTION = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 _FUNCTION = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
@@ -58,57 +59,66 @@ def _conv(node: Node) -> Call:
 
 
 def _conv_transpose(node: Node) -> Call:
-    node.fixed(1, "weight")
     shape, groups = node.shape(1), node.integer("group", 1)
     kind = by_rank(_TRANSPOSED, len(shape))
     window = window_of(node, shape[2:])
     rank = len(window.kernel)
     extra = node.integers("output_padding") or (0,) * rank
-    pads = _transposed_pads(node, window.kernel, window.strides, window.dilations, window.pads, extra)
+    pads, extra = _transposed_pads(node, window, extra)
     symmetric = all(begin == end >= 0 for begin, end in pads)
     full = [
         (n - 1) * s + (k - 1) * d + 1
         for n, s, k, d in zip(node.shape()[2:], window.strides, window.kernel, window.dilations, strict=False)
     ]
     check_size([node.shape()[0], shape[1] * groups, *full])
+    padding = tuple(begin for begin, _ in pads) if symmetric else (0,) * rank
+    after = None if symmetric else partial(_crop, pads=pads)
+    if not node.all_fixed(1, 2):
+        function = partial(
+            _TRANSPOSED_FUNCTION[len(shape)],
+            stride=window.strides,
+            padding=padding,
+            output_padding=extra,
+            groups=groups,
+            dilation=window.dilations,
+        )
+        return Call(function, inputs=(0, 1, 2), after=after)
     layer = blank(
         kind,
         shape[0],
         shape[1] * groups,
         window.kernel,
         window.strides,
-        tuple(begin for begin, _ in pads) if symmetric else (0,) * rank,
+        padding,
         extra,
         groups,
         node.has(2),
         window.dilations,
     )
-    return Call(layer, weights=_weights(node), after=None if symmetric else partial(_crop, pads=pads))
+    return Call(layer, weights=_weights(node), after=after)
 
 
 def _transposed_pads(
-    node: Node,
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilations: tuple[int, ...],
-    pads: tuple[tuple[int, int], ...],
-    extra: tuple[int, ...],
-) -> tuple[tuple[int, int], ...]:
-    """How much is cut off: as given, or what auto_pad or output_shape ask for."""
+    node: Node, window: Window, extra: tuple[int, ...]
+) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """How much is cut off and added at the end: as given, or what auto_pad or output_shape ask for."""
     auto, wanted = node.text("auto_pad", "NOTSET"), node.integers("output_shape")
     if wanted is None and not auto.startswith("SAME"):
-        return pads
-    sizes = node.shape(0)[2:]
-    found = []
-    for axis, (k, s, d, e) in enumerate(zip(kernel, strides, dilations, extra, strict=True)):
+        return window.pads, extra
+    sizes, rank = node.shape(0)[2:], len(window.kernel)
+    found, added = [], []
+    for axis, (k, s, d, e) in enumerate(
+        zip(window.kernel, window.strides, window.dilations, extra, strict=True)
+    ):
         full = (sizes[axis] - 1) * s + e + (k - 1) * d + 1
-        target = sizes[axis] * s if wanted is None else wanted[axis - len(kernel)]
-        total = full - target
-        if total < 0:
-            raise UnsupportedError("its output_shape is larger than what it computes")
+        target = sizes[axis] * s if wanted is None else wanted[axis - rank]
+        total = max(full - target, 0)
+        added.append(e + max(target - full, 0))
         half = total // 2
         found.append((half, total - half) if auto == "SAME_UPPER" else (total - half, half))
-    return tuple(found)
+    if any(e >= max(s, d) for e, s, d in zip(added, window.strides, window.dilations, strict=True)):
+        raise UnsupportedError("its output_shape is larger than what it computes")
+    return tuple(found), tuple(added)
 
 
 def _crop(x: Tensor, pads: tuple[tuple[int, int], ...]) -> Tensor:

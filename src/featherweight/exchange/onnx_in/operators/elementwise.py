@@ -9,33 +9,51 @@ from functools import partial, reduce
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
 
 from featherweight.exchange.onnx_in import host
-from featherweight.exchange.onnx_in.node import Call, Entry, Node, UnsupportedError
+from featherweight.exchange.onnx_in.node import Call, Entry, Node
 
 _Function = Callable[..., Any]
+
+
+_UNSIGNED = frozenset({"uint16", "uint32", "uint64"})  # torch stores them and computes nothing with them
 
 
 def _unary(function: _Function, on_host: _Function | None = None) -> Entry:
     def run(x: Any) -> Any:
         return on_host(x) if on_host is not None and isinstance(x, np.ndarray) else function(x)
 
-    return lambda _: Call(run, host=on_host is not None)
+    def entry(node: Node) -> Call:
+        if node.dtype(0).name in _UNSIGNED:
+            return Call(_in_int64(function, node.tensor_dtype(0)))
+        return Call(run, host=on_host is not None)
+
+    return entry
 
 
-def _binary(function: _Function, on_host: _Function | None = None) -> Entry:
+def _binary(
+    function: _Function, on_host: _Function | None = None, unsigned: _Function | None = None
+) -> Entry:
+    """``unsigned``: what to do with the bits of uint64 in int64, where it is something else."""
+
     def run(a: Any, b: Any) -> Any:
         if on_host is not None and isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
             return host.plain(host.as_host(on_host(a, b)))
         return function(a, b)
 
-    return lambda _: Call(run, inputs=(0, 1), host=on_host is not None)
+    def entry(node: Node) -> Call:
+        kind = node.dtype(0).name
+        if kind in _UNSIGNED:
+            chosen = unsigned if unsigned is not None and kind == "uint64" else function
+            return Call(_in_int64(chosen, node.tensor_dtype(0)), inputs=(0, 1))
+        return Call(run, inputs=(0, 1), host=on_host is not None)
+
+    return entry
 
 
-def _several(function: _Function, on_host: _Function) -> Entry:
+def _several(function: _Function, on_host: _Function, unsigned: _Function | None = None) -> Entry:
     """One input or more, folded from the left."""
 
     def run(*items: Any) -> Any:
@@ -43,7 +61,41 @@ def _several(function: _Function, on_host: _Function) -> Entry:
             return host.plain(host.as_host(reduce(on_host, items)))
         return reduce(function, items)
 
-    return lambda node: Call(run, inputs=tuple(range(len(node.inputs))), host=True)
+    def entry(node: Node) -> Call:
+        kind, inputs = node.dtype(0).name, tuple(range(len(node.inputs)))
+        if kind in _UNSIGNED:
+            chosen = unsigned if unsigned is not None and kind == "uint64" else function
+            wide = _in_int64(lambda *items: reduce(chosen, items), node.tensor_dtype(0))
+            return Call(wide, inputs=inputs)
+        return Call(run, inputs=inputs, host=True)
+
+    return entry
+
+
+def _in_int64(function: _Function, dtype: torch.dtype) -> _Function:
+    """Compute with unsigned numbers as int64; those of 64 bits keep their bits."""
+
+    def run(*items: Tensor) -> Tensor:
+        result: Tensor = function(*(item.to(torch.int64) for item in items))
+        return result if result.dtype == torch.bool else result.to(dtype)
+
+    return run
+
+
+def _below(a: Tensor, b: Tensor) -> Tensor:
+    """a < b of numbers of 64 bits without a sign."""
+    return torch.bitwise_xor(a, _TOP) < torch.bitwise_xor(b, _TOP)
+
+
+_TOP = -(1 << 63)
+
+
+def _unsigned_quotient(a: Tensor, b: Tensor) -> Tensor:
+    """Of 64 bits without a sign (Warren, Hacker's Delight, 9-3): halve, divide, correct."""
+    half = torch.bitwise_right_shift(a, 1) & ~_TOP
+    found = torch.div(half, b, rounding_mode="trunc") * 2
+    found = found + torch.logical_not(_below(a - found * b, b)).to(torch.int64)
+    return torch.where(b < 0, torch.logical_not(_below(a, b)).to(torch.int64), found)
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
@@ -55,9 +107,9 @@ def _power(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mod(node: Node) -> Call:
-    if node.integer("fmod", 0):
+    if node.integer("fmod", 0) and node.dtype(0).name not in _UNSIGNED:
         return _binary(torch.fmod, np.fmod)(node)
-    return _binary(torch.remainder, np.mod)(node)
+    return _binary(torch.remainder, np.mod, lambda a, b: a - _unsigned_quotient(a, b) * b)(node)
 
 
 def _mean(node: Node) -> Call:
@@ -83,33 +135,6 @@ def _not(x: Any) -> Any:
     return ~x.astype(bool) if isinstance(x, np.ndarray) else torch.logical_not(x)
 
 
-def _cast(node: Node) -> Call:
-    return Call(partial(_cast_to, dtype=_torch_dtype(node.integer("to", 0))), host=True)
-
-
-def _cast_like(_: Node) -> Call:
-    return Call(lambda x, like: x.to(like.dtype), inputs=(0, 1))
-
-
-def _torch_dtype(elem_type: int) -> torch.dtype:
-    try:
-        name = str(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
-    except KeyError as error:
-        raise UnsupportedError(f"it casts to the unknown type {elem_type}") from error
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise UnsupportedError(f"it casts to {name}")
-    return found
-
-
-def _cast_to(x: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(x, np.ndarray):
-        return x.to(dtype)
-    if dtype.is_floating_point:
-        return host.each(torch.sym_float, x)
-    return host.each(bool if dtype == torch.bool else torch.sym_int, x)
-
-
 def _is_inf(node: Node) -> Call:
     low, high = node.integer("detect_negative", 1), node.integer("detect_positive", 1)
     if low and high:
@@ -123,7 +148,22 @@ def _never(x: Tensor) -> Tensor:
 
 def _shift(node: Node) -> Call:
     left = node.text("direction", "LEFT") == "LEFT"
-    return Call(torch.bitwise_left_shift if left else torch.bitwise_right_shift, inputs=(0, 1))
+    kind = node.dtype(0)
+    run = partial(_shifted, left=left, bits=8 * kind.itemsize, logical=kind.name == "uint64")
+    return Call(_in_int64(run, node.tensor_dtype(0)), inputs=(0, 1))
+
+
+def _shifted(x: Tensor, by: Tensor, left: bool, bits: int, logical: bool) -> Tensor:
+    """A shift by the width or more leaves zero, or the sign."""
+    far = torch.logical_or(by >= bits, by < 0)
+    near = torch.where(far, 0, by)
+    if left:
+        return torch.where(far, 0, torch.bitwise_left_shift(x, near))
+    moved = torch.bitwise_right_shift(x, near)
+    if logical:
+        kept = torch.bitwise_right_shift(torch.full_like(x, ~_TOP), torch.clamp_min(near - 1, 0))
+        return torch.where(far, 0, torch.where(near > 0, moved & kept, x))
+    return torch.where(far, torch.where(x < 0, -1, 0), moved)
 
 
 def _round_host(function: Callable[[Any], Any]) -> _Function:
@@ -134,18 +174,18 @@ ENTRIES: dict[str, Entry] = {
     "Add": _binary(torch.add, operator.add),
     "Sub": _binary(torch.sub, operator.sub),
     "Mul": _binary(torch.mul, operator.mul),
-    "Div": _binary(_divide, host.quotient),
+    "Div": _binary(_divide, host.quotient, _unsigned_quotient),
     "Pow": _binary(_power),
     "Mod": _mod,
-    "Min": _several(torch.minimum, np.minimum),
-    "Max": _several(torch.maximum, np.maximum),
+    "Min": _several(torch.minimum, np.minimum, lambda a, b: torch.where(_below(a, b), a, b)),
+    "Max": _several(torch.maximum, np.maximum, lambda a, b: torch.where(_below(a, b), b, a)),
     "Sum": _several(torch.add, operator.add),
     "Mean": _mean,
     "Equal": _binary(torch.eq, np.equal),
-    "Greater": _binary(torch.gt, np.greater),
-    "GreaterOrEqual": _binary(torch.ge, np.greater_equal),
-    "Less": _binary(torch.lt, np.less),
-    "LessOrEqual": _binary(torch.le, np.less_equal),
+    "Greater": _binary(torch.gt, np.greater, lambda a, b: _below(b, a)),
+    "GreaterOrEqual": _binary(torch.ge, np.greater_equal, lambda a, b: ~_below(a, b)),
+    "Less": _binary(torch.lt, np.less, _below),
+    "LessOrEqual": _binary(torch.le, np.less_equal, lambda a, b: ~_below(b, a)),
     "And": _binary(torch.logical_and, np.logical_and),
     "Or": _binary(torch.logical_or, np.logical_or),
     "Xor": _binary(torch.logical_xor, np.logical_xor),
@@ -156,8 +196,6 @@ ENTRIES: dict[str, Entry] = {
     "BitwiseXor": _binary(torch.bitwise_xor),
     "BitwiseNot": _unary(torch.bitwise_not),
     "Where": _where,
-    "Cast": _cast,
-    "CastLike": _cast_like,
     "Abs": _unary(torch.abs),
     "Neg": _unary(torch.neg, operator.neg),
     "Reciprocal": _unary(torch.reciprocal),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.exchange.onnx_in import host
-from featherweight.exchange.onnx_in.node import Call, Entry, Node, UnsupportedError, Weight, blank
+from featherweight.exchange.onnx_in.node import (
+    Call,
+    Entry,
+    Node,
+    UnsupportedError,
+    Weight,
+    blank,
+    check_size,
+)
+from featherweight.exchange.onnx_in.operators.casts import numpy_type
+
+_SECOND = frozenset({1})
 
 
 def _gather(node: Node) -> Call:
@@ -96,34 +108,196 @@ def _backwards(x: Tensor, dim: int, start: int, end: int, step: int) -> Tensor:
 
 
 def _top_k(node: Node) -> Call:
-    count = node.integer("k", 0) if node.opset < 10 else int(node.fixed(1, "k").item())
     axis, largest = node.axis(-1), bool(node.integer("largest", 1))
-    return Call(lambda x: tuple(torch.topk(x, count, axis, largest, sorted=True)))
+    dtype = node.tensor_dtype()
+    run = partial(_top, axis=axis, largest=largest, dtype=dtype)
+    if node.opset < 10:
+        count = host.sizes([node.integer("k", 0)])
+        return Call(lambda x: run(x, count))
+    return Call(run, inputs=(0, 1), sizes=_SECOND)
+
+
+def _top(x: Tensor, k: host.Host, axis: int, largest: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of equal values the first comes first, as in ONNX Runtime; torch.topk alone does not promise it."""
+    count = host.to_list(k)[0]
+    if dtype in (torch.uint16, torch.uint32, torch.uint64):
+        found = _top(x.to(torch.int64), k, axis, largest, torch.int64)  # beyond 2**63: wrong order
+        return found[0].to(dtype), found[1]
+    if torch.compiler.is_exporting():
+        return tuple(torch.topk(x, count, axis, largest, sorted=True))
+    values, places = torch.sort(x, dim=axis, descending=largest, stable=True)
+    return values.narrow(axis, 0, count), places.narrow(axis, 0, count)
 
 
 def _trilu(node: Node) -> Call:
+    upper = bool(node.integer("upper", 1))
+    if node.has(1) and node.constant(1) is None:
+        return Call(partial(_trilu_at, upper=upper), inputs=(0, 1), sizes=_SECOND)
     offset = int(node.fixed(1, "k").item()) if node.has(1) else 0
-    return Call(partial(torch.triu if node.integer("upper", 1) else torch.tril, diagonal=offset))
+    return Call(partial(torch.triu if upper else torch.tril, diagonal=offset))
 
 
-def _cumulative_sum(node: Node) -> Call:
-    axis = int(node.fixed(1, "axis").item()) % max(node.rank(), 1)
-    if node.integer("exclusive", 0) or node.integer("reverse", 0):
-        raise UnsupportedError("it is exclusive or runs backwards")
-    return Call(partial(torch.cumsum, dim=axis))
+def _trilu_at(x: Tensor, k: host.Host, upper: bool) -> Tensor:
+    return (torch.triu if upper else torch.tril)(x, host.to_list(k)[0])
+
+
+def _cumulative(function: Callable[..., Tensor], neutral: int) -> Entry:
+    def entry(node: Node) -> Call:
+        exclusive, backwards = bool(node.integer("exclusive", 0)), bool(node.integer("reverse", 0))
+        dtype = node.tensor_dtype()
+
+        def run(x: Tensor, axis: host.Host) -> Tensor:
+            where = int(host.to_list(axis)[0]) % max(x.dim(), 1)
+            x = torch.flip(x, (where,)) if backwards else x
+            if exclusive:
+                first = torch.full_like(x.narrow(where, 0, 1), neutral)
+                x = torch.cat((first, x.narrow(where, 0, x.shape[where] - 1)), where)
+            total = function(x, dim=where, dtype=dtype)
+            return torch.flip(total, (where,)) if backwards else total
+
+        return Call(run, inputs=(0, 1), sizes=_SECOND)
+
+    return entry
 
 
 def _one_hot(node: Node) -> Call:
-    depth = int(node.fixed(1, "depth").item())
-    off, on = node.fixed(2, "values").reshape(-1)
     axis = node.integer("axis", -1) % (node.rank() + 1)
-    dtype = torch.from_numpy(np.array(on)).dtype
-    if depth < 1 or depth > 1 << 24:
-        raise UnsupportedError(f"its depth is {depth}")
 
-    def run(ids: Tensor) -> Tensor:
-        hit = _wrapped(ids.to(torch.int64), depth).unsqueeze(-1) == torch.arange(depth)
-        return torch.where(hit, on.item(), off.item()).to(dtype).movedim(-1, axis)
+    def run(ids: Tensor, count: host.Host, values: Tensor) -> Tensor:
+        depth = int(host.to_list(count)[0])
+        check_size([*ids.shape, depth])
+        wide = _wrapped(ids.to(torch.int64), depth).unsqueeze(-1)
+        hit = (wide == torch.arange(depth)).movedim(-1, axis)
+        return torch.where(hit, values[1], values[0])
+
+    return Call(run, inputs=(0, 1, 2), sizes=_SECOND)
+
+
+def _gather_nd(node: Node) -> Call:
+    return Call(partial(_gather_nd_of, batch=node.integer("batch_dims", 0)), inputs=(0, 1))
+
+
+def _gather_nd_of(x: Tensor, ids: Tensor, batch: int) -> Tensor:
+    depth = ids.shape[-1]
+    rows = [
+        torch.arange(x.shape[axis]).reshape([-1 if other == axis else 1 for other in range(ids.dim() - 1)])
+        for axis in range(batch)
+    ]
+    return x[(*rows, *(_wrapped(ids[..., axis], x.shape[batch + axis]) for axis in range(depth)))]
+
+
+_REDUCE = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
+def _scatter_elements(node: Node) -> Call:
+    axis, how = node.axis(0), node.text("reduction", "none")
+    if how not in ("none", *_REDUCE):
+        raise UnsupportedError(f"its reduction is '{how}'")
+    return Call(partial(_scattered, axis=axis, how=how), inputs=(0, 1, 2))
+
+
+def _scattered(x: Tensor, ids: Tensor, updates: Tensor, axis: int, how: str) -> Tensor:
+    places = _wrapped(ids, x.shape[axis]).to(torch.int64)
+    if how == "none":
+        return torch.scatter(x, axis, places, updates)
+    return torch.scatter_reduce(x, axis, places, updates, _REDUCE[how])
+
+
+def _scatter_nd(node: Node) -> Call:
+    how = node.text("reduction", "none")
+    if how not in ("none", *_REDUCE):
+        raise UnsupportedError(f"its reduction is '{how}'")
+    return Call(partial(_scattered_nd, how=how), inputs=(0, 1, 2))
+
+
+def _scattered_nd(x: Tensor, ids: Tensor, updates: Tensor, how: str) -> Tensor:
+    depth = ids.shape[-1]
+    places = tuple(_wrapped(ids[..., axis], x.shape[axis]).to(torch.int64) for axis in range(depth))
+    if how in ("none", "add"):
+        return torch.index_put(x, places, updates, accumulate=how == "add")
+    flat = torch.zeros_like(places[0])
+    for axis in range(depth):
+        flat = flat * x.shape[axis] + places[axis]
+    rows = x.reshape(-1, *x.shape[depth:])
+    added = updates.reshape(flat.numel(), *x.shape[depth:])
+    where = flat.reshape(-1, *[1] * (added.dim() - 1)).expand_as(added)
+    return torch.scatter_reduce(rows, 0, where, added, _REDUCE[how]).reshape(x.shape)
+
+
+def _tensor_scatter(node: Node) -> Call:
+    circular, axis = node.text("mode", "linear") == "circular", node.axis(-2)
+    return Call(partial(_written, axis=axis, circular=circular), inputs=(0, 1, 2))
+
+
+def _written(cache: Tensor, update: Tensor, starts: Tensor | None, axis: int, circular: bool) -> Tensor:
+    """A cache with new entries along one axis, each example's from its own start."""
+    first = torch.zeros(cache.shape[0], dtype=torch.int64) if starts is None else starts.to(torch.int64)
+    places = first[:, None] + torch.arange(update.shape[axis])
+    places = places % cache.shape[axis] if circular else places
+    shape = [1] * update.dim()
+    shape[0], shape[axis] = places.shape
+    return torch.scatter(cache, axis, places.reshape(shape).expand_as(update), update)
+
+
+def _non_zero(_: Node) -> Call:
+    return Call(lambda x: torch.nonzero(x).t())
+
+
+def _compress(node: Node) -> Call:
+    axis = node.integer("axis", 0) if "axis" in node.attributes else None
+
+    def run(x: Tensor, condition: Tensor) -> Tensor:
+        flat, where = (x.reshape(-1), 0) if axis is None else (x, axis)
+        return torch.index_select(flat, where, torch.nonzero(condition).reshape(-1))
+
+    return Call(run, inputs=(0, 1))
+
+
+def _unique(node: Node) -> Call:
+    axis = node.integer("axis", 0) if "axis" in node.attributes else None
+    return Call(partial(_unique_of, axis=axis, ordered=bool(node.integer("sorted", 1))))
+
+
+def _unique_of(x: Tensor, axis: int | None, ordered: bool) -> tuple[Tensor, ...]:
+    """Values, where each is first, which of them each element is, and how often each comes."""
+    where = 0 if axis is None else axis
+    flat = x.reshape(-1) if axis is None else x
+    wide = flat.float() if flat.dtype == torch.bfloat16 else flat
+    values, inverse, counts = torch.unique(
+        wide, sorted=True, return_inverse=True, return_counts=True, dim=where
+    )
+    size = inverse.numel()
+    first = torch.full(counts.shape, size).scatter_reduce(0, inverse, torch.arange(size), "amin")
+    if not ordered:
+        order = torch.argsort(first)
+        values, first, counts = values.index_select(where, order), first[order], counts[order]
+        inverse = torch.argsort(order)[inverse]
+    return values.to(x.dtype), first, inverse, counts
+
+
+def _reverse_sequence(node: Node) -> Call:
+    time, batch = node.integer("time_axis", 0), node.integer("batch_axis", 1)
+
+    def run(x: Tensor, lengths: Tensor) -> Tensor:
+        steps = torch.arange(x.shape[time])
+        ends = lengths.to(torch.int64)[:, None]
+        places = torch.where(steps < ends, ends - 1 - steps, steps)
+        shape = [1] * x.dim()
+        shape[batch], shape[time] = places.shape
+        table = places if batch < time else places.t()
+        return torch.gather(x, time, table.reshape(shape).expand_as(x))
+
+    return Call(run, inputs=(0, 1))
+
+
+def _eye_like(node: Node) -> Call:
+    offset = node.integer("k", 0)
+    kind = numpy_type(node.integer("dtype", 0)) if "dtype" in node.attributes else node.dtype()
+    dtype = host.torch_dtype(kind)
+
+    def run(x: Tensor) -> Tensor:
+        rows, columns = (torch.arange(size) for size in x.shape)
+        return (columns - rows[:, None] == offset).to(dtype)
 
     return Call(run)
 
@@ -134,6 +308,17 @@ ENTRIES: dict[str, Entry] = {
     "Slice": _slice,
     "TopK": _top_k,
     "Trilu": _trilu,
-    "CumSum": _cumulative_sum,
+    "CumSum": _cumulative(torch.cumsum, 0),
+    "CumProd": _cumulative(torch.cumprod, 1),
+    "GatherND": _gather_nd,
+    "Scatter": _scatter_elements,
+    "ScatterElements": _scatter_elements,
+    "ScatterND": _scatter_nd,
+    "TensorScatter": _tensor_scatter,
+    "NonZero": _non_zero,
+    "Compress": _compress,
+    "Unique": _unique,
+    "ReverseSequence": _reverse_sequence,
+    "EyeLike": _eye_like,
     "OneHot": _one_hot,
 }

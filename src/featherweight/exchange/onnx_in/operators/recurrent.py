@@ -1,4 +1,4 @@
-"""LSTM and GRU as torch's own layers, with ONNX's axes (T, N, C) and order of gates changed at import."""
+"""RNN, LSTM and GRU as torch's layers, with ONNX's axes (T, N, C) and order of gates changed at import."""
 
 from __future__ import annotations
 
@@ -8,26 +8,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from featherweight.exchange.onnx_in.node import Call, Entry, Node, UnsupportedError, Weight
+from featherweight.exchange.onnx_in.node import Call, Entry, Node, Weight
+from featherweight.exchange.onnx_in.operators.recurrent_steps import cell_of, inputs_of
 
+_RNN_GATES = (0,)
 _LSTM_GATES = (0, 2, 3, 1)  # ONNX: input, output, forget, cell; torch: input, forget, cell, output
 _GRU_GATES = (1, 0, 2)  # ONNX: update, reset, new; torch: reset, update, new
 
 
-class Recurrent(nn.Module):
-    """Calls an LSTM or GRU with ONNX's shapes: outputs (T, directions, N, H), states (directions, N, H)."""
+_KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "RNN": (nn.RNN, _RNN_GATES),
+    "LSTM": (nn.LSTM, _LSTM_GATES),
+    "GRU": (nn.GRU, _GRU_GATES),
+}
 
-    def __init__(self, cell: nn.LSTM | nn.GRU, batch_first: bool) -> None:
+
+class Recurrent(nn.Module):
+    """Calls a layer of torch with ONNX's shapes: outputs (T, directions, N, H), states (directions, N, H)."""
+
+    def __init__(self, cell: nn.RNNBase, batch_first: bool, backwards: bool = False) -> None:
         super().__init__()
         self.cell = cell
         self.batch_first = batch_first
+        self.backwards = backwards
 
     def forward(self, x: Tensor, hidden: Tensor | None, memory: Tensor | None) -> tuple[Tensor, ...]:
         if self.batch_first:
             x = x.transpose(0, 1)
+        if self.backwards:
+            x = torch.flip(x, (0,))
         ways = 2 if self.cell.bidirectional else 1
         state = self._state(x, ways, hidden, memory)
         outputs, last = self.cell(x, state)
+        if self.backwards:
+            outputs = torch.flip(outputs, (0,))
         steps, batch, _ = x.shape
         split = outputs.reshape(steps, batch, ways, self.cell.hidden_size).transpose(1, 2)
         states = last if isinstance(last, tuple) else (last,)
@@ -43,25 +57,18 @@ class Recurrent(nn.Module):
         return tuple(given) if isinstance(self.cell, nn.LSTM) else given[0]
 
 
-def _recurrent(node: Node, kind: type[nn.LSTM] | type[nn.GRU], gates: tuple[int, ...], memory: int) -> Call:
+def _recurrent(node: Node) -> Call:
+    kind, gates = _KINDS[node.op]
+    settings = cell_of(node)
+    peepholes = node.op == "LSTM" and node.has(7)
+    if not (settings.usual and node.all_fixed(1, 2, 3) and _full(node)) or peepholes:
+        return Call(settings, inputs=inputs_of(node))
     weight = node.fixed(1, "weight")
-    node.fixed(2, "recurrence weight")
-    direction = node.text("direction", "forward")
-    if direction not in ("forward", "bidirectional"):
-        raise UnsupportedError(f"its direction is '{direction}'")
-    ways = 2 if direction == "bidirectional" else 1
-    count = 2 * len(gates)
-    default = ["Sigmoid", "Tanh", "Tanh"] if kind is nn.LSTM else ["Sigmoid", "Tanh"]
-    chosen = node.attributes.get("activations")
-    if chosen is not None and [item.decode().lower() for item in chosen.strings] != [
-        name.lower() for name in default * ways
-    ]:
-        raise UnsupportedError("its activations are not the usual ones")
-    if "clip" in node.attributes or node.integer("input_forget", 0) or node.has(7 if kind is nn.LSTM else 99):
-        raise UnsupportedError("it clips, couples gates or has peepholes")
+    ways, count = len(settings.functions), 2 * len(gates)
     hidden = weight.shape[1] // len(gates)
+    own = {"nonlinearity": settings.activations[0][0]} if node.op == "RNN" else {}
     with torch.device("meta"):
-        cell = kind(weight.shape[2], hidden, bias=node.has(3), bidirectional=ways == 2)
+        cell = kind(weight.shape[2], hidden, bias=node.has(3), bidirectional=ways == 2, **own)
     weights = []
     for way in range(ways):
         end = "_l0_reverse" if way else "_l0"
@@ -70,14 +77,12 @@ def _recurrent(node: Node, kind: type[nn.LSTM] | type[nn.GRU], gates: tuple[int,
             _part(f"cell.weight_hh{end}", 2, way, gates),
         ]
         if node.has(3):
-            node.fixed(3, "bias")
             weights += [
                 _part(f"cell.bias_ih{end}", 3, way, gates, slice(0, count // 2)),
                 _part(f"cell.bias_hh{end}", 3, way, gates, slice(count // 2, count)),
             ]
-    _check_lengths(node)
-    layer = Recurrent(cell, batch_first=bool(node.integer("layout", 0)))
-    return Call(layer, inputs=(0, 5, memory), weights=tuple(weights))
+    layer = Recurrent(cell, settings.batch_first, settings.direction == "reverse")
+    return Call(layer, inputs=(0, 5, 6 if node.op == "LSTM" else 99), weights=tuple(weights))
 
 
 def _part(name: str, index: int, way: int, gates: tuple[int, ...], half: slice | None = None) -> Weight:
@@ -93,22 +98,13 @@ def _part(name: str, index: int, way: int, gates: tuple[int, ...], half: slice |
     return Weight(name, index, f"gates {gates} of {way} {half}", apply)
 
 
-def _check_lengths(node: Node) -> None:
+def _full(node: Node) -> bool:
+    """Whether every sequence is as long as the tensor."""
     if not node.has(4):
-        return
+        return True
     lengths = node.constant(4)
-    if lengths is None or np.any(lengths != node.shape(0)[0]):
-        raise UnsupportedError("it has sequences of different lengths")
+    steps = node.shape(0)[1 if node.integer("layout", 0) else 0]
+    return lengths is not None and bool(np.all(lengths == steps))
 
 
-def _lstm(node: Node) -> Call:
-    return _recurrent(node, nn.LSTM, _LSTM_GATES, 6)
-
-
-def _gru(node: Node) -> Call:
-    if not node.integer("linear_before_reset", 0):
-        raise UnsupportedError("it applies the reset gate before the product (linear_before_reset=0)")
-    return _recurrent(node, nn.GRU, _GRU_GATES, 99)
-
-
-ENTRIES: dict[str, Entry] = {"LSTM": _lstm, "GRU": _gru}
+ENTRIES: dict[str, Entry] = {"RNN": _recurrent, "LSTM": _recurrent, "GRU": _recurrent}

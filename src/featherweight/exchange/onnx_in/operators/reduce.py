@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,23 +18,45 @@ from featherweight.exchange.onnx_in.operators.shape import axes_of
 _Reduction = Callable[[Tensor, tuple[int, ...], bool], Tensor]
 
 
-def _reduction(function: _Reduction, on_host: Callable[[Any], Any] | None = None) -> Entry:
-    def entry(node: Node) -> Call:
-        axes, keep = axes_of(node), bool(node.integer("keepdims", 1))
-        if not axes and node.integer("noop_with_empty_axes", 0):
-            return Call(lambda x: x, host=True)
-        rank = node.rank()
-        where = tuple(sorted(axis % max(rank, 1) for axis in axes)) if axes else tuple(range(rank))
+def _reduction(
+    function: _Reduction, on_host: Callable[[Any], Any] | None = None, empty: float | None = None
+) -> Entry:
+    """``empty``: the result over no elements, where torch refuses."""
 
-        def run(x: Any) -> Any:
+    def entry(node: Node) -> Call:
+        keep, idle = bool(node.integer("keepdims", 1)), bool(node.integer("noop_with_empty_axes", 0))
+        rank = node.rank()
+
+        def run(x: Any, given: Sequence[int] | None) -> Any:
+            if not given and idle:
+                return alone(x)
             if isinstance(x, np.ndarray) and on_host is not None:  # host numbers are rows
                 total = host.as_host(on_host(x.reshape(-1).tolist()))
                 return total.reshape((1,) * x.ndim) if keep else total
-            return function(x, where, keep) if where else x
+            where = tuple(sorted(axis % max(rank, 1) for axis in given)) if given else tuple(range(rank))
+            if empty is not None and 0 in x.shape:
+                return _of_nothing(x, where, keep, empty)
+            return function(x, where, keep) if where else alone(x)
 
-        return Call(run, host=on_host is not None)
+        def alone(x: Any) -> Any:
+            """Over no axes: each element is a sum (a norm, a logarithm) of itself."""
+            return x if isinstance(x, np.ndarray) else function(x[None], (0,), False)
+
+        if "axes" not in node.attributes and node.has(1) and node.constant(1) is None:
+            return Call(lambda x, axes: run(x, host.to_list(axes)), inputs=(0, 1), sizes=frozenset({1}))
+        axes = axes_of(node)
+        return Call(lambda x: run(x, axes), host=on_host is not None)
 
     return entry
+
+
+def _of_nothing(x: Tensor, axes: tuple[int, ...], keep: bool, value: float) -> Tensor:
+    sizes = [1 if axis in axes else size for axis, size in enumerate(x.shape) if keep or axis not in axes]
+    if x.dtype == torch.bool:
+        return torch.full(sizes, value > 0, dtype=x.dtype)
+    limits = torch.finfo(x.dtype) if x.is_floating_point() else torch.iinfo(x.dtype)
+    number = value if x.is_floating_point() else limits.max if value > 0 else limits.min
+    return torch.full(sizes, number, dtype=x.dtype)
 
 
 def _product(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
@@ -80,8 +102,8 @@ def _last_position(x: Tensor, function: Callable[..., Tensor], axis: int, keep: 
 ENTRIES: dict[str, Entry] = {
     "ReduceMean": _reduction(lambda x, axes, keep: torch.mean(x, axes, keepdim=keep)),
     "ReduceSum": _reduction(_sum, sum),
-    "ReduceMax": _reduction(lambda x, axes, keep: torch.amax(x, axes, keepdim=keep), max),
-    "ReduceMin": _reduction(lambda x, axes, keep: torch.amin(x, axes, keepdim=keep), min),
+    "ReduceMax": _reduction(lambda x, axes, keep: torch.amax(x, axes, keepdim=keep), max, -math.inf),
+    "ReduceMin": _reduction(lambda x, axes, keep: torch.amin(x, axes, keepdim=keep), min, math.inf),
     "ReduceProd": _reduction(_product, math.prod),
     "ReduceL1": _reduction(_norm1),
     "ReduceL2": _reduction(_norm2),

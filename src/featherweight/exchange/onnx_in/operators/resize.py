@@ -1,14 +1,15 @@
 """Resize and its ancestor Upsample.
 
-Where torch's ``interpolate`` means the same, it is used, since runtimes know it; other coordinate rules are
-computed axis by axis from the formula of the ONNX specification.
+Where torch's ``interpolate`` means the same, it is used, since runtimes know it; other coordinate rules,
+kernels and axes are computed axis by axis from the formulas of the ONNX specification.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -25,125 +26,229 @@ _ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "round_prefer_floor": lambda x: torch.ceil(x - 0.5),
     "round_prefer_ceil": lambda x: torch.floor(x + 0.5),
 }
+_HALF = ("half_pixel", "pytorch_half_pixel")
+_RULES = (*_HALF, "align_corners", "asymmetric", "half_pixel_symmetric", "tf_crop_and_resize")
 
 
-def _resize(node: Node) -> Call:
-    rank = node.rank()
-    if node.integers("axes") is not None and tuple(node.integers("axes") or ()) != tuple(range(2, rank)):
-        raise UnsupportedError("it resizes axes other than the spatial ones")
-    if node.text("keep_aspect_ratio_policy", "stretch") != "stretch" or node.integer("exclude_outside", 0):
-        raise UnsupportedError("it keeps the aspect ratio, or excludes what is outside")
-    if node.integer("antialias", 0):
-        raise UnsupportedError("it smooths while it shrinks (antialias)")
-    old = node.opset < 11  # Resize-10: only (X, scales), asymmetric and floor
-    scales, sizes = (1, -1) if old else (2, 3)
-    if node.has(scales) and (found := node.constant(scales)) is not None and found.size == 0:
-        scales = -1  # given and empty: sizes count
-    rule = "asymmetric" if old else node.text("coordinate_transformation_mode", "half_pixel")
-    rounding = "floor" if old else node.text("nearest_mode", "round_prefer_floor")
-    return _call(node, node.text("mode", "nearest"), rule, rounding, scales, sizes)
+@dataclass(frozen=True)
+class _Resize:
+    """One node's settings; ``axes`` are those that its scales, sizes and region are about."""
 
+    mode: str
+    rule: str
+    rounding: str
+    axes: tuple[int, ...]
+    policy: str = "stretch"
+    cubic: float = -0.75
+    inside_only: bool = False
+    smooth: bool = False
+    outside: float = 0.0
 
-def _upsample(node: Node) -> Call:
-    if node.opset < 9:
-        raise UnsupportedError("its scales are an attribute")
-    return _call(node, node.text("mode", "nearest"), "asymmetric", "floor", 1, -1)
+    def by_scales(self, x: Tensor, scales: host.Host, region: host.Host | None = None) -> Tensor:
+        factors = [float(item) for item in host.to_list(scales)]
+        if len(factors) != len(self.axes):
+            raise UnsupportedError(f"its {len(factors)} scales do not fit {len(self.axes)} axes")
+        sizes = [_scaled(x.shape[axis], factor) for axis, factor in zip(self.axes, factors, strict=True)]
+        return self._run(x, sizes, factors, True, region)
 
+    def by_sizes(self, x: Tensor, sizes: host.Host, region: host.Host | None = None) -> Tensor:
+        wanted = host.to_list(sizes)
+        if len(wanted) != len(self.axes):
+            raise UnsupportedError(f"its {len(wanted)} sizes do not fit {len(self.axes)} axes")
+        old = [x.shape[axis] for axis in self.axes]
+        factors = [new / before for new, before in zip(wanted, old, strict=True)]
+        if self.policy != "stretch":
+            factor = min(factors) if self.policy == "not_larger" else max(factors)
+            factors = [factor] * len(factors)
+            wanted = [math.floor(factor * before + 0.5) for before in old]
+        return self._run(x, wanted, factors, False, region)
 
-def _call(node: Node, mode: str, rule: str, rounding: str, scales: int, sizes: int) -> Call:
-    if mode not in ("nearest", "linear", "cubic") or rounding not in _ROUND:
-        raise UnsupportedError(f"its mode is '{mode}' with '{rounding}'")
-    resample = _resampling(node, mode, rule, rounding)
-    if scales >= 0 and node.has(scales):
-        factors = tuple(float(item) for item in node.fixed(scales, "scales").reshape(-1))[
-            -(node.rank() - 2) :
+    def _run(
+        self, x: Tensor, sizes: list[Any], factors: list[Any], given: bool, region: host.Host | None
+    ) -> Tensor:
+        target = dict(zip(self.axes, sizes, strict=True))
+        check_size([target.get(axis, size) for axis, size in enumerate(x.shape)])
+        kind = self._interpolation(x, factors, sizes, given)
+        if kind is None:
+            return self._by_formula(x, sizes, factors, region)
+        mode, corners = kind
+        inner = [
+            (size, factor) for axis, size, factor in zip(self.axes, sizes, factors, strict=True) if axis > 1
         ]
-        if len(node.fixed(scales, "scales")) == node.rank() and set(node.fixed(scales, "scales")[:2]) != {
-            1.0
-        }:
-            raise UnsupportedError("it resizes the batch or the channels")
-        return Call(partial(_by_factors, factors=factors, resample=resample))
-    if sizes < 0 or not node.has(sizes):
-        raise UnsupportedError("it has neither scales nor sizes")
-    return Call(partial(_to_sizes, resample=resample), inputs=(0, sizes), sizes=frozenset({sizes}))
+        if given:  # not the sizes: a factor that does not divide decides the coordinates too
+            scale = [factor for _, factor in inner]
+            return F.interpolate(x, scale_factor=scale, mode=mode, align_corners=corners)
+        return F.interpolate(x, size=[size for size, _ in inner], mode=mode, align_corners=corners)
+
+    def _interpolation(
+        self, x: Tensor, factors: Sequence[Any], sizes: Sequence[Any], given: bool
+    ) -> tuple[str, bool | None] | None:
+        """What ``interpolate`` calls this, if it can do it: its mode, and whether corners are aligned."""
+        rank = x.dim()
+        spatial = tuple(axis for axis in self.axes if axis > 1)
+        still = all(
+            type(size) is int and size == x.shape[axis] and (not given or factor == 1)
+            for axis, size, factor in zip(self.axes, sizes, factors, strict=True)
+            if axis < 2
+        )
+        plain = not self.inside_only and not self.smooth and self.policy == "stretch"
+        if not still or not plain or rank not in _LINEAR or spatial != tuple(range(2, rank)):
+            return None
+        if not x.is_floating_point() and self.mode != "nearest":
+            return None
+        if self.mode == "nearest":
+            inner = [factor for axis, factor in zip(self.axes, factors, strict=True) if axis > 1]
+            return ("nearest", None) if self._is_nearest(inner) else None
+        one = any(type(size) is int and size == 1 for size in sizes[-len(spatial) :])
+        if self.rule not in (*_HALF, "align_corners") or (self.rule != "half_pixel" and one):
+            return None
+        if self.mode == "linear":
+            return _LINEAR[rank], self.rule == "align_corners"
+        if rank != 4 or not math.isclose(self.cubic, -0.75):
+            return None
+        return "bicubic", self.rule == "align_corners"
+
+    def _is_nearest(self, factors: Sequence[Any]) -> bool:
+        """Whether the rule picks what floor(place / factor) picks."""
+        if self.rule == "asymmetric" and self.rounding == "floor":
+            return True
+        whole = all(isinstance(f, (int, float)) and f >= 1 and f == int(f) for f in factors)
+        if self.rule in _HALF:  # the nearest centre; with whole factors there are no ties
+            return whole and self.rounding.startswith("round")
+        return self.rule == "asymmetric" and self.rounding == "round_prefer_floor" and set(factors) <= {1, 2}
+
+    def _by_formula(
+        self, x: Tensor, sizes: Sequence[Any], factors: Sequence[Any], region: host.Host | None
+    ) -> Tensor:
+        bounds = None if region is None else [float(item) for item in host.to_list(region)]
+        dtype = x.dtype
+        work = x if x.is_floating_point() or self.mode == "nearest" else x.float()
+        for index, (axis, size, factor) in enumerate(zip(self.axes, sizes, factors, strict=True)):
+            old = x.shape[axis]
+            crop = (0.0, 1.0)
+            if self.rule == "tf_crop_and_resize" and bounds is not None:
+                crop = (bounds[index], bounds[index + len(self.axes)])
+            same = type(size) is int and type(old) is int and size == old and factor == 1
+            if same and crop == (0.0, 1.0):
+                continue
+            place = _source(torch.arange(size, dtype=torch.float32), factor, old, size, self.rule, crop)
+            picked = self._along(work, axis, place, factor)
+            if self.rule == "tf_crop_and_resize":
+                wide = place.reshape(-1, *[1] * (x.dim() - axis - 1))
+                picked = torch.where((wide >= 0) & (wide <= old - 1), picked, self.outside)
+            work = picked
+        return work if work.dtype == dtype else work.to(dtype)
+
+    def _along(self, x: Tensor, axis: int, place: Tensor, factor: Any) -> Tensor:
+        """Sample one axis at fractional places."""
+        old = x.shape[axis]
+        if self.mode == "nearest":
+            nearest = _ROUND[self.rounding](place).to(torch.int64).clamp(0, old - 1)
+            return torch.index_select(x, axis, nearest)
+        low = torch.floor(place)
+        ratio = place - low
+        scale = min(float(factor), 1.0) if self.smooth else 1.0
+        reach = 1 if self.mode == "linear" else 2
+        first = math.floor(-reach / scale) + 1
+        taps = range(first, 2 - first)
+        kernel = _hat if self.mode == "linear" else lambda distance: _bicubic(distance, self.cubic)
+        weights = [kernel((tap - ratio).abs() * scale) for tap in taps]
+        places = [low.to(torch.int64) + tap for tap in taps]
+        if self.inside_only:
+            weights = [
+                torch.where((at >= 0) & (at < old), weight, 0.0)
+                for weight, at in zip(weights, places, strict=True)
+            ]
+        if self.inside_only or self.smooth:
+            total = sum(weights[1:], weights[0])
+            weights = [weight / total for weight in weights]
+        terms = [
+            torch.index_select(x, axis, at.clamp(0, old - 1))
+            * weight.to(x.dtype).reshape(-1, *[1] * (x.dim() - axis - 1))
+            for weight, at in zip(weights, places, strict=True)
+        ]
+        return reduce(torch.add, terms)
 
 
-_Resample = Callable[[Tensor, list[Any], "tuple[float, ...] | None"], Tensor]
+def _hat(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp(min=0.0)
 
 
-def _resampling(node: Node, mode: str, rule: str, rounding: str) -> _Resample:
-    """How to resample to sizes, given the factors or (None) their quotient."""
-    rank = node.rank()
-    corners = rule == "align_corners"
-    if mode == "nearest" and rule == "asymmetric" and rounding == "floor":
-        return partial(_interpolate, mode="nearest", corners=None)
-    if mode == "linear" and rule in ("half_pixel", "pytorch_half_pixel", "align_corners") and rank in _LINEAR:
-        return partial(_interpolate, mode=_LINEAR[rank], corners=corners)
-    if mode == "cubic":
-        if rank != 4 or rule not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-            raise UnsupportedError(f"it is cubic with '{rule}' on {rank} axes")
-        if not math.isclose(node.number("cubic_coeff_a", -0.75), -0.75):
-            raise UnsupportedError("its cubic coefficient is not -0.75")
-        return partial(_interpolate, mode="bicubic", corners=corners)
-    if rule not in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"):
-        raise UnsupportedError(f"its coordinates are '{rule}'")
-    return partial(_by_formula, mode=mode, rule=rule, rounding=rounding)
-
-
-def _by_factors(x: Tensor, factors: tuple[float, ...], resample: _Resample) -> Tensor:
-    sizes = [_scaled(size, factor) for size, factor in zip(x.shape[2:], factors, strict=True)]
-    check_size([*x.shape[:2], *sizes])
-    return resample(x, sizes, factors)
+def _bicubic(x: Tensor, a: float) -> Tensor:
+    """Keys' kernel (IEEE Trans. ASSP 29, 1981), of distances."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
 
 
 def _scaled(size: Any, factor: float) -> Any:
     return size * int(factor) if factor == int(factor) else math.floor(size * factor)
 
 
-def _to_sizes(x: Tensor, sizes: host.Host, resample: _Resample) -> Tensor:
-    wanted = host.to_list(sizes)[-(x.dim() - 2) :]
-    check_size([*x.shape[:2], *wanted])
-    return resample(x, wanted, None)
-
-
-def _interpolate(
-    x: Tensor, sizes: list[Any], factors: tuple[float, ...] | None, mode: str, corners: bool | None
-) -> Tensor:
-    if factors is not None:  # not the sizes: a factor that does not divide decides the coordinates too
-        return F.interpolate(x, scale_factor=list(factors), mode=mode, align_corners=corners)
-    return F.interpolate(x, size=sizes, mode=mode, align_corners=corners)
-
-
-def _by_formula(
-    x: Tensor, sizes: Sequence[Any], factors: tuple[float, ...] | None, mode: str, rule: str, rounding: str
-) -> Tensor:
-    for axis, size in enumerate(sizes, 2):
-        old = x.shape[axis]
-        if type(size) is int and type(old) is int and size == old:
-            continue
-        factor = size / old if factors is None else factors[axis - 2]
-        place = _source(torch.arange(size, dtype=torch.float32), factor, old, size, rule)
-        if mode == "nearest":
-            nearest = _ROUND[rounding](place).to(torch.int64).clamp(0, old - 1)
-            x = torch.index_select(x, axis, nearest)
-            continue
-        place = place.clamp(0, old - 1)
-        low = torch.floor(place).to(torch.int64)
-        share = (place - low).reshape(-1, *[1] * (x.dim() - axis - 1))
-        high = (low + 1).clamp_max(old - 1)
-        x = torch.index_select(x, axis, low) * (1 - share) + torch.index_select(x, axis, high) * share
-    return x
-
-
-def _source(target: Tensor, factor: Any, old: Any, new: Any, rule: str) -> Tensor:
+def _source(target: Tensor, factor: Any, old: Any, new: Any, rule: str, crop: tuple[float, float]) -> Tensor:
     """Where a target position lies in the source."""
-    if new == 1 and rule in ("align_corners", "pytorch_half_pixel"):
+    if rule == "tf_crop_and_resize":
+        start, end = crop
+        if type(new) is int and new == 1:
+            return torch.full_like(target, (start + end) * (old - 1) / 2)
+        return target * ((end - start) * (old - 1) / (new - 1)) + start * (old - 1)
+    if type(new) is int and new == 1 and rule in ("align_corners", "pytorch_half_pixel"):
         return torch.zeros_like(target)
     if rule == "align_corners":
         return torch.mul(target, (old - 1) / (new - 1))
     if rule == "asymmetric":
         return torch.div(target, factor)
-    return torch.div(target + 0.5, factor) - 0.5
+    middle = torch.div(target + 0.5, factor) - 0.5
+    if rule == "half_pixel_symmetric":
+        return torch.add(middle, old / 2 * (1 - new / (old * factor)))
+    return middle
+
+
+def _resize(node: Node) -> Call:
+    rank, old = node.rank(), node.opset < 11  # Resize-10: only (X, scales), asymmetric and floor
+    scales, sizes = (1, -1) if old else (2, 3)
+    if node.has(scales) and node.shape(scales) == (0,):
+        scales = -1  # given and empty: sizes count
+    settings = _Resize(
+        mode=node.text("mode", "nearest"),
+        rule="asymmetric" if old else node.text("coordinate_transformation_mode", "half_pixel"),
+        rounding="floor" if old else node.text("nearest_mode", "round_prefer_floor"),
+        axes=tuple(axis % rank for axis in node.integers("axes") or range(rank)),
+        policy=node.text("keep_aspect_ratio_policy", "stretch"),
+        cubic=node.number("cubic_coeff_a", -0.75),
+        inside_only=bool(node.integer("exclude_outside", 0)),
+        smooth=bool(node.integer("antialias", 0)),
+        outside=node.number("extrapolation_value", 0.0),
+    )
+    return _call(node, settings, scales, sizes, region=1 if not old else -1)
+
+
+def _upsample(node: Node) -> Call:
+    mode = node.text("mode", "nearest")
+    settings = _Resize(
+        "linear" if mode == "bilinear" else mode, "asymmetric", "floor", tuple(range(node.rank()))
+    )
+    if node.opset < 9:
+        factors = host.sizes(list(node.numbers("scales") or ()))
+        return Call(lambda x: settings.by_scales(x, factors))
+    return _call(node, settings, 1, -1, region=-1)
+
+
+def _call(node: Node, settings: _Resize, scales: int, sizes: int, region: int) -> Call:
+    if settings.mode not in ("nearest", "linear", "cubic") or settings.rounding not in _ROUND:
+        raise UnsupportedError(f"its mode is '{settings.mode}' with '{settings.rounding}'")
+    if settings.rule not in _RULES:
+        raise UnsupportedError(f"its coordinates are '{settings.rule}'")
+    where = region if settings.rule == "tf_crop_and_resize" and node.has(region) else -1
+    if scales >= 0 and node.has(scales):
+        index = scales
+    elif sizes >= 0 and node.has(sizes):
+        index = sizes
+    else:
+        raise UnsupportedError("it has neither scales nor sizes")
+    run = settings.by_scales if index == scales else settings.by_sizes
+    inputs = (0, index) if where < 0 else (0, index, where)
+    return Call(run, inputs=inputs, sizes=frozenset(inputs[1:]))
 
 
 ENTRIES: dict[str, Entry] = {"Resize": _resize, "Upsample": _upsample}

@@ -41,8 +41,12 @@ def _constant(node: Node) -> Call:
         if name in node.attributes:
             floats = "float" in name
             array = np.asarray(value, None if name == "value" else np.float32 if floats else np.int64)
-            return Call(partial(np.array, array), inputs=())
+            return Call(partial(_held, array=array), inputs=())
     raise UnsupportedError("it holds no dense numbers")
+
+
+def _held(array: np.ndarray) -> np.ndarray:
+    return array
 
 
 def _constant_of_shape(node: Node) -> Call:
@@ -50,7 +54,7 @@ def _constant_of_shape(node: Node) -> Call:
     number = np.zeros(1, np.float32) if value is None else value.reshape(-1)
     if number.size != 1:
         raise UnsupportedError("its value is not one number")
-    fill, dtype = number[0].item(), torch.from_numpy(number.copy()).dtype
+    fill, dtype = host.tensor_of(number)[0].item(), host.torch_dtype(number.dtype)
 
     def run(shape: Any) -> Tensor:
         sizes = host.to_list(shape)
@@ -60,12 +64,16 @@ def _constant_of_shape(node: Node) -> Call:
     return Call(run, sizes=frozenset({0}))
 
 
-def _range(_: Node) -> Call:
+def _range(node: Node) -> Call:
+    dtype = node.tensor_dtype(0)
+
     def run(start: host.Host, limit: host.Host, step: host.Host) -> Tensor:
         first, last, by = (host.to_list(item)[0] for item in (start, limit, step))
         if isinstance(last, (int, float)) and by:
             check_size([max(math.ceil((last - first) / by), 0)])
-        return torch.arange(first, last, by)
+        if dtype == torch.bfloat16:
+            return torch.arange(float(first), float(last), float(by)).to(dtype)
+        return torch.arange(first, last, by, dtype=dtype)
 
     return Call(run, inputs=(0, 1, 2), sizes=frozenset({0, 1, 2}))
 
@@ -107,31 +115,40 @@ def axes_of(node: Node, index: int = 1) -> tuple[int, ...] | None:
     return tuple(int(axis) for axis in node.fixed(index, "axes").reshape(-1))
 
 
+def _axes_at_run_time(node: Node, index: int = 1) -> bool:
+    return "axes" not in node.attributes and node.has(index) and node.constant(index) is None
+
+
 def _squeeze(node: Node) -> Call:
+    if _axes_at_run_time(node):
+        return Call(_squeezed, inputs=(0, 1), sizes=_SECOND)
     axes = axes_of(node)
     if axes is None:
         axes = tuple(axis for axis, size in enumerate(node.shape()) if size == 1)
-    where = tuple(sorted(axis % max(node.rank(), 1) for axis in axes))
+    where = host.sizes([axis % max(node.rank(), 1) for axis in axes])
+    return Call(lambda x: _squeezed(x, where), host=True)
 
-    def run(x: Any) -> Any:
-        return np.squeeze(x, where) if isinstance(x, np.ndarray) else torch.squeeze(x, where)
 
-    return Call(run, host=True)
+def _squeezed(x: Any, axes: host.Host) -> Any:
+    where = tuple(sorted(axis % x.ndim for axis in host.to_list(axes)))
+    return np.squeeze(x, where) if isinstance(x, np.ndarray) else torch.squeeze(x, where)
 
 
 def _unsqueeze(node: Node) -> Call:
+    if _axes_at_run_time(node):
+        return Call(_unsqueezed, inputs=(0, 1), sizes=_SECOND)
     axes = axes_of(node)
     if axes is None:
         raise UnsupportedError("it has no axes")
-    rank = node.rank() + len(axes)
-    where = sorted(axis % rank for axis in axes)
+    where = host.sizes(list(axes))
+    return Call(lambda x: _unsqueezed(x, where), host=True)
 
-    def run(x: Any) -> Any:
-        for axis in where:
-            x = np.expand_dims(x, axis) if isinstance(x, np.ndarray) else torch.unsqueeze(x, axis)
-        return x
 
-    return Call(run, host=True)
+def _unsqueezed(x: Any, axes: host.Host) -> Any:
+    given = host.to_list(axes)
+    for axis in sorted(axis % (x.ndim + len(given)) for axis in given):
+        x = np.expand_dims(x, axis) if isinstance(x, np.ndarray) else torch.unsqueeze(x, axis)
+    return x
 
 
 def _transpose(node: Node) -> Call:
@@ -155,6 +172,8 @@ def _concat(node: Node) -> Call:
 def _split(node: Node) -> Call:
     axis = node.axis(0)
     size, parts = node.shape()[axis], len(node.outputs)
+    if node.has(1) and node.constant(1) is None:
+        return Call(partial(_split_by, axis=axis), inputs=(0, 1), sizes=_SECOND)
     given = node.integers("split")
     if given is None and node.has(1):
         given = tuple(int(item) for item in node.fixed(1, "split").reshape(-1))
@@ -163,7 +182,15 @@ def _split(node: Node) -> Call:
         given = (*[part] * (parts - 1), size - part * (parts - 1))
     if sum(given) != size or min(given) < 0 or len(given) != parts:
         raise UnsupportedError(f"its parts {given} do not make {size}")
-    return Call(lambda x: tuple(torch.split(x, list(given), axis)))
+    lengths = host.sizes(list(given))
+    return Call(lambda x: _split_by(x, lengths, axis), host=True)
+
+
+def _split_by(x: Any, parts: host.Host, axis: int) -> tuple[Any, ...]:
+    lengths = host.to_list(parts)
+    if isinstance(x, np.ndarray):
+        return tuple(np.split(x, np.cumsum(lengths)[:-1], axis))
+    return tuple(torch.split(x, lengths, axis))
 
 
 def _expand(_: Node) -> Call:
@@ -198,32 +225,67 @@ def _pad(node: Node) -> Call:
     mode = _MODES.get(node.text("mode", "constant"))
     if mode is None:
         raise UnsupportedError(f"its mode is '{node.text('mode', '')}'")
-    axes = axes_of(node, 3)
     if node.opset < 11:
         amounts = node.integers("pads") or ()
-        fixed = partial(_pad_by, mode=mode, axes=axes)
         pads, number = host.sizes(list(amounts)), node.number("value", 0.0)
-        return Call(lambda x: fixed(x, pads, number))
-    value = node.fixed(2, "value").item() if node.has(2) else 0.0
-    run = partial(_pad_by, mode=mode, axes=axes)
-    return Call(lambda x, pads: run(x, pads, value), inputs=(0, 1), sizes=_SECOND)
+        return Call(lambda x: _pad_by(x, pads, number, None, mode=mode))
+    run = partial(_pad_by, mode=mode)
+    if not node.all_fixed(2):  # the value is computed while it runs
+        return Call(run, inputs=(0, 1, 2, 3), sizes=frozenset({1, 3}))
+    value = node.fixed(2, "value").reshape(-1)[0].item() if node.has(2) else 0.0
+    return Call(lambda x, pads, axes: run(x, pads, value, axes), inputs=(0, 1, 3), sizes=frozenset({1, 3}))
 
 
-def _pad_by(x: Tensor, pads: host.Host, value: float, *, mode: str, axes: tuple[int, ...] | None) -> Tensor:
+def _pad_by(
+    x: Tensor, pads: host.Host, value: float | Tensor, axes: host.Host | None, *, mode: str
+) -> Tensor:
     amounts = host.to_list(pads)
-    where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in axes]
+    where = list(range(x.dim())) if axes is None else [axis % x.dim() for axis in host.to_list(axes)]
     begins, ends = amounts[: len(where)], amounts[len(where) :]
     pairs = dict(zip(where, zip(begins, ends, strict=True), strict=True))
-    first = min((axis for axis, pair in pairs.items() if any(pair)), default=x.dim())
+    first = min((axis for axis, pair in pairs.items() if _grows(pair)), default=x.dim())
     flat = [amount for axis in reversed(range(first, x.dim())) for amount in pairs.get(axis, (0, 0))]
     if not flat:
         return x
-    check_size([size + sum(pairs.get(axis, (0, 0))) for axis, size in enumerate(x.shape)])
+    grown = [size + sum(pairs.get(axis, (0, 0))) for axis, size in enumerate(x.shape)]
+    check_size(grown)
     if mode == "constant":
+        if isinstance(value, Tensor):
+            inside = F.pad(torch.ones_like(x, dtype=torch.bool), flat)
+            return torch.where(inside, F.pad(x, flat), value.to(x.dtype))
+        if x.dtype == torch.bool:
+            return F.pad(x.to(torch.uint8), flat, value=value).to(torch.bool)
         return F.pad(x, flat, value=value)
-    # torch wants exactly two axes in front of those that it reflects
-    grown = [x.shape[axis] + sum(pairs.get(axis, (0, 0))) for axis in range(first, x.dim())]
-    return F.pad(x.reshape(1, -1, *x.shape[first:]), flat, mode=mode).reshape(*x.shape[:first], *grown)
+    if (
+        x.is_floating_point()
+        and x.dim() - first <= 3
+        and all(type(item) is int and item >= 0 for item in flat)
+    ):
+        # torch wants exactly two axes in front of those that it pads
+        turned = F.pad(x.reshape(1, -1, *x.shape[first:]), flat, mode=mode)
+        return turned.reshape(*x.shape[:first], *grown[first:])
+    for axis in range(first, x.dim()):
+        x = _pad_axis(x, axis, pairs.get(axis, (0, 0)), mode)
+    return x
+
+
+def _grows(pair: tuple[Any, Any]) -> bool:
+    return any(type(amount) is not int or amount for amount in pair)
+
+
+def _pad_axis(x: Tensor, axis: int, pair: tuple[Any, Any], mode: str) -> Tensor:
+    """One axis by the places that its elements come from; a negative pad cuts off."""
+    size = x.shape[axis]
+    places = torch.arange(-pair[0], size + pair[1])
+    if mode == "replicate":
+        places = places.clamp(0, size - 1)
+    elif mode == "circular":
+        places = torch.remainder(places, size)
+    else:
+        period = max(2 * (size - 1), 1)
+        places = torch.remainder(places, period)
+        places = torch.where(places >= size, period - places, places)
+    return torch.index_select(x, axis, places)
 
 
 def _depth_to_space(node: Node) -> Call:
