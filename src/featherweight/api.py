@@ -22,19 +22,20 @@ from featherweight.engine.environment import describe
 from featherweight.engine.evaluate import Scales
 from featherweight.engine.files import as_artifact, load_examples, weigh_files
 from featherweight.engine.fit import Fit, Fitted, Question
+from featherweight.engine.inspect import inspect_model
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
 from featherweight.engine.run import Run, write_model
-from featherweight.engine.sources import follow, load_sources, scoring_code
+from featherweight.engine.sources import follow, load_original, load_sources, scoring_code
 from featherweight.engine.store import Store, digest, told_as_machine_error
 from featherweight.engine.template import template
 from featherweight.engine.timing import Limits
-from featherweight.errors import BudgetError, LoadError, OutputError, TargetError, nearest
+from featherweight.errors import BudgetError, DataError, LoadError, OutputError, TargetError, nearest
 from featherweight.method import Progress, Silent
 from featherweight.outcome import Budget, Preference, Result
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
 from featherweight.runtime import Target
-from featherweight.tools.costs import layer_costs, totals
+from featherweight.tools.costs import totals
 
 __all__ = [
     "apply",
@@ -161,14 +162,17 @@ def _target(runtime: str, threads: int) -> Target:
         TargetError: The machine has fewer cores.
     """
     find_runtime(runtime).require()
-    target = Target(runtime=runtime, threads=threads).resolved()
-    cores = describe(target).cores
+    _cores(threads)
+    return Target(runtime=runtime, threads=threads).resolved()
+
+
+def _cores(threads: int) -> None:
+    cores = describe(Target()).cores
     if not 1 <= threads <= cores:
         raise TargetError(
             f"{threads} threads are asked for, and this machine has {cores} cores for us",
             fix=f"--threads {cores}",
         )
-    return target
 
 
 def _question(
@@ -437,32 +441,59 @@ def inspect(
     *,
     data: str | Data | None = None,
     weights: str | None = None,
+    metric: str | None = None,
     inputs: Sequence[str] = (),
     image_size: str | None = None,
     mean: str | None = None,
     std: str | None = None,
+    examples: int = 256,
+    threads: int = 1,
+    static: bool = False,
+    seed: int = 0,
     allow_pickle: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Where the cost is: shape, parameters, bytes, MACs and activation bytes by layer. Static.
+    """Where the cost is, layer by layer: size, work, memory, measured time, and sensitivity with data.
 
-    Args are those of :func:`fit`.
+    Args are those of :func:`fit`, and:
+        examples: Scored examples that the sensitivity takes at most.
+        static: Measure nothing.
+
+    Returns:
+        Totals and rows, described in docs/inspect.md.
 
     Raises:
         UserError: The input is at fault.
+        RunnerError: ONNX Runtime crashed.
     """
-    sources = load_sources(
-        model,
-        data=data,
-        weights=weights,
-        inputs=inputs,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        allow_pickle=allow_pickle,
+    shown = progress or Silent()
+    if examples < 1:
+        raise DataError(f"{examples} examples are none", fix="--examples 256")
+    given = None
+    if data is None and (image_size, mean, std) == (None, None, None):
+        original = load_original(model, weights=weights, inputs=inputs, allow_pickle=allow_pickle)
+    else:
+        sources = load_sources(
+            model,
+            data=data,
+            weights=weights,
+            metric=metric,
+            inputs=inputs,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            seed=seed,
+            allow_pickle=allow_pickle,
+        )
+        original, given = sources.model, sources.data
+        for note in sources.notes:
+            shown.note(f"note: {note}")
+    follow(original)
+    if not static:
+        _cores(threads)
+    return inspect_model(
+        original, given, examples=examples, threads=threads, static=static, seed=seed, progress=shown
     )
-    follow(sources.model)
-    rows = [row for entry in sources.model.entries for row in layer_costs(sources.model, entry)]
-    return {**totals(sources.model), "layers": [asdict(row) for row in rows]}
 
 
 def report(folder: str | Path) -> dict[str, Any]:

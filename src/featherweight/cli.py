@@ -454,51 +454,57 @@ def inspect(
     model: ModelArgument,
     data: DataOption = None,
     weights: Weights = None,
+    metric: Metric = None,
     inputs: Inputs = None,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            "--examples", metavar="N", min=1, help="Scored examples that the sensitivity takes at most."
+        ),
+    ] = 256,
+    threads: Threads = 1,
+    static: Annotated[
+        bool, typer.Option("--static", help="Measure nothing: no latency, no profile.")
+    ] = False,
+    seed: Seed = 0,
     allow_pickle: Pickle = False,
+    quiet: NoBars = False,
     as_json: AsJson = False,
 ) -> None:
     """Show where the cost is, layer by layer.
 
-    Nothing is measured. Bytes are those of the parameters; activation bytes those of
-    the layer's output for one example.
+    Parameters, work and memory are counted for one example; latency is each layer's share of the
+    kernels' time in ONNX Runtime's profile. With --data there is the drop when that layer's weights alone
+    are stored in 8 and in 4 bits, simulated.
 
     \b
-    Example:
+    Examples:
       featherweight inspect net.py:net --input 3x32x32
+      featherweight inspect net.py:net --weights net.safetensors --data test.npz
     """
     from featherweight import api
 
-    with Bars(quiet=True):
+    with Bars(quiet) as progress:
         summary = api.inspect(
             model,
             data=data,
             weights=weights,
+            metric=metric,
             inputs=inputs or (),
             image_size=image_size,
             mean=mean,
             std=std,
+            examples=examples,
+            threads=threads,
+            static=static,
+            seed=seed,
             allow_pickle=allow_pickle,
+            progress=progress,
         )
-    if as_json:
-        terminal.print_json(summary)
-        return
-    terminal.print_table(
-        ["layer", "type", "output", "params", "bytes", "MACs", "activation bytes"],
-        [
-            [
-                row["name"],
-                row["type"],
-                "x".join(map(str, row["shape"])),
-                *(f"{row[key]:,}" for key in ("params", "bytes", "macs", "activation_bytes")),
-            ]
-            for row in summary["layers"]
-        ],
-        f"total: {summary['params']:,} parameters, {summary['bytes']:,} bytes, {summary['macs']:,} MACs",
-    )
+    terminal.print_inspected(summary, as_json)
 
 
 @app.command()

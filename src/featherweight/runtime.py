@@ -12,12 +12,12 @@ import importlib.metadata
 import importlib.util
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from featherweight.errors import MissingRuntime
+from featherweight.errors import MissingRuntime, TargetError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,6 +121,21 @@ class Stored:
     bytes: int
 
 
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of a call goes.
+
+    Attributes:
+        latency_s: Median of calls that were not profiled.
+        calls: Profiled calls.
+        kernels: Node of the optimized graph -> seconds of a call, mean of the middle half.
+    """
+
+    latency_s: float
+    calls: int
+    kernels: Mapping[str, float]
+
+
 class Session(Protocol):
     """An opened artifact. Takes and returns the original's dtypes; hides integer inputs and outputs."""
 
@@ -195,6 +210,18 @@ class Runtime(ABC):
     @abstractmethod
     def stored(self, artifact: Artifact) -> Mapping[str, Stored]:
         """What the files hold, by parameter name: dtype and bytes, read back from them."""
+
+    def profile(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], folder: Path, *, entry: str
+    ) -> Profile:
+        """Time every kernel of some calls; runs in the measuring process.
+
+        ``folder`` takes ``optimized.onnx``, the graph that really ran, whose nodes carry the profile's names.
+
+        Raises:
+            TargetError: This runtime tells nothing of its kernels.
+        """
+        raise TargetError(f"{self.name} tells no times of its kernels", fix="profile with onnxruntime")
 
 
 def host_isa() -> str:

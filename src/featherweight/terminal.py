@@ -155,6 +155,20 @@ def print_measurement(told: dict[str, Any], as_json: bool) -> None:
         )
 
 
+def print_inspected(told: dict[str, Any], as_json: bool) -> None:
+    """Layers, totals of each entry, and what runtimes refuse."""
+    if as_json:
+        print_json(told)
+        return
+    from featherweight import inspected
+
+    for entry in told["entries"]:
+        columns, rows = inspected.table(told, entry)
+        print_table(columns, rows, inspected.caption(told, entry))
+    for line in inspected.remarks(told):
+        print_text(line)
+
+
 def print_table(columns: list[str], rows: list[list[str]], caption: str = "") -> None:
     """Aligned columns on standard output."""
     from rich.console import Console

@@ -34,7 +34,7 @@ from featherweight.runtime import Artifact, Target
 if TYPE_CHECKING:
     from featherweight.method import Progress
 
-Kind = Literal["latency", "memory", "serve"]
+Kind = Literal["latency", "memory", "serve", "profile"]
 
 _RUNNER = Path(__file__).with_name("runner.py")
 _SOURCE = Path(__file__).parents[2]

@@ -66,6 +66,12 @@ def run(data: Mapping[str, Any], folder: Path, requests: BinaryIO, answers: Bina
         return memory(job)
     if job.kind == "serve":
         return serve(job, requests, answers)
+    if job.kind == "profile":
+        return asdict(
+            job.runtime().profile(
+                job.artifacts["artifact"], job.target, job.arguments(), folder, entry=job.entry
+            )
+        )
     raise ValueError(f"no job is called '{job.kind}'")
 
 

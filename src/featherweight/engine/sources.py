@@ -89,14 +89,18 @@ def load_sources(
             raise DataError("--image-size, --mean and --std are for a folder of images", fix="--data FOLDER")
     if given is not None:
         _check_same_inputs(given)
-    original = load_model(
+    original = load_original(
         model,
         weights=weights,
-        inputs=[InputSpec.parse(text) for text in inputs] or None,
+        inputs=inputs,
         example_inputs=None if given is None else given.example_inputs(),
         allow_pickle=allow_pickle,
     )
-    _check_float32(original, model)
+    if "forward" not in original.entries:
+        raise LoadError(
+            f"'{model}' is called in several ways ({', '.join(original.entries)}), and data has one",
+            fix="featherweight inspect shows it without data; fit and measure take models with one entry",
+        )
     entry = original.entries["forward"]
     shapes = [(tuple(value.shape[1:]), _dtype(value)) for value in entry.example_inputs]
     checked = random_data(shapes, seed) if given is None else check_inputs(given, shapes)
@@ -104,6 +108,30 @@ def load_sources(
         checked = checked.evolve(metric=metric)
     fitted = _with_metric(checked, _outputs(original, model))
     return Sources(original, fitted, fitted.notes)
+
+
+def load_original(
+    model: str,
+    *,
+    weights: str | None = None,
+    inputs: Sequence[str] = (),
+    example_inputs: tuple[np.ndarray, ...] | None = None,
+    allow_pickle: bool = False,
+) -> Model:
+    """The model alone, with all its entries; see ``load_sources``.
+
+    Raises:
+        LoadError: It cannot be read, or is not float32.
+    """
+    original = load_model(
+        model,
+        weights=weights,
+        inputs=[InputSpec.parse(text) for text in inputs] or None,
+        example_inputs=example_inputs,
+        allow_pickle=allow_pickle,
+    )
+    _check_float32(original, model)
+    return original
 
 
 def scoring_code(data: Data) -> str:
@@ -148,7 +176,8 @@ def follow(model: Model) -> None:
     logging.disable(logging.ERROR)  # torch.export logs and prints the graph that it could not follow
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            trace(model)
+            for entry in model.entries:
+                trace(model, entry)
     except LoadError as error:
         error.where = error.where or _users_line(error.__cause__)
         raise

@@ -11,7 +11,7 @@ activation disappears into the convolution's clamp. On x86 without VNNI the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featherweight.errors import TargetError, nearest
-from featherweight.runtime import Artifact, Role, Runtime, Session, Stored, Target
+from featherweight.runtime import Artifact, Profile, Role, Runtime, Session, Stored, Target
 
 if TYPE_CHECKING:
     from featherweight.formats import TensorFormat
@@ -116,6 +116,15 @@ class OnnxRuntime(Runtime):
                 if tensor is not None and value.name is not None:
                     found[value.name] = Stored(value.name, tensor.dtype.numpy().name, tensor.nbytes)
         return found
+
+    def profile(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], folder: Path, *, entry: str
+    ) -> Profile:
+        from featherweight.runtimes._ort_profile import profile
+
+        plain = self.open(artifact, target)
+        path = artifact.folder / artifact.entries[entry]
+        return profile(path, lambda: plain(*inputs, entry=entry), inputs, target.threads, folder)
 
 
 PLUGIN = OnnxRuntime
