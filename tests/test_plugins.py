@@ -101,3 +101,9 @@ def test_names_are_found_without_importing_a_plug_in() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_runtime_is_called_as_it_is_found() -> None:
+    """A package's file may be named otherwise than the entry point by which users ask for it."""
+    assert find_runtime("abacus").name == "abacus"

@@ -76,4 +76,4 @@ def find_runtime(name: str) -> Runtime:
     Raises:
         PluginError: There is none; names the nearest one.
     """
-    return _find("runtimes", name)()  # type: ignore[no-any-return]
+    return _find("runtimes", name).called(name)  # type: ignore[attr-defined, no-any-return]

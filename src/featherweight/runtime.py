@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from featherweight.errors import MissingRuntime, TargetError
 
@@ -156,10 +156,19 @@ class Runtime(ABC):
     packages: ClassVar[tuple[str, ...]]
     module: ClassVar[str]
     float_outputs: ClassVar[frozenset[str]] = frozenset()
+    _name = ""
+
+    @classmethod
+    def called(cls, name: str) -> Self:
+        """This runtime under the name by which it was found."""
+        runtime = cls()
+        runtime._name = name
+        return runtime
 
     @property
     def name(self) -> str:
-        return type(self).__module__.rpartition(".")[2]
+        """By which it is found: that of its entry point, else of its file."""
+        return self._name or type(self).__module__.rpartition(".")[2]
 
     @classmethod
     def installed(cls) -> bool:

@@ -92,3 +92,19 @@ class TestWrite:
         (tmp_path / f".out.old.partial-{dead.pid}").mkdir()
         write_folder(tmp_path / "out", write_one)
         assert names(tmp_path) == {"out", f".out.partial-{os.getppid()}"}
+
+    def test_puts_back_what_a_killed_process_had_set_aside(self, tmp_path: Path) -> None:
+        """Killed between its two renames, a process leaves the old folder under another name alone."""
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        aside = tmp_path / f".out.old.partial-{dead.pid}"
+        aside.mkdir()
+        (aside / "old").write_text("old")
+
+        def fail(folder: Path) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(tmp_path / "out", fail)
+        assert names(tmp_path) == {"out"}
+        assert names(tmp_path / "out") == {"old"}

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from featherweight.engine.store import sweep, told_as_machine_error
+from featherweight.engine.store import left_by_killed, sweep, told_as_machine_error
 from featherweight.errors import OutputError
 
 MARK = "result.json"
@@ -67,6 +67,14 @@ def check_other_run(out: Path, force: bool, key: str | None = None) -> None:
         )
 
 
+def _recover(place: Path) -> None:
+    """Put back what a process had set aside when it was killed before its own result was in place."""
+    if not place.exists():
+        for old in left_by_killed(place.parent, f".{place.name}.old.partial-*"):
+            old.rename(place)
+            return
+
+
 def write_folder(out: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder beside ``out`` and put it in its place, with the old one kept until then.
 
@@ -77,6 +85,7 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
     fresh = place.with_name(f".{place.name}.partial-{os.getpid()}")
     old = place.with_name(f".{place.name}.old.partial-{os.getpid()}")
     with told_as_machine_error(f"'{out}'"):
+        _recover(place)
         sweep(place.parent, f".{place.name}.*partial-*")
         shutil.rmtree(fresh, ignore_errors=True)  # of a killed process that had this one's number
         fresh.mkdir()

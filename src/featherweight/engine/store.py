@@ -163,13 +163,15 @@ def _named(temporary: Path, final: Path) -> bool:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left half-written; names end in ``-pid``."""
-    if not folder.is_dir():
-        return
-    for path in folder.glob(pattern):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed processes left half-written."""
+    for path in left_by_killed(folder, pattern):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def left_by_killed(folder: Path, pattern: str) -> list[Path]:
+    """What lies in a folder from processes that run no more; names end in ``-pid``."""
+    found = [(path, path.name.rpartition("-")[2]) for path in folder.glob(pattern)]
+    return [path for path, pid in found if pid.isdigit() and not _runs(int(pid))]
 
 
 def _runs(pid: int) -> bool:

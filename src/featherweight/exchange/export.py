@@ -86,7 +86,8 @@ class _Program(ExportedProgram):
         calls = [node.target for node in self.graph.nodes if node.op == "call_function"]
         if decomp_table is not None and all(call in _WHOLE and call not in decomp_table for call in calls):
             return self
-        return super().run_decompositions(decomp_table, **options)
+        traced: ExportedProgram = super().run_decompositions(decomp_table, **options)
+        return traced
 
 
 def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) -> OnnxExport:

@@ -56,7 +56,7 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         if self.bound:
-            for part in values.float().reshape(-1).split(_EXACT):
+            for part in torch.split(values.float().reshape(-1), _EXACT):
                 seen = torch.histc(part, bins=_BINS, min=-self.bound, max=self.bound)
                 self.counts += seen.double()
         else:  # nothing but zeros so far: they lie in the middle, whatever the bound will be
