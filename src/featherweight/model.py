@@ -82,6 +82,21 @@ def make_edit(module: nn.Module, edit: Edit) -> None:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a file says beside the model, which goes back into the file that is exported.
+
+    Attributes:
+        opset: Version of the default domain that the file is of; an export has at least this one.
+        metadata: The file's own key-value pairs.
+        notes: What was assumed when it was read, for the user.
+    """
+
+    opset: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Model:
     """A module, how it is called, how its tensors will be stored, and how it was made.
 
@@ -92,6 +107,7 @@ class Model:
         edits: What structure steps did, oldest first.
         key: Content hash of how the model was made; the store's address.
         traced: What was derived from the module already (see ``graph.trace``); goes with the module.
+        origin: What the file said that it came from.
     """
 
     module: nn.Module
@@ -100,6 +116,7 @@ class Model:
     edits: tuple[Edit, ...] = ()
     key: str = ""
     traced: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    origin: Origin = field(default_factory=Origin, compare=False)
 
     def evolve(
         self,

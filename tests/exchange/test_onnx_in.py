@@ -645,11 +645,16 @@ def test_a_fixed_batch_stays_fixed() -> None:
     assert model.entries["forward"].example_inputs[0].shape == (2, 6, 5)
 
 
-def test_open_sizes_need_an_input_shape() -> None:
+def test_open_sizes_get_a_usual_size_or_need_an_input_shape() -> None:
     model = _relu_model()
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "length"
+    usual = import_onnx_bytes(model.SerializeToString(), source="m").entries["forward"]
+    assert usual.example_inputs[0].shape == (2, 6, 64)
+    assert usual.dynamic_axes == {"x": {0: "N", 2: "length"}}
+    odd = make_model([helper.make_node("MatMul", ["x", "w"], ["y"])], {"x": _V}, {"w": _random(77, 2)}, ["y"])
+    odd.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "length"
     with pytest.raises(LoadError, match="leaves its axes"):
-        import_onnx_bytes(model.SerializeToString(), source="m")
+        import_onnx_bytes(odd.SerializeToString(), source="m")
     loaded = import_onnx_bytes(model.SerializeToString(), source="m", examples=(torch.randn(2, 6, 8),))
     assert loaded.entries["forward"].dynamic_axes == {"x": {0: "N", 2: "length"}}
 

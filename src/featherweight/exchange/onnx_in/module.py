@@ -104,8 +104,8 @@ class Imported(nn.Module):
             result = step.after(result)
         results = result if isinstance(result, tuple) else (result,)
         for name, value in zip(step.outputs, results, strict=False):
-            if name:
-                values[name] = value
+            if name:  # NumPy makes numbers of arrays without axes
+                values[name] = np.asarray(value) if isinstance(value, np.generic) else value
 
     def fetch(self, ref: Ref, values: Mapping[str, Any]) -> Any:
         """An argument's value."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,11 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 from featherweight.errors import LoadError
+from featherweight.exchange.onnx_in import host
+from featherweight.exchange.opaque import all_nodes, subgraphs
 
 OLDEST_OPSET = 7  # broadcasting as in NumPy begins here
+_NO_SYMBOL = ("", "?", "-1")  # what exporters write for a size that has no name
 _FIX = "check it with onnx.checker.check_model, or export it again"
 
 
@@ -80,21 +83,48 @@ def read_model(content: bytes, name: str, folder: Path | None = None) -> Source:
     proto = _inline(proto, name)
     opsets = _opsets(proto, name)
     digest = hashlib.sha256(content)
-    if proto.graph.sparse_initializer:
-        raise LoadError(
-            f"'{name}' has sparse initializers, which are not read", fix="store them as dense tensors"
-        )
+    _check_graph(proto.graph, name)
     constants = {tensor.name: _array(tensor, name, folder, digest) for tensor in proto.graph.initializer}
     inputs = tuple(_input(value, name) for value in proto.graph.input if value.name not in constants)
     outputs = tuple(value.name for value in proto.graph.output)
     known = {item.name for item in inputs} | set(constants)
-    nodes = _ordered(proto.graph.node, known, outputs, name)
+    nodes = ordered(proto.graph.node, known, outputs, name)
     return Source(name, proto, nodes, constants, inputs, outputs, opsets, folder, digest.hexdigest())
 
 
 def array_of(tensor: TensorProto, name: str) -> np.ndarray:
     """A tensor that is inside the file (an attribute's), with its sizes checked."""
     return _array(tensor, name, None, None)
+
+
+def reads(node: NodeProto) -> list[str]:
+    """Values that a node reads, those that its subgraphs take from outside among them."""
+    names = [value for value in node.input if value]
+    for graph in subgraphs(node):
+        own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+        own |= {output for inner in graph.node for output in inner.output}
+        inside = [value for inner in graph.node for value in reads(inner)]
+        names += [value for value in (*inside, *(output.name for output in graph.output)) if value not in own]
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def _check_graph(graph: onnx.GraphProto, name: str) -> None:
+    """Refuse what nobody looks at again: tensors of subgraphs and attributes."""
+    graphs = [graph, *(inner for node in all_nodes(graph.node) for inner in subgraphs(node))]
+    if any(item.sparse_initializer for item in graphs):
+        raise LoadError(
+            f"'{name}' has sparse initializers, which are not read", fix="store them as dense tensors"
+        )
+    tensors = [tensor for item in graphs[1:] for tensor in item.initializer]
+    for node in all_nodes(graph.node):
+        for attribute in node.attribute:
+            tensors += [attribute.t] if attribute.type == onnx.AttributeProto.TENSOR else attribute.tensors
+    for tensor in tensors:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise LoadError(
+                f"tensor '{tensor.name}' inside a node of '{name}' lies in a file",
+                fix="store it inside the model",
+            )
 
 
 def _inline(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -140,7 +170,7 @@ def _input(value: onnx.ValueInfoProto, name: str) -> InputInfo:
         if dim.HasField("dim_value") and dim.dim_value > 0:
             dims.append(dim.dim_value)
         else:
-            dims.append(dim.dim_param or None)
+            dims.append(None if dim.dim_param in _NO_SYMBOL else dim.dim_param)
     return InputInfo(value.name, _dtype(kind.elem_type, f"input '{value.name}' of '{name}'"), tuple(dims))
 
 
@@ -149,7 +179,7 @@ def _dtype(elem_type: int, what: str) -> np.dtype:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
     except KeyError:
         dtype = np.dtype(object)
-    if dtype.kind not in "fiub":
+    if not host.is_number(dtype):
         kinds = {number: text for text, number in TensorProto.DataType.items()}
         raise LoadError(
             f"{what} is of type {kinds.get(elem_type, elem_type)}, which is not read",
@@ -166,7 +196,7 @@ def _array(tensor: TensorProto, name: str, folder: Path | None, digest: hashlib.
         raise LoadError(f"{what} has the shape {dims}", fix=_FIX)
     if tensor.data_location == TensorProto.EXTERNAL:
         return _external(tensor, what, dtype, folder, digest)
-    if tensor.HasField("raw_data") and len(tensor.raw_data) != math.prod(dims) * dtype.itemsize:
+    if tensor.HasField("raw_data") and len(tensor.raw_data) != host.bytes_of(dtype, math.prod(dims)):
         raise LoadError(
             f"{what} says {dims} of {dtype}, but {len(tensor.raw_data)} bytes are there", fix=_FIX
         )
@@ -212,8 +242,8 @@ def _external(
     return array
 
 
-def _ordered(
-    nodes: Sequence[NodeProto], known: set[str], outputs: Sequence[str], name: str
+def ordered(
+    nodes: Sequence[NodeProto], known: Collection[str], outputs: Sequence[str], name: str
 ) -> tuple[NodeProto, ...]:
     """Nodes that the outputs need, each after what it reads (depth first, without recursion)."""
     maker: dict[str, int] = {}
@@ -243,7 +273,7 @@ def _ordered(
             continue
         open_.add(index)
         stack.append((index, True))
-        for value in reversed(_reads(nodes[index])):
+        for value in reversed(reads(nodes[index])):
             if value in maker:
                 if maker[value] in open_:
                     raise LoadError(f"'{name}' has a cycle through the value '{value}'", fix=_FIX)
@@ -256,7 +286,3 @@ def _ordered(
                     fix=_FIX,
                 )
     return tuple(nodes[index] for index in order)
-
-
-def _reads(node: NodeProto) -> list[str]:
-    return [value for value in node.input if value]
