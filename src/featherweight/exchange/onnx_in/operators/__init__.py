@@ -8,34 +8,42 @@ from __future__ import annotations
 from featherweight.exchange.onnx_in.node import Entry
 from featherweight.exchange.onnx_in.operators import (
     activation,
+    attention,
     casts,
     conv,
     elementwise,
     index,
+    losses,
     matmul,
     norm,
     pool,
     recurrent,
     reduce,
     resize,
+    sampling,
     shape,
+    signal,
 )
 
 OPERATORS: dict[tuple[str, str], Entry] = {
     ("", name): entry
     for family in (
         activation,
+        attention,
         casts,
         conv,
         elementwise,
         index,
+        losses,
         matmul,
         norm,
         pool,
         recurrent,
         reduce,
         resize,
+        sampling,
         shape,
+        signal,
     )
     for name, entry in family.ENTRIES.items()
 }

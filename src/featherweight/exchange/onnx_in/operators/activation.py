@@ -164,6 +164,11 @@ def _clip_between(x: Tensor, lowest: Tensor | None, highest: Tensor | None) -> T
     return torch.clamp(x, lowest, highest)
 
 
+def _swiglu(node: Node) -> Call:
+    alpha = node.number("alpha", 1.0)
+    return Call(lambda gate, x: _scaled_swish(gate, alpha) * x, inputs=(0, 1))
+
+
 ENTRIES: dict[str, Entry] = {
     "Relu": _layer(nn.ReLU),
     "LeakyRelu": _leaky_relu,
@@ -177,6 +182,7 @@ ENTRIES: dict[str, Entry] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": _layer(nn.Hardswish),
     "Swish": _swish,
+    "SwiGLU": _swiglu,
     "Mish": _layer(nn.Mish),
     "Tanh": _layer(nn.Tanh),
     "Softplus": _layer(nn.Softplus),

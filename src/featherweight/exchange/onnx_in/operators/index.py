@@ -253,28 +253,6 @@ def _compress(node: Node) -> Call:
     return Call(run, inputs=(0, 1))
 
 
-def _unique(node: Node) -> Call:
-    axis = node.integer("axis", 0) if "axis" in node.attributes else None
-    return Call(partial(_unique_of, axis=axis, ordered=bool(node.integer("sorted", 1))))
-
-
-def _unique_of(x: Tensor, axis: int | None, ordered: bool) -> tuple[Tensor, ...]:
-    """Values, where each is first, which of them each element is, and how often each comes."""
-    where = 0 if axis is None else axis
-    flat = x.reshape(-1) if axis is None else x
-    wide = flat.float() if flat.dtype == torch.bfloat16 else flat
-    values, inverse, counts = torch.unique(
-        wide, sorted=True, return_inverse=True, return_counts=True, dim=where
-    )
-    size = inverse.numel()
-    first = torch.full(counts.shape, size).scatter_reduce(0, inverse, torch.arange(size), "amin")
-    if not ordered:
-        order = torch.argsort(first)
-        values, first, counts = values.index_select(where, order), first[order], counts[order]
-        inverse = torch.argsort(order)[inverse]
-    return values.to(x.dtype), first, inverse, counts
-
-
 def _reverse_sequence(node: Node) -> Call:
     time, batch = node.integer("time_axis", 0), node.integer("batch_axis", 1)
 
@@ -317,7 +295,6 @@ ENTRIES: dict[str, Entry] = {
     "TensorScatter": _tensor_scatter,
     "NonZero": _non_zero,
     "Compress": _compress,
-    "Unique": _unique,
     "ReverseSequence": _reverse_sequence,
     "EyeLike": _eye_like,
     "OneHot": _one_hot,

@@ -71,4 +71,8 @@ def _einsum(node: Node) -> Call:
     return Call(lambda *factors: torch.einsum(equation, *factors), inputs=tuple(range(len(node.inputs))))
 
 
-ENTRIES: dict[str, Entry] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum}
+def _determinant(_: Node) -> Call:
+    return Call(torch.linalg.det)
+
+
+ENTRIES: dict[str, Entry] = {"MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Det": _determinant}
