@@ -1,7 +1,7 @@
 """Attention, rotary embeddings and causal convolutions with a state (opsets 23 and later).
 
-Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245; rotary embeddings:
-Su et al. 2021, arXiv:2104.09864.
+Vaswani et al. 2017, arXiv:1706.03762; grouped queries: Ainslie et al. 2023, arXiv:2305.13245; rotary
+embeddings: Su et al. 2021, arXiv:2104.09864.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -56,6 +57,21 @@ def _conv(node: Node) -> Call:
         bias=node.has(2),
     )
     return Call(layer, weights=_weights(node), before=before)
+
+
+def convolved(node: Node, x: int, weight: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The convolution that a node describes, of these inputs of it, as a function of tensors."""
+    shape, groups = node.shape(weight), node.integer("group", 1)
+    by_rank(_CONV, len(shape))
+    window = window_of(node, shape[2:], x)
+    before = window.before()
+
+    def run(values: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        wide = values if before is None else before(values)
+        strides, dilations = window.strides, window.dilations
+        return _FUNCTION[len(shape)](wide, kernel, bias, strides, 0, dilations, groups)
+
+    return run
 
 
 def _conv_transpose(node: Node) -> Call:

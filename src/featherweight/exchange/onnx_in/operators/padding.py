@@ -40,7 +40,7 @@ class Window:
         return partial(pad_spatial, pads=self.pads, value=value)
 
 
-def window_of(node: Node, kernel: Sequence[int]) -> Window:
+def window_of(node: Node, kernel: Sequence[int], index: int = 0) -> Window:
     """Read strides, dilations, pads and auto_pad; a static SAME becomes numbers."""
     rank = len(kernel)
     strides = node.integers("strides") or (1,) * rank
@@ -53,7 +53,7 @@ def window_of(node: Node, kernel: Sequence[int]) -> Window:
     if any(abs(item) > LARGEST for item in flat):
         raise UnsupportedError("a pad is absurd")
     pads = tuple(zip(flat[:rank], flat[rank:], strict=True))
-    shape = node.shape()
+    shape = node.shape(index)
     grown = [size + sum(pair) for size, pair in zip(shape[2:], pads, strict=False)]
     check_size([*shape[:2], *grown])
     same = node.text("auto_pad", "NOTSET")

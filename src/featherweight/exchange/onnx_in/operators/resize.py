@@ -191,7 +191,7 @@ def _source(target: Tensor, factor: Any, old: Any, new: Any, rule: str, crop: tu
         start, end = crop
         if type(new) is int and new == 1:
             return torch.full_like(target, (start + end) * (old - 1) / 2)
-        return target * ((end - start) * (old - 1) / (new - 1)) + start * (old - 1)
+        return torch.add(torch.mul(target, (end - start) * (old - 1) / (new - 1)), start * (old - 1))
     if type(new) is int and new == 1 and rule in ("align_corners", "pytorch_half_pixel"):
         return torch.zeros_like(target)
     if rule == "align_corners":

@@ -32,9 +32,7 @@ def _grid_sample(node: Node) -> Call:
     if node.rank() not in (4, 5) or (node.rank() == 5 and mode == "bicubic"):
         raise UnsupportedError(f"it is {mode} on {node.rank()} axes")
     corners = bool(node.integer("align_corners", 0))
-    return Call(
-        partial(F.grid_sample, mode=mode, padding_mode=padding, align_corners=corners), inputs=(0, 1)
-    )
+    return Call(partial(F.grid_sample, mode=mode, padding_mode=padding, align_corners=corners), inputs=(0, 1))
 
 
 def _affine_grid(node: Node) -> Call:
@@ -156,16 +154,14 @@ def _deform_conv(node: Node) -> Call:
 
 def _col2im(node: Node) -> Call:
     rank = node.shape(1)[0]
-    strides, dilations = (
-        node.integers(name) or (1,) * rank for name in ("strides", "dilations")
-    )
+    strides, dilations = (node.integers(name) or (1,) * rank for name in ("strides", "dilations"))
     flat = node.integers("pads") or (0,) * (2 * rank)
     begins, ends = flat[:rank], flat[rank:]
 
     def run(x: Tensor, image: host.Host, block: host.Host) -> Tensor:
         sizes, kernel = host.to_list(image), host.to_list(block)
         if rank == 2 and begins == ends:
-            return F.fold(x, sizes, kernel, dilations, begins, strides)
+            return F.fold(x, tuple(sizes), tuple(kernel), dilations, begins, strides)
         return _folded(x, sizes, kernel)
 
     def _folded(x: Tensor, sizes: Sequence[Any], kernel: Sequence[Any]) -> Tensor:

@@ -26,14 +26,13 @@ def _transform(x: Tensor, rows: int, columns: int, inverse: bool) -> Tensor:
     real = x[..., 0]
     if x.shape[-1] == 1:
         return torch.stack((torch.matmul(real, cosine), torch.matmul(real, sine)), -1)
-    turned = torch.stack(
+    return torch.stack(
         (
             torch.matmul(real, cosine) - torch.matmul(x[..., 1], sine),
             torch.matmul(real, sine) + torch.matmul(x[..., 1], cosine),
         ),
         -1,
     )
-    return turned
 
 
 def _dft(node: Node) -> Call:
