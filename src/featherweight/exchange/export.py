@@ -27,6 +27,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, OutputKind, TensorArgument
 
 from featherweight.errors import TargetError
+from featherweight.exchange import opaque
 from featherweight.graph import Graph, trace
 from featherweight.model import Model
 
@@ -103,7 +104,7 @@ def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) ->
     """
     graph = trace(model, entry)
     program = _marked(graph, {*keep, *_linear_weights(graph)})
-    exported = _translate(program, graph)
+    exported = _translate(program, graph, max(OPSET, model.origin.opset))
     _optimize(exported)
     values = _unmark(exported)
     lost = sorted(set(keep) - set(values))
@@ -116,7 +117,9 @@ def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) ->
     _name(exported, model, entry)
     _drop_zero_biases(exported)
     _strip(exported)
-    return OnnxExport(exported, {name: values[name] for name in keep})
+    restored = opaque.restore(exported)
+    exported.metadata_props.update(model.origin.metadata)
+    return OnnxExport(exported, {name: restored.get(values[name], values[name]) for name in keep})
 
 
 def _linear_weights(graph: Graph) -> set[str]:
@@ -189,7 +192,7 @@ def _decompose(graph: torch.fx.Graph) -> None:
         made.name = name  # the signature and the marks know it
 
 
-def _translate(program: ExportedProgram, graph: Graph) -> ir.Model:
+def _translate(program: ExportedProgram, graph: Graph, opset: int) -> ir.Model:
     import onnxscript
 
     kinds = onnx.defs.OpSchema
@@ -214,8 +217,11 @@ def _translate(program: ExportedProgram, graph: Graph) -> ir.Model:
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                opset_version=OPSET,
-                custom_translation_table={torch.ops.featherweight.mark.default: translation},
+                opset_version=opset,
+                custom_translation_table={
+                    torch.ops.featherweight.mark.default: translation,
+                    torch.ops.featherweight.opaque.default: opaque.translation,
+                },
             )
     except torch.onnx.errors.OnnxExporterError as error:
         causes = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
@@ -274,7 +280,7 @@ def _unmark(model: ir.Model) -> dict[str, ir.Value]:
     """Take the marks out; returns where each name is."""
     found: dict[str, ir.Value] = {}
     for node in list(model.graph):
-        if node.domain != _DOMAIN:
+        if (node.domain, node.op_type) != (_DOMAIN, "Mark"):
             continue
         source, marked = node.inputs[0], node.outputs[0]
         if source is None:
