@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from featherweight.exchange.onnx_in import host
@@ -87,7 +88,7 @@ class _Resize:
         rank = x.dim()
         spatial = tuple(axis for axis in self.axes if axis > 1)
         still = all(
-            type(size) is int and size == x.shape[axis] and (not given or factor == 1)
+            factor == 1 if given else statically_known_true(size == x.shape[axis])
             for axis, size, factor in zip(self.axes, sizes, factors, strict=True)
             if axis < 2
         )
