@@ -222,7 +222,7 @@ def make_program(
         graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     graph.initializer.extend(
-        onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constants.items()
+        onnx.numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in constants.items()
     )
     used = {"" if node.domain == "ai.onnx" else node.domain for node in all_nodes(nodes)} | {""}
     imports = [onnx.helper.make_opsetid(name, opsets.get(name, 1)) for name in sorted(used)]
