@@ -1,7 +1,4 @@
-"""The table of operators, one file a family. An entry reads a node and answers with a layer or a function.
-
-Only the default domain so far; a domain of its own gets a table of its own.
-"""
+"""The table of operators, one file a family. An entry reads a node and answers with a layer or a function."""
 
 from __future__ import annotations
 
@@ -15,6 +12,8 @@ from featherweight.exchange.onnx_in.operators import (
     index,
     losses,
     matmul,
+    microsoft,
+    microsoft_attention,
     norm,
     pool,
     quantized,
@@ -26,9 +25,8 @@ from featherweight.exchange.onnx_in.operators import (
     signal,
 )
 
-OPERATORS: dict[tuple[str, str], Entry] = {
-    ("", name): entry
-    for family in (
+_FAMILIES = {
+    "": (
         activation,
         attention,
         casts,
@@ -46,6 +44,15 @@ OPERATORS: dict[tuple[str, str], Entry] = {
         sampling,
         shape,
         signal,
-    )
+    ),
+    "com.microsoft": (microsoft, microsoft_attention),
+}
+
+OPERATORS: dict[tuple[str, str], Entry] = {
+    (domain, name): entry
+    for domain, families in _FAMILIES.items()
+    for family in families
     for name, entry in family.ENTRIES.items()
 }
+# ONNX Runtime fuses this one into the default domain.
+OPERATORS["", "SimplifiedLayerNormalization"] = microsoft.ENTRIES["SimplifiedLayerNormalization"]

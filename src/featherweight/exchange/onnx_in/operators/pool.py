@@ -48,6 +48,8 @@ def _max_pool(node: Node) -> Call:
         layer = kind(window.kernel, window.strides, padding, window.dilations, True, ceil)
         return Call(partial(_with_places, pool=layer, columns=bool(node.integer("storage_order", 0))))
     layer = kind(window.kernel, window.strides, padding, window.dilations, False, ceil)
+    if ceil and not small:
+        return Call(partial(_within, pool=layer, window=window, before=window.before(-math.inf)))
     return Call(layer, before=None if small else window.before(-math.inf))
 
 
@@ -102,15 +104,33 @@ def _average_pool(node: Node) -> Call:
     if _small(window):
         return Call(kind(window.kernel, window.strides, window.padding(), ceil, count_pads))
     layer = kind(window.kernel, window.strides, 0, ceil)
-    if count_pads:
-        return Call(layer, before=window.before())
     before = window.before()
-    if before is None:
-        return Call(layer)
+    if count_pads or before is None:
+        if ceil and before is not None:
+            return Call(partial(_within, pool=layer, window=window, before=before))
+        return Call(layer, before=before)
     average = partial(
         _AVERAGE_OF[node.rank()], kernel_size=window.kernel, stride=window.strides, ceil_mode=ceil
     )
-    return Call(partial(_average_of_inside, average=average, before=before))
+    inside = partial(_average_of_inside, average=average, before=before)
+    return Call(partial(_within, pool=inside, window=window, before=None) if ceil else inside)
+
+
+def _within(
+    x: Tensor,
+    pool: Callable[[Tensor], Tensor],
+    window: Window,
+    before: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """Without the windows of ceil_mode that begin behind the input, which torch keeps when it does not pad."""
+    result = pool(x if before is None else before(x))
+    if window.same:
+        return result
+    for axis, (s, (begin, _)) in enumerate(zip(window.strides, window.pads, strict=True), 2):
+        size = result.shape[axis]
+        if (size - 1) * s >= x.shape[axis] + begin:
+            result = result.narrow(axis, 0, size - 1)
+    return result
 
 
 def _average_of_inside(

@@ -103,6 +103,8 @@ def _flatten(node: Node) -> Call:
 def _flatten_at(x: Tensor, axis: int) -> Tensor:
     if axis == 0:
         return x.reshape(1, -1)
+    if axis == x.dim():
+        return x.reshape(-1, 1)
     return torch.flatten(x, 1) if axis == 1 else x.flatten(0, axis - 1).flatten(1)
 
 
