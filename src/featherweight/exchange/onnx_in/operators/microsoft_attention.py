@@ -78,7 +78,7 @@ class PackedAttention(nn.Module):
         self, x: Tensor, mask: Tensor | None, past: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (
-            heads_first(part, self.heads) for part in torch.split(self.qkv(x), self.sizes, -1)
+            heads_first(part, self.heads) for part in torch.split(self.qkv(x), list(self.sizes), -1)
         )
         before = 0 if past is None else past.shape[3]
         if past is not None:

@@ -100,7 +100,8 @@ def _average_pool(node: Node) -> Call:
     kind, window = by_rank(_AVERAGE, node.rank()), _window(node)
     ceil, count_pads = bool(node.integer("ceil_mode", 0)), bool(node.integer("count_include_pad", 0))
     if any(dilation != 1 for dilation in window.dilations):
-        return Call(partial(_dilated_mean, window=window, ceil=ceil, count_pads=count_pads))
+        mean = partial(_dilated_mean, window=window, ceil=ceil, count_pads=count_pads)
+        return Call(partial(_within, pool=mean, window=window, before=None) if ceil else mean)
     if _small(window):
         return Call(kind(window.kernel, window.strides, window.padding(), ceil, count_pads))
     layer = kind(window.kernel, window.strides, 0, ceil)
@@ -122,7 +123,7 @@ def _within(
     window: Window,
     before: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Without the windows of ceil_mode that begin behind the input, which torch keeps when it does not pad."""
+    """Without the windows of ceil_mode that begin behind the input; torch keeps them unless it pads."""
     result = pool(x if before is None else before(x))
     if window.same:
         return result
