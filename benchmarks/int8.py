@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from common import RESULTS, Bar, Parts, Shown, finish, table, tell_load
 from interleaved import measure, ratio
-from networks import NAMES, TRAINED, Network, load_network
+from networks import NAMES, PACKAGED, TRAINED, Network, load_network
 from peers import SETTINGS, quantize_onnxruntime
 
 from featherweight.engine.quality import Scored, quality, score_artifact
@@ -43,7 +43,7 @@ class Settings:
     scored: int | None
 
     def calibrating(self, network: str) -> int:
-        return self.calibration or (256 if network in TRAINED else 64)
+        return self.calibration or (256 if network in TRAINED or network in PACKAGED else 64)
 
 
 def rows_of(name: str, settings: Settings, shown: Shown) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def _artifacts(
     network: Network, target: Target, samples: int, folder: Path, temporary: Path, shown: Shown
 ) -> tuple[dict[str, Artifact], dict[str, float], Run]:
     """The float file, ours and the peers', and how long each one took to quantize."""
-    sources = load_sources(network.spec, weights=str(network.weights), data=network.data)
+    sources = load_sources(network.spec, weights=network.weights and str(network.weights), data=network.data)
     run = Run(sources.model, sources.data, target, Store(temporary / "store"), progress=shown)
     artifacts, seconds = {"float": run.lower(run.original)}, {"float": 0.0}
     recipe = Recipe.from_dict({"version": 1, "steps": [{"fold": {}}, {"quantize": {"samples": samples}}]})
@@ -165,7 +165,7 @@ def _rows(
 
 HEADERS = (
     "network", "method", "bytes", "/ fp32", "latency ms", "[q1, q3]", "/ fp32", "/ ORT's faster [95 %]",
-    "SQNR dB", "agreement", "accuracy", "drop, points", "quantized in",
+    "SQNR dB", "agreement", "score", "drop, points", "quantized in",
 )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['to_float']:.3f}",
         "1" if row["method"] == row["faster_peer"] else peer,
         "" if is_float else f"{row['sqnr_db']:.2f}",
-        "" if is_float else f"{row['agreement']:.2%}",
+        "" if is_float or row["agreement"] is None else f"{row['agreement']:.2%}",
         "" if row["accuracy"] is None else f"{row['accuracy']:.2%}",
         "" if row["drop_points"] is None or is_float else f"{row['drop_points']:+.2f}",
         "" if is_float else f"{row['seconds']:.1f} s",
@@ -236,14 +236,12 @@ def _resnet20(ours: Mapping[str, Any]) -> list[Bar]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--networks", nargs="+", choices=[*NAMES, *PACKAGED], default=list(NAMES))
     parser.add_argument(
         "--seconds", type=float, default=40.0, help="longest timing of a network (default 40)"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--calibration", type=int, help="examples (default 256 for the examples, 64 of 224 px)"
-    )
+    parser.add_argument("--calibration", type=int, help="examples (default 256, 64 of 224 px)")
     parser.add_argument("--scored", type=int, help="examples (default all of the examples, 128 of 224 px)")
     parser.add_argument("--quick", action="store_true", help="few examples, little time: numbers mean little")
     args = parser.parse_args()

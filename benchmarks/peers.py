@@ -62,7 +62,10 @@ def quantize_onnxruntime(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary, _quiet():
         prepared, written = Path(temporary) / "prepared.onnx", Path(temporary) / "int8.onnx"
-        quant_pre_process(str(source), str(prepared))
+        try:
+            quant_pre_process(str(source), str(prepared))
+        except Exception:  # noqa: BLE001 where its symbolic shapes fail they raise just that; its guide: skip them
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         name = onnx.load(prepared, load_external_data=False).graph.input[0].name
         quantize_static(
             str(prepared),
