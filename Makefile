@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnxruntime,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnxruntime,keras,transformers,dev]"
 	touch $(STAMP)
 
 demo: setup

@@ -326,7 +326,7 @@ CASES = [
     Case("empty file", fit("empty.onnx"), ("'empty.onnx' is an empty file",)),
     Case("no ONNX", fit("garbage.onnx"), ("'garbage.onnx'",)),
     Case("a folder", fit("photos"), ("'photos' is a folder, not a model",)),
-    Case("Keras file", fit("net.keras"), ("cannot be read directly", "format='onnx'")),
+    Case("Keras file", fit("net.keras"), ("is no Keras file, or a damaged one", "save it again")),
     Case("pickled module", fit("module.pt"), ("is a pickle", "--weights", "--allow-pickle")),
     Case("pickled object", fit("net.pkl"), ("is a pickle", "safe ways")),
     Case("state dict as model", fit("state.pt"), ("without the code", "--weights state.pt")),

@@ -63,7 +63,8 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="path.py:callable or package.module:callable that returns the module, model.onnx, or model.pt2.",
+        help="path.py:callable or package.module:callable that returns the module, a file (.onnx, .pt2, "
+        ".keras, .h5), or a Hugging Face folder.",
     ),
 ]
 Weights = Annotated[

@@ -454,7 +454,7 @@ def test_files_that_are_no_models(tmp_path: Path, code: str) -> None:
         ("other.pt2", "no program of torch.export.save", "torch.export.save"),
         ("w.safetensors", "cannot be read directly", "--weights"),
         ("state.pt", "weights without the code", "--weights"),
-        ("model.keras", "cannot be read directly", "model.export("),
+        ("model.keras", "no Keras file", "model.save("),
         ("saved", "is a folder", "tf2onnx"),
         ("nets_of_mine.py", "names no callable", "build"),
         ("absent.py:build", "there is no file", "path"),

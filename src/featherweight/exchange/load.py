@@ -1,4 +1,5 @@
-"""Brings a model in: user code, an ONNX file, an exported program, or (only when asked in words) a pickle.
+"""Brings a model in: user code, an ONNX file, an exported program, a Keras file, a Hugging Face folder, or
+(only when asked in words) a pickle.
 
 Whatever comes in becomes a plain, eager, trainable ``nn.Module`` in inference mode, with one entry
 whose example inputs are a batch of two, so that tracing keeps the batch dynamic.
@@ -25,14 +26,15 @@ from featherweight.exchange.weights import check_finite, fit_weights, load_safel
 from featherweight.model import Entry, Model
 from featherweight.usercode import call_user, load_callable
 
-WAYS = "a model is path.py:callable, package.module:callable (with --weights), or an .onnx or .pt2 file"
+WAYS = (
+    "a model is path.py:callable, package.module:callable (with --weights), a file (.onnx, .pt2, .keras, "
+    ".h5), or a Hugging Face folder (config.json and safetensors)"
+)
 _SAFE = (
     "safe ways: path.py:callable with --weights (a state dict, best as safetensors), an .onnx file, "
     "a .pt2 file of torch.export.save; --allow-pickle runs this file's code"
 )
 _ELSEWHERE = {
-    ".keras": "in Keras: model.export('model.onnx', format='onnx')",
-    ".h5": "in Keras: model.export('model.onnx', format='onnx')",
     ".pb": "python -m tf2onnx.convert --saved-model DIR --output model.onnx",
     ".tflite": "python -m tf2onnx.convert --tflite model.tflite --output model.onnx",
     ".safetensors": "give the code too: path.py:callable --weights with this file",
@@ -115,7 +117,8 @@ def load_model(
     """The model that ``spec`` names, ready for methods.
 
     Args:
-        spec: ``path.py:callable``, ``package.module:callable``, or a file: .onnx, .pt2.
+        spec: ``path.py:callable``, ``package.module:callable``, a file (.onnx, .pt2, .keras, .h5), or a
+            Hugging Face folder.
         weights: A safetensors file or a torch state dict for the callable's module.
         inputs: What the model takes, when there are no example inputs. An ONNX file needs it only for sizes
             that it leaves open.
@@ -126,7 +129,8 @@ def load_model(
     Raises:
         LoadError: Nothing there, not a model, weights that do not fit or are not finite, inputs that the
             model does not take, or an import that computes something else than its source.
-        MissingRuntime: An ONNX import cannot be checked, since onnxruntime is not installed.
+        MissingRuntime: An ONNX import cannot be checked, since onnxruntime is not installed; or Keras or
+            transformers, which read such models, are not.
     """
     examples = _examples(inputs, example_inputs)
     names = tuple(item.name for item in inputs) if inputs else ()
@@ -142,6 +146,10 @@ def load_model(
         from featherweight.exchange.onnx_in import import_onnx
 
         return import_onnx(path, examples=examples)
+    if path.suffix in (".keras", ".h5", ".hdf5"):
+        from featherweight.exchange.keras_in import import_keras
+
+        return import_keras(path, examples=examples)
     if path.suffix == ".pt2":
         from featherweight.exchange.onnx_in import import_onnx_bytes
         from featherweight.exchange.pt2 import pt2_to_onnx
