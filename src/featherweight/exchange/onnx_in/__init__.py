@@ -16,9 +16,10 @@ from featherweight.errors import LoadError
 from featherweight.exchange.key import root_key
 from featherweight.exchange.onnx_in.axes import traceable, verified_axes
 from featherweight.exchange.onnx_in.build import Built, build_module
-from featherweight.exchange.onnx_in.check import Reference, check_import
+from featherweight.exchange.onnx_in.check import TOLERANCE, Reference, check_import, tolerance
 from featherweight.exchange.onnx_in.examples import example_inputs
 from featherweight.exchange.onnx_in.operators import OPERATORS
+from featherweight.exchange.onnx_in.quantized import floated, with_formats
 from featherweight.exchange.onnx_in.read import InputInfo, Source, read_model
 from featherweight.exchange.opaque import opaque_layers
 from featherweight.exchange.weights import check_finite
@@ -46,7 +47,7 @@ def import_onnx(path: Path, *, examples: Sequence[Tensor] | None = None) -> Mode
         content = path.read_bytes()
     except OSError as error:
         raise LoadError(f"'{path}' cannot be read: {error.strerror}", fix="check its permissions") from error
-    return _import(read_model(content, str(path), path.parent), content, str(path), examples, None)
+    return _read_in(read_model(content, str(path), path.parent), content, str(path), examples, None)
 
 
 def import_onnx_bytes(
@@ -65,7 +66,19 @@ def import_onnx_bytes(
             do not fit, or a result that differs from ONNX Runtime's.
         MissingRuntime: onnxruntime is not installed, so that nothing can be checked.
     """
-    return _import(read_model(content, source), content, None, examples, origin)
+    return _read_in(read_model(content, source), content, None, examples, origin)
+
+
+def _read_in(
+    source: Source, content: bytes, path: str | None, examples: Sequence[Tensor] | None, origin: str | None
+) -> Model:
+    """A quantized graph is imported as the float one that it approximates, with formats."""
+    found = floated(source)
+    if found is None:
+        return _import(source, content, path, examples, origin)
+    plain = found.proto.SerializeToString()
+    model = _import(read_model(plain, source.name), plain, None, examples, origin or source.digest)
+    return with_formats(model, found)
 
 
 def _import(
@@ -91,7 +104,7 @@ def _import(
         origin=Origin(
             opset=source.opsets[""],
             metadata={item.key: item.value for item in source.proto.metadata_props},
-            notes=(*_defaults(source), *built.notes, *notes),
+            notes=(*_assumed(source), *built.notes, *notes),
         ),
     )
     return traceable(model)
@@ -113,11 +126,13 @@ def _first_that_builds(
     raise first or LoadError(f"'{source.name}' has inputs that nothing is known of", fix="give --data")
 
 
-def _defaults(source: Source) -> list[str]:
-    """Notes on inputs that have a value in the file."""
+def _assumed(source: Source) -> list[str]:
+    """Notes on inputs that have a value in the file, and on a comparison that is coarse."""
+    limit = tolerance(source)
+    notes = [f"the graph rounds to few bits: compared within {limit:.0%}"] if limit > TOLERANCE else []
     if source.proto.ir_version < 4:  # there every initializer is an input
-        return []
-    return [
+        return notes
+    return notes + [
         f"input '{value.name}' has a value in the file, which is taken: it is no input any more"
         for value in source.proto.graph.input
         if value.name in source.constants

@@ -95,7 +95,7 @@ def _dequantize(node: Node) -> Call:
 
 def dynamic_range(x: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point (uint8) of a tensor whose range is widened to hold zero."""
-    low, high = torch.clamp(torch.amin(x), max=0.0), torch.clamp(torch.amax(x), min=0.0)
+    low, high = torch.clamp(x.min(), max=0.0), torch.clamp(x.max(), min=0.0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, 1.0, scale)
     return scale, torch.round(-low / scale).clamp(0, 255).to(torch.uint8)
