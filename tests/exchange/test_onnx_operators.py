@@ -1,4 +1,4 @@
-"""Families of operators against ONNX Runtime, with attributes, shapes, axes and opsets drawn by hypothesis."""
+"""Families of operators against ONNX Runtime: attributes, shapes, axes and opsets are drawn by hypothesis."""
 
 from __future__ import annotations
 
