@@ -60,7 +60,8 @@ def quantize_onnxruntime(
     folder.mkdir(parents=True, exist_ok=True)
     method, options = SETTINGS[setting]
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary, _quiet():
+    source = source.resolve()
+    with tempfile.TemporaryDirectory() as temporary, _quiet(), contextlib.chdir(temporary):  # it leaves files
         prepared, written = Path(temporary) / "prepared.onnx", Path(temporary) / "int8.onnx"
         try:
             quant_pre_process(str(source), str(prepared))

@@ -165,7 +165,7 @@ def _marked(graph: Graph, keep: set[str]) -> ExportedProgram:
         state_dict=dict(program.state_dict),
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
+        example_inputs=None,  # with examples torch adds checks of them, which it cannot trace again
         constants=program.constants,
     )
 
@@ -259,6 +259,8 @@ def _optimize(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.op_type == "ReduceMean":
             _global_average(model, node)
+        elif node.op_type == "Clip":
+            _hard_sigmoid(model, node)
 
 
 def _global_average(model: ir.Model, node: ir.Node) -> None:
@@ -274,6 +276,37 @@ def _global_average(model: ir.Model, node: ir.Node) -> None:
     pool = ir.node("GlobalAveragePool", [source])
     pool.outputs[0].shape, pool.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
     ir.convenience.replace_nodes_and_values(model.graph, node, [node], [pool], node.outputs, pool.outputs)
+
+
+def _hard_sigmoid(model: ir.Model, clip: ir.Node) -> None:
+    """clip(a * x + b, 0, 1) is one operator; torch has it for one slope alone."""
+    ends = [_number(value) for value in clip.inputs[1:3]]
+    shift = _only_reader_of(clip.inputs[0], "Add")
+    scale = None if shift is None else _only_reader_of(shift.inputs[0], "Mul")
+    if ends != [0.0, 1.0] or shift is None or scale is None:
+        return
+    alpha, beta = _number(scale.inputs[1]), _number(shift.inputs[1])
+    if alpha is None or beta is None:
+        return
+    made = ir.node("HardSigmoid", [scale.inputs[0]], {"alpha": alpha, "beta": beta})
+    made.outputs[0].shape, made.outputs[0].type = clip.outputs[0].shape, clip.outputs[0].type
+    ir.convenience.replace_nodes_and_values(
+        model.graph, clip, [clip, shift, scale], [made], clip.outputs, made.outputs
+    )
+
+
+def _only_reader_of(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node of that operator that makes a value which one node reads."""
+    node = None if value is None else value.producer()
+    if node is None or value is None or node.op_type != operator or len(value.uses()) != 1:
+        return None
+    return None if value.is_graph_output() else node
+
+
+def _number(value: ir.Value | None) -> float | None:
+    """A constant of one element."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None or tensor.size != 1 else float(tensor.numpy().reshape(-1)[0])
 
 
 def _unmark(model: ir.Model) -> dict[str, ir.Value]:

@@ -21,6 +21,7 @@ from featherweight.exchange.onnx_in.module import Imported, Ref, Scope, Step, im
 from featherweight.exchange.onnx_in.names import Names
 from featherweight.exchange.onnx_in.node import AbsurdError, Call, Node, UnsupportedError, Weight, refused
 from featherweight.exchange.onnx_in.operators import OPERATORS
+from featherweight.exchange.onnx_in.patterns import put_together
 from featherweight.exchange.onnx_in.read import Source, array_of, reads
 from featherweight.exchange.opaque import Opaque, Program, all_nodes
 
@@ -134,7 +135,7 @@ class _Builder:
         return Built(self.module.eval(), tuple(self._notes()), frozenset(self.decided))
 
     def _add(self, nodes: Sequence[NodeProto]) -> None:
-        for item in self._with_biases(self._fold_all(nodes)):
+        for item in self._with_biases(put_together(self._fold_all(nodes), self.constants, self.readers)):
             if _key(item.proto) == _IF:
                 if self.aside.makes(item.inputs):
                     self._close()
