@@ -1,115 +1,191 @@
-"""Chains that exporters write become the layer that they are, and only where nobody reads their inside."""
+"""What exporters take apart comes in as layers: norms, activations and the projections of attention."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import math
+import warnings
+from typing import Any
 
 import numpy as np
-import onnx.reference
-import onnx_ir as ir
+import onnx
 import pytest
 import torch
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
-from featherweight.exchange.export import to_onnx
 from featherweight.exchange.onnx_in import import_onnx_bytes
+from featherweight.model import Model
 
-pytest.importorskip("onnxruntime")
+Nodes = list[tuple[str, list[str], str, dict[str, Any]]]
 
-CONSTANTS = {
-    "w": np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32),
-    "b": np.arange(4, dtype=np.float32),
-    "b4": np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1),
-    "row": np.arange(6, dtype=np.float32),
-    "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),  # a 3x3 kernel keeps the size
-    "zero": np.float32(0),
-    "three": np.array([3], np.float32),
-    "six": np.float32(6),
-    "sixth": np.float32(1 / 6),
-    "half": np.float32(0.5),
+
+def imported(nodes: Nodes, constants: dict[str, Any], shape: tuple[int, ...], opset: int = 17) -> Model:
+    """A graph from x to y; the import compares it with ONNX Runtime."""
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, [output], **given) for op, inputs, output, given in nodes],
+        "chain",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_empty_tensor_value_info("y")],
+        [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+    return import_onnx_bytes(model.SerializeToString(), source="chain")
+
+
+_RANDOM = np.random.default_rng(0)
+_SCALE, _BIAS = _RANDOM.standard_normal(8), _RANDOM.standard_normal(8)
+_LAST = {"axes": [-1], "keepdims": 1}
+
+
+@pytest.mark.parametrize("square", ["Pow", "Mul"])
+@pytest.mark.parametrize("root", ["Sqrt", "Pow"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_layer_norm(square: str, root: str, twice: bool) -> None:
+    second = "d2" if twice else "d"
+    nodes: Nodes = [
+        ("ReduceMean", ["x"], "m", _LAST),
+        ("Sub", ["x", "m"], "d", {}),
+        *([("Sub", ["x", "m"], "d2", {})] if twice else []),
+        ("Pow", [second, "two"], "s", {}) if square == "Pow" else ("Mul", [second, second], "s", {}),
+        ("ReduceMean", ["s"], "v", _LAST),
+        ("Add", ["v", "eps"], "e", {}),
+        ("Sqrt", ["e"], "r", {}) if root == "Sqrt" else ("Pow", ["e", "half"], "r", {}),
+        ("Div", ["d", "r"], "n", {}),
+        ("Mul", ["n", "scale"], "w", {}),
+        ("Add", ["w", "bias"], "y", {}),
+    ]
+    numbers = {"two": 2.0, "half": 0.5, "eps": 1e-5, "scale": _SCALE, "bias": _BIAS}
+    model = imported(nodes, numbers, (2, 5, 8))
+    (norm,) = [layer for layer in model.module.modules() if isinstance(layer, nn.LayerNorm)]
+    assert norm.eps == pytest.approx(1e-5) and norm.bias is not None
+    assert len(model.module.steps) == 1  # type: ignore[arg-type]
+
+
+def test_layer_norm_whose_parts_are_read_elsewhere_stays_apart() -> None:
+    nodes: Nodes = [
+        ("ReduceMean", ["x"], "m", _LAST),
+        ("Sub", ["x", "m"], "d", {}),
+        ("Pow", ["d", "two"], "s", {}),
+        ("ReduceMean", ["s"], "v", _LAST),
+        ("Add", ["v", "eps"], "e", {}),
+        ("Sqrt", ["e"], "r", {}),
+        ("Div", ["d", "r"], "n", {}),
+        ("Mul", ["n", "scale"], "w", {}),
+        ("Add", ["w", "r"], "y", {}),
+    ]
+    model = imported(nodes, {"two": 2.0, "eps": 1e-5, "scale": _SCALE}, (2, 5, 8))
+    assert not any(isinstance(layer, nn.LayerNorm) for layer in model.module.modules())
+
+
+@pytest.mark.parametrize("form", ["div", "reciprocal", "one over"])
+def test_rms_norm(form: str) -> None:
+    ends: dict[str, Nodes] = {
+        "div": [("Div", ["x", "r"], "n", {})],
+        "reciprocal": [("Reciprocal", ["r"], "i", {}), ("Mul", ["x", "i"], "n", {})],
+        "one over": [("Div", ["one", "r"], "i", {}), ("Mul", ["i", "x"], "n", {})],
+    }
+    nodes: Nodes = [
+        ("Pow", ["x", "two"], "s", {}),
+        ("ReduceMean", ["s"], "v", _LAST),
+        ("Add", ["v", "eps"], "e", {}),
+        ("Sqrt", ["e"], "r", {}),
+        *ends[form],
+        ("Mul", ["scale", "n"], "y", {}),
+    ]
+    numbers = {"one": 1.0, "two": 2.0, "eps": 1e-6, "scale": _SCALE}
+    model = imported(nodes, numbers, (2, 5, 8))
+    assert [type(layer) for layer in model.module.children()] == [nn.RMSNorm] or any(
+        isinstance(layer, nn.RMSNorm) for layer in model.module.modules()
+    )
+
+
+_ERF: Nodes = [("Div", ["x", "root"], "d", {}), ("Erf", ["d"], "e", {}), ("Add", ["e", "one"], "a", {})]
+_TANH: Nodes = [
+    ("Pow", ["x", "three"], "p", {}),
+    ("Mul", ["p", "cubic"], "q", {}),
+    ("Add", ["x", "q"], "s", {}),
+    ("Mul", ["s", "slope"], "t", {}),
+    ("Tanh", ["t"], "h", {}),
+    ("Add", ["one", "h"], "a", {}),
+]
+_ENDS: dict[str, Nodes] = {
+    "half last": [("Mul", ["x", "a"], "m", {}), ("Mul", ["m", "half"], "y", {})],
+    "half first": [("Mul", ["half", "x"], "m", {}), ("Mul", ["m", "a"], "y", {})],
+    "half inside": [("Mul", ["a", "half"], "m", {}), ("Mul", ["x", "m"], "y", {})],
+    "divided": [("Mul", ["x", "a"], "m", {}), ("Div", ["m", "two"], "y", {})],
 }
 
 
-def make(operator: str, inputs: str, output: str, **attributes: float) -> NodeProto:
-    return helper.make_node(operator, inputs.split(), [output], **attributes)
+@pytest.mark.parametrize("end", _ENDS)
+@pytest.mark.parametrize("start", ["none", "tanh"])
+def test_gelu(start: str, end: str) -> None:
+    numbers = {"one": 1.0, "two": 2.0, "half": 0.5, "three": 3.0}
+    numbers |= {"root": math.sqrt(2), "cubic": 0.044715, "slope": math.sqrt(2 / math.pi)}
+    nodes = (_ERF if start == "none" else _TANH) + _ENDS[end]
+    model = imported(nodes, numbers, (2, 8))
+    (gelu,) = [layer for layer in model.module.modules() if isinstance(layer, nn.GELU)]
+    assert gelu.approximate == start
 
 
-def layers(nodes: Sequence[NodeProto], outputs: Sequence[str] = ("y",)) -> list[str]:
-    """Classes of the layers that the nodes become; the import itself compares with ONNX Runtime."""
-    used = {name for node in nodes for name in node.input}
-    graph = helper.make_graph(
-        list(nodes),
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 6, 6])],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in CONSTANTS.items() if k in used],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    module = import_onnx_bytes(model.SerializeToString(), source="test").module
-    return [type(layer).__name__ for layer in module.modules() if not list(layer.children())]
+def test_swish_and_mish() -> None:
+    swish = imported([("Sigmoid", ["x"], "s", {}), ("Mul", ["x", "s"], "y", {})], {}, (2, 8))
+    assert any(isinstance(layer, nn.SiLU) for layer in swish.module.modules())
+    nodes: Nodes = [("Softplus", ["x"], "s", {}), ("Tanh", ["s"], "t", {}), ("Mul", ["x", "t"], "y", {})]
+    assert any(isinstance(layer, nn.Mish) for layer in imported(nodes, {}, (2, 8)).module.modules())
 
 
-SHIFT = [make("Add", "x three", "a"), make("Clip", "a zero six", "c")]
-HARD_SWISH = {
-    "divided at last": [*SHIFT, make("Mul", "x c", "m"), make("Div", "m six", "y")],
-    "multiplied at last": [*SHIFT, make("Mul", "c x", "m"), make("Mul", "m sixth", "y")],
-    "gate divided": [*SHIFT, make("Div", "c six", "d"), make("Mul", "d x", "y")],
-    "HardSigmoid": [make("HardSigmoid", "x", "h", alpha=1 / 6, beta=0.5), make("Mul", "x h", "y")],
-}
+class _Block(nn.Module):
+    """A transformer block as people write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.first, self.second = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.reshape(y.shape[0], -1, 2, 8).transpose(1, 2)
+
+        y = self.first(x)
+        query, key, value = heads(self.q(y)), heads(self.k(y)), heads(self.v(y))
+        shares = torch.softmax(query @ key.transpose(2, 3) / math.sqrt(8), -1)
+        x = x + self.out((shares @ value).transpose(1, 2).reshape(x.shape))
+        return x + self.down(nn.functional.gelu(self.up(self.second(x))))
 
 
-@pytest.mark.parametrize("nodes", HARD_SWISH.values(), ids=HARD_SWISH)
-def test_hard_swish(nodes: list[NodeProto]) -> None:
-    assert layers(nodes) == ["Hardswish"]
+@pytest.mark.parametrize("opset", [13, 18])
+def test_a_transformer_block_comes_back_as_its_layers(opset: int) -> None:
+    torch.manual_seed(0)
+    block, file = _Block().eval(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the older exporter is deprecated; files of it are everywhere
+        torch.onnx.export(
+            block, (torch.randn(2, 5, 16),), file, dynamo=False, opset_version=opset, input_names=["x"]
+        )
+    if opset == 13:
+        kinds = {node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node}
+        assert "LayerNormalization" not in kinds and "Erf" in kinds
+    model = import_onnx_bytes(file.getvalue(), source="block")
+    found = dict(model.module.named_modules())
+    for name in ("q", "k", "v", "out", "up", "down"):
+        assert isinstance(found[name], nn.Linear), name
+    assert [isinstance(layer, nn.LayerNorm) for layer in found.values()].count(True) == 2
+    assert any(isinstance(layer, nn.GELU) for layer in found.values())
+    x = torch.randn(2, 5, 16)
+    assert torch.allclose(model.module(x), block(x), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        [make("Add", "x half", "a"), make("Clip", "a zero six", "c"), *HARD_SWISH["divided at last"][2:]],
-        [make("Add", "x three", "a"), make("Clip", "a zero three", "c"), *HARD_SWISH["divided at last"][2:]],
-        [*SHIFT, make("Mul", "x c", "m"), make("Div", "m three", "y")],
-        [*SHIFT, make("Div", "six c", "d"), make("Mul", "d x", "y")],
-        [make("HardSigmoid", "x", "h", alpha=0.2, beta=0.5), make("Mul", "x h", "y")],
-    ],
-    ids=["another shift", "another end", "another divisor", "divided by it", "another slope"],
-)
-def test_what_only_looks_like_hard_swish(nodes: list[NodeProto]) -> None:
-    assert "Hardswish" not in layers(nodes)
-
-
-def test_an_inside_that_is_an_output_stays() -> None:
-    assert "Hardswish" not in layers(HARD_SWISH["divided at last"], ("y", "m"))
-
-
-def test_an_added_bias_is_the_convolutions() -> None:
-    for nodes in (
-        [make("Conv", "x w", "m"), make("Add", "m b4", "y")],
-        [make("Conv", "x w b", "m"), make("Add", "b4 m", "y")],
-    ):
-        assert layers(nodes) == ["Conv2d"]
-
-
-def test_a_sum_along_another_axis_is_no_bias() -> None:
-    """One number for each of six columns, where a bias would have one for each of four channels."""
-    nodes = [make("Pad", "x pads", "p"), make("Conv", "p w", "m"), make("Add", "m row", "y")]
-    assert layers(nodes) == ["Conv2d", "Scope"]  # which holds what is added
-
-
-@pytest.mark.parametrize("slope", [0.2, 1 / 6])
-def test_any_hard_sigmoid_goes_out_as_one(slope: float) -> None:
-    node = make("HardSigmoid", "x", "y", alpha=slope, beta=0.5)
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
-    imported = import_onnx_bytes(model.SerializeToString(), source="test")
-    exported = to_onnx(imported).model
-    assert [found.op_type for found in exported.graph] == ["HardSigmoid"]
-    x = torch.randn(5, 3) * 4
-    session = onnx.reference.ReferenceEvaluator(ir.to_proto(exported))
-    expected = torch.clamp(slope * x + 0.5, 0, 1)
-    np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected.numpy(), atol=1e-6)
+@pytest.mark.parametrize("opset", [13, 20])
+def test_group_norm(opset: int) -> None:
+    torch.manual_seed(0)
+    norm, file = nn.GroupNorm(2, 6).eval(), io.BytesIO()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(norm, (torch.randn(2, 6, 4, 4),), file, dynamo=False, opset_version=opset)
+    model = import_onnx_bytes(file.getvalue(), source="norm")
+    (back,) = [layer for layer in model.module.modules() if isinstance(layer, nn.GroupNorm)]
+    assert back.num_groups == 2 and torch.allclose(back.weight, norm.weight)
