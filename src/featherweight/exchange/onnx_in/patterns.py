@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from onnx import NodeProto, helper
 
+from featherweight.exchange.onnx_in import transformer_patterns
 from featherweight.exchange.onnx_in.read import reads
 
 _CLOSE = 1e-6
@@ -187,7 +188,7 @@ def _as_hard_swish(x: str, last: NodeProto) -> NodeProto:
 
 
 PATTERNS: Mapping[str, tuple[Pattern, ...]] = {
-    "Add": (_conv_bias,),
-    "Div": (_hard_swish,),
-    "Mul": (_hard_swish,),
+    "Add": (_conv_bias, *transformer_patterns.PATTERNS["Add"]),
+    "Div": (_hard_swish, *transformer_patterns.PATTERNS["Div"]),
+    "Mul": (_hard_swish, *transformer_patterns.PATTERNS["Mul"]),
 }
