@@ -1,4 +1,4 @@
-"""Writes the generated tables of docs/methods.md and docs/runtimes.md from the code that they describe.
+"""Writes the generated tables of docs/methods.md, runtimes.md and onnx.md from the code that they describe.
 
 ``python docs/generate.py`` rewrites them, ``--check`` leaves with 1 where they differ.
 """
@@ -13,6 +13,7 @@ import torch
 
 from featherweight.engine.catalog import methods
 from featherweight.errors import TargetError
+from featherweight.exchange.onnx_in.operators.about import operator_table
 from featherweight.formats import IntQuant, PerChannel, PerTensor
 from featherweight.plugins import find_runtime, runtime_names
 from featherweight.runtime import Role, Target
@@ -87,9 +88,10 @@ def written(text: str, name: str, table: str) -> str:
 
 
 def main() -> int:
-    """Write both pages, or compare them."""
+    """Write the pages, or compare them."""
     stale = 0
-    for name, table in (("methods", method_table()), ("runtimes", runtime_tables())):
+    tables = (("methods", method_table()), ("runtimes", runtime_tables()), ("onnx", operator_table()))
+    for name, table in tables:
         page = FOLDER / f"{name}.md"
         fresh = written(page.read_text(), name, table)
         if fresh != page.read_text():

@@ -19,6 +19,8 @@ from onnx import TensorProto, helper
 from featherweight.exchange.onnx_in import host
 from featherweight.exchange.onnx_in.build import build_module
 from featherweight.exchange.onnx_in.check import difference
+from featherweight.exchange.onnx_in.operators import OPERATORS
+from featherweight.exchange.onnx_in.operators.about import LAYERS, LIMITS
 from featherweight.exchange.onnx_in.read import read_model
 from featherweight.exchange.opaque import opaque_layers
 
@@ -738,6 +740,11 @@ FAMILIES: dict[str, Callable[[], st.SearchStrategy[Case]]] = {
         microsoft_attention,
     )
 }
+
+
+def test_the_documentation_speaks_of_operators_that_are_there() -> None:
+    assert {*LAYERS, *LIMITS} <= set(OPERATORS)
+    assert len([name for domain, name in OPERATORS if not domain]) >= 130
 
 
 def _run(family: str, examples: int) -> None:

@@ -105,7 +105,7 @@ def test_static_comes_in_as_float_and_goes_out_with_the_same_integers(
                 np.array_equal(np.sort(centred.reshape(-1)), np.sort(other.astype(np.int32).reshape(-1)))
                 for other in after.get(shape, [])
             ), f"{shape} is not stored again"
-    assert golden.decibels(expected, run(back, x)) > 25
+    assert golden.decibels(expected, run(back, x)) > 60  # the same arithmetic
 
 
 def test_dynamic_products_become_linear_layers(tmp_path: Path) -> None:

@@ -25,34 +25,35 @@ from featherweight.exchange.onnx_in.operators import (
     signal,
 )
 
-_FAMILIES = {
-    "": (
-        activation,
-        attention,
-        casts,
-        conv,
-        elementwise,
-        index,
-        losses,
-        matmul,
-        norm,
-        pool,
-        quantized,
-        recurrent,
-        reduce,
-        resize,
-        sampling,
-        shape,
-        signal,
-    ),
-    "com.microsoft": (microsoft, microsoft_attention),
-}
+_FAMILIES = (
+    ("", "convolutions", conv),
+    ("", "products", matmul),
+    ("", "activations", activation),
+    ("", "norms", norm),
+    ("", "pools", pool),
+    ("", "attention", attention),
+    ("", "recurrent", recurrent),
+    ("", "element by element", elementwise),
+    ("", "casts", casts),
+    ("", "reductions", reduce),
+    ("", "shapes", shape),
+    ("", "picking", index),
+    ("", "resizing", resize),
+    ("", "sampling", sampling),
+    ("", "signals", signal),
+    ("", "integers", quantized),
+    ("", "losses", losses),
+    ("com.microsoft", "com.microsoft", microsoft),
+    ("com.microsoft", "com.microsoft, attention", microsoft_attention),
+)
 
 OPERATORS: dict[tuple[str, str], Entry] = {
-    (domain, name): entry
-    for domain, families in _FAMILIES.items()
-    for family in families
-    for name, entry in family.ENTRIES.items()
+    (domain, name): entry for domain, _, family in _FAMILIES for name, entry in family.ENTRIES.items()
 }
 # ONNX Runtime fuses this one into the default domain.
 OPERATORS["", "SimplifiedLayerNormalization"] = microsoft.ENTRIES["SimplifiedLayerNormalization"]
+
+
+def families() -> list[tuple[str, str, list[str]]]:
+    """Domain, title and operators of each family, for the documentation."""
+    return [(domain, title, list(family.ENTRIES)) for domain, title, family in _FAMILIES]
