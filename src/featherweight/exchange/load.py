@@ -146,6 +146,10 @@ def load_model(
         from featherweight.exchange.onnx_in import import_onnx
 
         return import_onnx(path, examples=examples)
+    if path.is_dir():
+        from featherweight.exchange.transformers_in import import_transformers
+
+        return import_transformers(path, examples=examples)
     if path.suffix in (".keras", ".h5", ".hdf5"):
         from featherweight.exchange.keras_in import import_keras
 
@@ -192,12 +196,24 @@ def _check_file(path: Path) -> None:
     if not path.exists():
         raise LoadError(f"there is no model '{path}'", fix=f"check the path; {WAYS}")
     if path.is_dir():
-        fix = _ELSEWHERE[".pb"] if (path / "saved_model.pb").exists() else WAYS
-        raise LoadError(f"'{path}' is a folder, not a model", fix=fix)
+        _check_folder(path)
+        return
     if path.stat().st_size == 0:
         raise LoadError(f"'{path}' is an empty file", fix=WAYS)
     if path.suffix in _ELSEWHERE:
         raise LoadError(f"'{path}' cannot be read directly", fix=_ELSEWHERE[path.suffix])
+
+
+def _check_folder(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    if any(path.glob("*.safetensors")):
+        raise LoadError(
+            f"'{path}' has weights and no config.json",
+            fix="give the folder that model.save_pretrained(...) wrote, or path.py:callable --weights",
+        )
+    fix = _ELSEWHERE[".pb"] if (path / "saved_model.pb").exists() else WAYS
+    raise LoadError(f"'{path}' is a folder, not a model", fix=fix)
 
 
 def _build(spec: str, weights: str | None) -> nn.Module:
