@@ -78,11 +78,7 @@ def put_together(
     chains = Chains(nodes, constants, readers)
     kept: dict[int, NodeProto] = {}
     for node in nodes:
-        for pattern in PATTERNS.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ():
-            chains.used = []
-            made = pattern(node, chains)
-            if made is None:
-                continue
+        while (made := _of_patterns(node, chains)) is not None:
             chains.replace(node, made)
             for used in chains.used:
                 kept.pop(id(used), None)
@@ -91,32 +87,129 @@ def put_together(
     return list(kept.values())
 
 
+def _of_patterns(node: NodeProto, chains: Chains) -> NodeProto | None:
+    """The node that a chain is, by the first pattern that fits; each one takes a node away."""
+    for pattern in PATTERNS.get(node.op_type, ()) if node.domain in ("", "ai.onnx") else ():
+        chains.used = []
+        if (made := pattern(node, chains)) is not None:
+            return made
+    return None
+
+
 def _conv_bias(add: NodeProto, chains: Chains) -> NodeProto | None:
-    """Conv, then Add of one number per channel: its bias."""
-    found = chains.split(add)
+    """Conv, then Add of a constant for each channel: its bias."""
+    found = _after_conv(add, chains)
+    if found is None:
+        return None
+    conv, weight, bias, added = found
+    return _conv_with(conv, add, chains, weight, added if bias is None else bias + added)
+
+
+def _conv_scale(last: NodeProto, chains: Chains) -> NodeProto | None:
+    """Conv, then Mul or Div by a constant for each channel: its weights are larger or smaller."""
+    found = _after_conv(last, chains)
+    if found is None:
+        return None
+    conv, weight, bias, factor = found
+    if last.op_type == "Div":
+        if last.input[0] not in conv.output or not factor.all():
+            return None
+        factor = 1 / factor
+    axis, groups = _channels(conv)
+    per_channel = factor if axis == 0 else factor.reshape(groups, -1)  # (C_out,), or (groups, C_out / groups)
+    if axis == 0:
+        scaled = weight * per_channel.reshape(-1, *[1] * (weight.ndim - 1))
+    else:
+        split = weight.reshape(groups, -1, *weight.shape[1:])
+        scaled = split * per_channel.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+    return _conv_with(
+        conv, last, chains, scaled.reshape(weight.shape), None if bias is None else bias * factor
+    )
+
+
+def _conv_of_scaled(conv: NodeProto, chains: Chains) -> NodeProto | None:
+    """Mul or Add of a constant for each channel, then Conv: in its weights; a sum only without padding."""
+    before = chains.maker(conv.input[0], "Mul", "Add")
+    weight, bias = _constants_of(conv, chains) or (None, None)
+    found = None if before is None else chains.split(before)
+    if before is None or found is None or weight is None:
+        return None
+    groups = _channels(conv)[1]
+    constant = _per_channel(found[1], weight.shape[1] * groups, weight.ndim)
+    if constant is None or (before.op_type == "Add" and _pads(conv)):
+        return None
+    by_output = np.repeat(constant.reshape(groups, -1), weight.shape[0] // groups, axis=0)
+    scaled = weight * by_output.reshape(*by_output.shape, *[1] * (weight.ndim - 2))
+    if before.op_type == "Mul":
+        made = _conv_with(conv, conv, chains, scaled, None)
+    else:
+        moved = scaled.reshape(len(weight), -1).sum(1)
+        made = _conv_with(conv, conv, chains, weight, moved if bias is None else bias + moved)
+    made.input[0] = found[0]
+    return made
+
+
+def _pads(conv: NodeProto) -> bool:
+    automatic = next((item.s for item in conv.attribute if item.name == "auto_pad"), b"NOTSET")
+    given = next((item.ints for item in conv.attribute if item.name == "pads"), ())
+    return automatic not in (b"NOTSET", b"VALID", b"") or any(given)
+
+
+def _constants_of(conv: NodeProto, chains: Chains) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Weight and bias of a convolution, where both are constants."""
+    weight = chains.constants.get(conv.input[1])
+    if weight is None or not 3 <= weight.ndim <= 5 or weight.dtype.kind != "f":
+        return None
+    if len(conv.input) < 3 or not conv.input[2]:
+        return weight, None
+    bias = chains.constants.get(conv.input[2])
+    return None if bias is None else (weight, bias)
+
+
+def _per_channel(constant: np.ndarray, channels: int, rank: int) -> np.ndarray | None:
+    """A constant that is the same all over a channel, as (channels,); None: it is not."""
+    shape = (1,) * (rank - constant.ndim) + constant.shape
+    if len(shape) != rank or shape[0] != 1 or shape[1] not in (1, channels) or any(s != 1 for s in shape[2:]):
+        return None
+    return np.broadcast_to(constant.reshape(-1), (channels,))
+
+
+def _after_conv(
+    last: NodeProto, chains: Chains
+) -> tuple[NodeProto, np.ndarray, np.ndarray | None, np.ndarray] | None:
+    """The convolution before a node, its weight and bias, and the node's constant as (C_out,)."""
+    found = chains.split(last)
     if found is None or (conv := chains.maker(found[0], "Conv", "ConvTranspose")) is None:
         return None
-    weight, added = chains.constants.get(conv.input[1]), found[1]
-    if weight is None or not 2 <= weight.ndim <= 5:
+    if (known := _constants_of(conv, chains)) is None:
         return None
-    old = (
-        chains.constants.get(conv.input[2])
-        if len(conv.input) > 2 and conv.input[2]
-        else np.zeros((), added.dtype)
-    )
+    weight, bias = known
+    axis, groups = _channels(conv)
+    channels = weight.shape[0] if axis == 0 else weight.shape[1] * groups
+    constant = _per_channel(found[1], channels, weight.ndim)
+    return None if constant is None else (conv, weight, bias, constant.astype(weight.dtype))
+
+
+def _channels(conv: NodeProto) -> tuple[int, int]:
+    """The weight's axis of output channels (of those of a group), and how many groups."""
     groups = next((item.i for item in conv.attribute if item.name == "group"), 1)
-    channels = weight.shape[0] if conv.op_type == "Conv" else weight.shape[1] * groups
-    spatial = weight.ndim - 2
-    shape = (1,) * (spatial + 2 - added.ndim) + added.shape
-    if old is None or shape != (1, channels, *[1] * spatial):
-        return None
-    bias = f"{add.output[0]}.bias"
-    chains.constants[bias] = (old + added.reshape(-1)).astype(weight.dtype)
+    return (0 if conv.op_type == "Conv" else 1), groups
+
+
+def _conv_with(
+    conv: NodeProto, last: NodeProto, chains: Chains, weight: np.ndarray, bias: np.ndarray | None
+) -> NodeProto:
+    """The convolution with other constants, which makes what the last node made."""
     made = NodeProto()
     made.CopyFrom(conv)
-    del made.input[2:]
-    made.input.append(bias)
-    made.output[0] = add.output[0]
+    made.output[0] = last.output[0]
+    if weight is not chains.constants[conv.input[1]]:
+        made.input[1] = f"{conv.input[1]}:{last.output[0]}"
+        chains.constants[made.input[1]] = weight
+    if bias is not None:
+        del made.input[2:]
+        made.input.append(f"{last.output[0]}:bias")
+        chains.constants[made.input[2]] = bias.astype(weight.dtype)
     return made
 
 
@@ -188,7 +281,8 @@ def _as_hard_swish(x: str, last: NodeProto) -> NodeProto:
 
 
 PATTERNS: Mapping[str, tuple[Pattern, ...]] = {
+    "Conv": (_conv_of_scaled,),
     "Add": (_conv_bias, *transformer_patterns.PATTERNS["Add"]),
-    "Div": (_hard_swish, *transformer_patterns.PATTERNS["Div"]),
-    "Mul": (_hard_swish, *transformer_patterns.PATTERNS["Mul"]),
+    "Div": (_hard_swish, _conv_scale, *transformer_patterns.PATTERNS["Div"]),
+    "Mul": (_hard_swish, _conv_scale, *transformer_patterns.PATTERNS["Mul"]),
 }
