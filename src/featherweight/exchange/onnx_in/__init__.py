@@ -18,8 +18,9 @@ from featherweight.exchange.onnx_in.axes import traceable, verified_axes
 from featherweight.exchange.onnx_in.build import Built, build_module
 from featherweight.exchange.onnx_in.check import TOLERANCE, Reference, check_import, tolerance
 from featherweight.exchange.onnx_in.examples import example_inputs
+from featherweight.exchange.onnx_in.grids import with_formats
 from featherweight.exchange.onnx_in.operators import OPERATORS
-from featherweight.exchange.onnx_in.quantized import floated, with_formats
+from featherweight.exchange.onnx_in.quantized import floated
 from featherweight.exchange.onnx_in.read import InputInfo, Source, read_model
 from featherweight.exchange.opaque import opaque_layers
 from featherweight.exchange.weights import check_finite
