@@ -40,7 +40,16 @@ def _time(row: dict[str, Any]) -> str:
     if row["latency_s"]:
         return figures.seconds(row["latency_s"])
     first, *others = row["fused_into"] or [""]
-    return f"in {first}{', ...' if others else ''}" if first else ""
+    return f"in {_near(first, row['name'])}{', ...' if others else ''}" if first else ""
+
+
+def _near(name: str, other: str) -> str:
+    """A layer's path without the folders that it shares with another one's."""
+    parts, others = name.split("."), other.split(".")
+    shared = 0
+    while shared < min(len(parts), len(others)) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(parts[shared:])
 
 
 def caption(told: dict[str, Any], entry: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _WIDTH = 160  # of tables that are not shown on a terminal
+_WIDE = 240  # of those with long names
 
 
 class Bars:
@@ -164,12 +165,12 @@ def print_inspected(told: dict[str, Any], as_json: bool) -> None:
 
     for entry in told["entries"]:
         columns, rows = inspected.table(told, entry)
-        print_table(columns, rows, inspected.caption(told, entry))
+        print_table(columns, rows, inspected.caption(told, entry), width=_WIDE)
     for line in inspected.remarks(told):
         print_text(line)
 
 
-def print_table(columns: list[str], rows: list[list[str]], caption: str = "") -> None:
+def print_table(columns: list[str], rows: list[list[str]], caption: str = "", width: int = _WIDTH) -> None:
     """Aligned columns on standard output."""
     from rich.console import Console
     from rich.table import Table
@@ -178,7 +179,7 @@ def print_table(columns: list[str], rows: list[list[str]], caption: str = "") ->
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = Console(width=None if sys.stdout.isatty() else width)
     console.print(table, highlight=False)
     if caption:
         console.print(caption, highlight=False, markup=False)

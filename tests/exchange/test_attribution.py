@@ -7,6 +7,8 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
+from torch import nn
 
 from featherweight.exchange.attribution import Attribution, attribute, write_named
 from featherweight.graph import Graph, trace
@@ -14,7 +16,7 @@ from featherweight.model import Model
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Target
 from featherweight.tools.costs import node_macs
-from golden import model
+from golden import model, model_of
 
 
 def _attributed(net: Model, folder: Path) -> tuple[Attribution, Graph, onnx.ModelProto]:
@@ -48,3 +50,19 @@ def test_what_is_fused_is_said(tmp_path: Path) -> None:
     assert found.fused["stem.1#0"] == ("stem.0#0",)  # batch norm, folded when the file was written
     assert found.fused["stem.2#0"] == ("stem.0#0",)  # ReLU, by the runtime
     assert found.fused["layer1/add#0"] == ("layer1.conv2#0",)  # the addition, at the end of the convolution
+
+
+def test_names_that_tracing_again_has_lost(tmp_path: Path) -> None:
+    """Group norm is decomposed, which renames the values around it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.ZeroPad2d(1), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3)]
+        module = nn.Sequential(
+            *layers, nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        )
+    found, _, _ = _attributed(model_of(module, torch.randn(2, 3, 12, 12)), tmp_path)
+    timed = {call for share in found.shares.values() for call in share}
+    assert {"1#0", "4#0", "6#0", "8#0"} <= timed
+    assert (
+        found.fused["0#0"] == ("1#0",) and found.fused["2#0"] == ("1#0",) and found.fused["3#0"] == ("1#0",)
+    )

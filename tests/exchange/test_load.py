@@ -470,15 +470,3 @@ def test_torchscript(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path)
     assert "TorchScript" in _refusal(str(path)).what
-
-
-def test_every_snippet_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(tmp_path)
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    snippets = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(snippets) == 4
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    names: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "docs/models.md", "exec"), names)

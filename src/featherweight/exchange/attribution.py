@@ -23,7 +23,7 @@ from pathlib import Path
 
 import onnx
 
-from featherweight.graph import Graph
+from featherweight.graph import Graph, Node
 
 _MARK = re.compile(r"fw(\d+)_")
 _PRODUCTS = frozenset(
@@ -40,6 +40,16 @@ _PRODUCTS = frozenset(
     | {"LSTM", "GRU", "RNN", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention"}
 )
 _NCHWC = "com.microsoft.nchwc"
+_FOLDED = frozenset({"batch_norm", "dropout", "feature_dropout", "contiguous", "clone", "identity", "detach"})
+_NO_WORK = _FOLDED - {"batch_norm"} | {
+    "view",
+    "reshape",
+    "flatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "alias",
+}
 
 
 @dataclass(frozen=True)
@@ -99,13 +109,30 @@ def attribute(
             for output in regions.nodes[index].output:
                 covered[output] = tuple(shares[name])
     timed = {call for share in shares.values() for call in share}
-    fused = {}
+    fused: dict[str, tuple[str, ...]] = {}
     for node in graph.nodes:
         value = regions.exported_name(graph, node.outputs[0])
         receivers = covered.get(value, ())
-        if node.name not in timed and receivers:
+        if node.name in timed or node.op in _NO_WORK:
+            continue
+        if not receivers and value not in regions.maker:  # its name was lost: it went into a neighbour
+            receivers = _neighbours(graph, node, timed, fused)
+        if receivers:
             fused[node.name] = receivers
     return Attribution(shares, fused)
+
+
+def _neighbours(
+    graph: Graph, node: Node, timed: set[str], fused: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """Who does the work of a call that left no value: of padding who reads it, else who makes its input."""
+    near = graph.consumers[node.outputs[0]] if node.op == "pad" else ()
+    for other in (*near, *(graph.producer[name] for name in node.inputs[:1] if name in graph.producer)):
+        if other.name in timed:
+            return (other.name,)
+        if other.name in fused:
+            return fused[other.name]
+    return ()
 
 
 def _share(inside: list[int], regions: _Regions, macs: Mapping[str, int]) -> dict[str, float]:
@@ -132,11 +159,17 @@ class _Regions:
         for index, node in enumerate(self.nodes):
             for value in node.input:
                 self.readers.setdefault(value, []).append(index)
+        self._graph = graph
+        self._by_name = {node.name: node for node in graph.nodes}
         self._outputs: list[str] = [value.name for value in exported.graph.output]
         calls = {output: node.name for node in graph.nodes for output in node.outputs}
         self._called = {value.fx_name: calls.get(name) for name, value in graph.values.items()}
+        self._traced = {value.fx_name: name for name, value in graph.values.items()}
         for name, value in zip(self._outputs, graph.outputs, strict=False):
             self._called[name] = calls.get(value)
+            self._traced[name] = value
+        given = zip((value.name for value in exported.graph.input), graph.inputs, strict=False)
+        self._traced.update(given)
         self._by_parameter: dict[str, list[str]] = {}
         for node in graph.nodes:
             for parameter in dict.fromkeys(node.parameters.values()):
@@ -160,6 +193,8 @@ class _Regions:
         seen, waiting, found = {index}, [index], None
         if self.nodes[index].op_type in _PRODUCTS:
             found = self._reads(index)
+        if found is None and not any(output in self._called for output in self.nodes[index].output):
+            found = self._unnamed(index)
         while waiting and found is None:
             current = self.nodes[waiting.pop(0)]
             for output in current.output:
@@ -169,6 +204,31 @@ class _Regions:
                 waiting.extend(later)
         self._calls[index] = found
         return found
+
+    def _unnamed(self, index: int) -> str | None:
+        """The call of a node whose value lost its name: the next call without a value behind what it reads.
+
+        torch traces a program again where something must be decomposed, and names those values anew.
+        """
+        kind, inner = self.nodes[index].op_type, None
+        for value in self.nodes[index].input:
+            start = self._traced.get(value)
+            if start is None and value in self.maker:
+                before = self.call(self.maker[value])
+                if before is None:
+                    continue
+                start = self._by_name[before].outputs[0]
+                inner = before if self.nodes[self.maker[value]].op_type not in _PRODUCTS else inner
+            waiting = [] if start is None else [start]
+            while waiting:
+                for reader in self._graph.consumers[waiting.pop(0)]:
+                    if any(self.exported_name(self._graph, name) in self.maker for name in reader.outputs):
+                        continue
+                    if reader.op in _FOLDED and kind != "BatchNormalization":
+                        waiting.extend(reader.outputs)
+                    else:
+                        return reader.name
+        return inner
 
     def _reads(self, index: int) -> str | None:
         """The call that reads a product's weight; of several calls the one that is as far down the list."""
