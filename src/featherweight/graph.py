@@ -14,17 +14,19 @@ process only, to rewrite the program that they belong to.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -145,6 +147,36 @@ class _Call(nn.Module):
         return getattr(self.module, self.method)(*inputs)
 
 
+@contextlib.contextmanager
+def whole_recurrences() -> Iterator[None]:
+    """Let torch see what LSTMs and GRUs return by their shapes alone.
+
+    Its own way is to take them apart step by step, which makes a number of the length of the sequence.
+    """
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    recurrent = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
+    places: list[tuple[Any, Any]] = [(target.py_kernels, key) for target in recurrent]
+    places += [(torch._decomp.decomposition_table, target) for target in recurrent]
+    own = [table[name] for table, name in places]
+    for table, name in places:
+        table[name] = partial(_recurrence, table[name])
+    try:
+        yield
+    finally:
+        for (table, name), kernel in zip(places, own, strict=True):
+            table[name] = kernel
+
+
+def _recurrence(kernel: Any, x: Any, states: Any, *rest: Any) -> Any:
+    """Output and last states; the arguments are those of ``aten.lstm.input`` and ``aten.gru.input``."""
+    if not isinstance(x, FakeTensor):
+        return kernel(x, states, *rest)
+    lasts = states if isinstance(states, (list, tuple)) else [states]
+    directions = 2 if rest[5] else 1
+    out = x.new_empty((*x.shape[:2], directions * lasts[0].shape[2]))
+    return (out, *(torch.empty_like(state) for state in lasts))
+
+
 def _export(module: nn.Module, entry: Entry) -> ExportedProgram:
     dims = tuple(
         dict.fromkeys(entry.dynamic_axes.get(name, {}), Dim.AUTO) or None for name in entry.input_names
@@ -153,7 +185,7 @@ def _export(module: nn.Module, entry: Entry) -> ExportedProgram:
     shapes: Any = dims if entry.tree is None else torch.utils._pytree.tree_unflatten(list(dims), entry.tree)
     called = module if entry.method == "forward" else _Call(module, entry.method)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), whole_recurrences():
             warnings.simplefilter("ignore")  # torch.export warns of its own internals
             return _functional(
                 export(called, arguments, dynamic_shapes=_by_parameter(called, shapes), strict=False)

@@ -29,6 +29,7 @@ from featherweight.model import Model
 from featherweight.plugins import find_runtime
 
 onnxruntime = pytest.importorskip("onnxruntime")
+refused = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 CLOSE = 1e-4
@@ -216,7 +217,7 @@ def error_at(path: Path, written: Path, feed: dict[str, np.ndarray], model: Mode
                 other[name] = np.concatenate([value, value], axis)
     try:
         expected = session(path, optimized=False).run(None, other)
-    except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument:
+    except (refused.InvalidArgument, refused.Fail, refused.RuntimeException):
         return 0.0  # the file itself takes no such size
     found = session(written).run(None, other)
     return max(difference(a, b) for a, b in zip(found, expected, strict=True))

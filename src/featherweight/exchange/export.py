@@ -28,7 +28,7 @@ from torch.export.graph_signature import ExportGraphSignature, OutputKind, Tenso
 
 from featherweight.errors import TargetError
 from featherweight.exchange import opaque
-from featherweight.graph import Graph, trace
+from featherweight.graph import Graph, trace, whole_recurrences
 from featherweight.model import Model
 
 OPSET = 20
@@ -211,7 +211,7 @@ def _translate(program: ExportedProgram, graph: Graph, opset: int) -> ir.Model:
         return mark(x, name=name)
 
     try:
-        with _quiet():
+        with _quiet(), whole_recurrences():
             result = torch.onnx.export(
                 program,
                 dynamo=True,
