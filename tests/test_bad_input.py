@@ -286,6 +286,10 @@ def _onnx(folder: Path) -> None:
     random = np.random.default_rng(0).standard_normal((8, 4))
     np.savez(folder / "four.npz", x=random.astype(np.float32), y=np.arange(8) % 4)
     np.savez(folder / "four64.npz", x=random, y=np.arange(8) % 4)
+    ids = np.arange(32).reshape(8, 4) % 10
+    late = ids.copy()
+    late[6, 1] = 10
+    np.savez(folder / "ids_train.npz", x=ids, y=np.arange(8) % 4, x_train=late)
     np.savez(folder / "fives.npz", x=np.zeros((8, 5), np.float32), y=np.arange(8) % 4)
 
 
@@ -372,10 +376,19 @@ CASES = [
     Case("channels last", fit("nets.py:net --data last.npz"), ("(2, 8, 8, 3)", "(2, 3, 8, 8)", "moveaxis")),
     Case("wrong channels", fit("nets.py:net --data gray.npz"), ("(2, 1, 8, 8)", "[4, 3, 3, 3]")),
     Case("flat", fit("nets.py:net --data flat.npz"), ("(2, 192)",)),
+    Case(
+        "a calibrating id too large",
+        fit("nets.py:Embeds --data ids_train.npz --trials 1"),
+        ("holds an index", "from 0 to"),
+    ),
     Case("text as inputs", fit("nets.py:net --data text.npz"), ("text.npz",)),
     Case("a number", fit("nets.py:net --data scalar.npz"), ("scalar.npz",)),
     Case("float ids", fit("nets.py:Embeds --data ids.npz"), ("float32", "astype('int64')")),
-    Case("ids out of range", fit("nets.py:Embeds --data far.npz"), ("idx=10", "of the data"), code=1),
+    Case(
+        "ids out of range",
+        fit("nets.py:Embeds --data far.npz"),
+        ("does not take the scored", "idx=10", "of the data"),
+    ),
     Case("inputs with a gap", fit("nets.py:Pairs --data gap.npz"), ("x0, x2", "x0, x1")),
     Case("one input of two", fit("nets.py:Pairs --data four.npz"), ("Pairs",)),
     Case("ONNX input shape", fit("matmul.onnx --data fives.npz"), ("4)", "(2, 5)")),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from featherweight.engine.environment import describe
+from featherweight.engine.jobs import CallRefused
 from featherweight.engine.measure import (
     Limits,
     Memory,
@@ -27,6 +28,7 @@ from featherweight.engine.measure import (
 from featherweight.engine.run import Run
 from featherweight.engine.sources import scoring_code
 from featherweight.engine.store import digest
+from featherweight.errors import DataError
 from featherweight.model import Model
 from featherweight.outcome import Latency, LayerRow, Measurement
 from featherweight.runtime import Artifact
@@ -62,7 +64,14 @@ class Scales:
             self.environment.cpu, self.environment.flags, self.environment.cores, run.runtime.version()
         )
         self.twin = run.lower(run.original)
-        self.twin_scored = self._score(self.twin, None)
+        try:
+            self.twin_scored = self._score(self.twin, None)
+        except CallRefused as error:
+            raise DataError(
+                f"the original does not take the scored examples: {error.what}",
+                where=error.where,
+                fix=error.fix,
+            ) from error
 
     def weigh(self, model: Model) -> Weighed:
         """Lower, score and time a model.

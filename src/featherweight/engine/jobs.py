@@ -46,6 +46,10 @@ _SPARE = 1 << 14  # bytes that a runner needs to say anything at all
 _NO_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "out of memory")
 
 
+class CallRefused(RunnerError):
+    """A session did not take the inputs of a call."""
+
+
 class Runner:
     """A runner at work in its own process group; leaving the block ends all of it.
 
@@ -304,7 +308,8 @@ class Served:
 
         Raises:
             DataError: An input is not made of plain numbers or text.
-            RunnerError: The process died or hangs, or the session refused the inputs.
+            CallRefused: The session refused the inputs.
+            RunnerError: The process died or hangs.
         """
         try:
             self._runner.send({"entry": entry}, [np.asarray(x) for x in inputs])
@@ -316,7 +321,7 @@ class Served:
         header, outputs = frame
         if "error" in header:
             shapes = ", ".join(f"{np.asarray(x).dtype}{list(np.shape(x))}" for x in inputs)
-            raise RunnerError(
+            raise CallRefused(
                 f"the session refused a call: {header['error']}",
                 where=f"entry '{entry}' with {shapes}",
                 fix="check the shapes and dtypes of the data against those of the model",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from featherweight.errors import DataError
 from featherweight.formats import TensorFormat
 from featherweight.graph import Graph, trace
 from featherweight.model import Model
@@ -83,8 +84,15 @@ class _Interpreter(fx.Interpreter):
         return self._inputs.pop(0)
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
         name = self._value_names.get(n.name)
+        try:
+            result = super().run_node(n)
+        except IndexError as error:  # what a table of embeddings raises: ids come from the examples alone
+            raise DataError(
+                f"an example holds an index that the model has no entry for: {str(error).splitlines()[0]}",
+                where=None if name is None else f"'{name}'",
+                fix="give ids from 0 to the number of the table's rows - 1",
+            ) from error
         if name is None or self._observe is None or not isinstance(result, Tensor):
             return result
         return self._observe(name, result)
