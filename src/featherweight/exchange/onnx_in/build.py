@@ -28,7 +28,7 @@ from featherweight.exchange.opaque import Opaque, Program, all_nodes
 _IF = ("", "If")
 
 # Whatever a malformed node makes torch, NumPy or onnx raise while it is built or first run.
-_FAILURES = (
+FAILURES = (
     UnsupportedError,
     RuntimeError,
     ValueError,
@@ -58,17 +58,18 @@ class Built:
     decided: frozenset[str]
 
 
-def build_module(source: Source, examples: Sequence[Tensor]) -> Built:
+def build_module(source: Source, examples: Sequence[Tensor], *, traced: bool = True) -> Built:
     """The graph as a module.
 
     Args:
         source: What was read.
         examples: One tensor per input; each node is run on what the nodes before it made of them.
+        traced: torch.export shall follow the module: a node whose axes, sizes or counts are data is opaque.
 
     Raises:
         LoadError: A node cannot be imported and ONNX Runtime cannot run it; names operator and node.
     """
-    builder = _Builder(source)
+    builder = _Builder(source, traced)
     with torch.no_grad():
         return builder.build(examples)
 
@@ -96,8 +97,9 @@ class _Item:
 
 
 class _Builder:
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, traced: bool) -> None:
         self.source = source
+        self.traced = traced
         self.constants: dict[str, np.ndarray] = dict(source.constants)
         self.values: dict[str, Any] = {}
         self.names = Names(all_nodes(source.nodes))
@@ -155,11 +157,11 @@ class _Builder:
         try:
             self._emit(node, item, entry(node))
         except AbsurdError as error:
-            raise refused(node, _reason(error), self.source.name) from error
-        except _FAILURES as error:
+            raise refused(node, told(error), self.source.name) from error
+        except FAILURES as error:
             if closed is not None:
                 self._reopen(closed)  # it was closed for a node that is of its kind
-            self.aside.add(item.nodes, _reason(error), error)
+            self.aside.add(item.nodes, told(error), error)
 
     # --- branches -------------------------------------------------------------------------------------
 
@@ -184,7 +186,7 @@ class _Builder:
             branch = take(proto, condition, self.taken, self.source.name)
         except UnsupportedError as error:
             node = self._node(_Item(proto, tuple(proto.input), tuple(proto.output)))
-            raise refused(node, _reason(error), self.source.name) from error
+            raise refused(node, told(error), self.source.name) from error
         self.readers.subtract(reads(proto))
         self.readers.update(value for node in branch.nodes for value in reads(node))
         self.constants |= {name: array_of(t, self.source.name) for name, t in branch.tensors.items()}
@@ -240,7 +242,7 @@ class _Builder:
         known = ", ".join(sorted(name for domain, name in OPERATORS if not domain))
         return LoadError(
             f"'{self.source.name}' has operators that are not supported: {', '.join(aside.operators())}; "
-            f"ONNX Runtime cannot run them either: {_reason(error)}",
+            f"ONNX Runtime cannot run them either: {told(error)}",
             where=f"node '{node.name}' (operator {node.op})",
             fix=f"export without them, or give path.py:callable with --weights; supported are {known}",
         )
@@ -315,8 +317,8 @@ class _Builder:
             try:
                 self._fold(node, entry(node))
             except AbsurdError as error:
-                raise refused(node, _reason(error), self.source.name) from error
-            except _FAILURES:
+                raise refused(node, told(error), self.source.name) from error
+            except FAILURES:
                 left.append(proto)  # ONNX Runtime may run it
         return left
 
@@ -405,7 +407,7 @@ class _Builder:
             missing = [name for name in node.outputs if name and name not in self.values]
             if missing:
                 raise UnsupportedError(f"its output '{missing[0]}' is not computed")
-        except _FAILURES:
+        except FAILURES:
             for path in {*self.tensors.values(), *self.layers.values()} - {
                 *tensors.values(),
                 *layers.values(),
@@ -430,6 +432,8 @@ class _Builder:
                     Ref("host", number=constant) if numbers else Ref("tensor", self._tensor_path(name))
                 )
             elif index in call.sizes:
+                if self.traced and isinstance(self.values[node.inputs[index]], Tensor):
+                    raise UnsupportedError(f"its input {index} is axes, sizes or a count that data decide")
                 refs.append(Ref("value", node.inputs[index], "sizes"))
             else:
                 refs.append(Ref("value", node.inputs[index], "" if on_host else "tensor"))
@@ -535,7 +539,8 @@ def _forgetting(steps: Sequence[Step], outputs: Sequence[Ref]) -> list[Step]:
     return result[::-1]
 
 
-def _reason(error: BaseException) -> str:
+def told(error: BaseException) -> str:
+    """The first line of an error, with its type where that says more."""
     lines = str(error).strip().splitlines()
     text = lines[0][:300] if lines else type(error).__name__
     return text if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {text}"
