@@ -115,6 +115,15 @@ def _over_time(k: Any) -> Any:
     return k.Model(i, L.GRU(4)(x))
 
 
+def _gates(k: Any) -> Any:
+    L = k.layers
+    i = k.Input((8, 8, 6))
+    x = L.Conv2D(8, 3)(i)
+    g = L.Reshape((1, 1, 8))(L.GlobalAveragePooling2D()(x))
+    x = L.Multiply()([x, L.Conv2D(8, 1, activation="hard_sigmoid")(g)])
+    return k.Model(i, L.GlobalAveragePooling2D()(x))
+
+
 def _channels_first(k: Any) -> Any:
     L = k.layers
     i, how = k.Input((3, 16, 16)), {"data_format": "channels_first"}
@@ -135,6 +144,7 @@ NETS: dict[str, Callable[[Any], Any]] = {
     "operations": _operations,
     "over time": _over_time,
     "channels first": _channels_first,
+    "gates": _gates,
     "dot": _dot,
     "text": lambda k: _chain(
         k, (7,), k.layers.Embedding(20, 8),
@@ -232,6 +242,17 @@ def test_legacy_files(keras: Any, name: str, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["MobileNetV3Small", "EfficientNetB0", "DenseNet121", "ConvNeXtTiny", "InceptionResNetV2"]
+)
+def test_applications(keras: Any, name: str, tmp_path: Path) -> None:
+    keras.backend.clear_session()
+    net = getattr(keras.applications, name)(weights=None, input_shape=(96, 96, 3))
+    net.save(tmp_path / "net.keras")
+    assert isinstance(load_model(str(tmp_path / "net.keras")).module, KerasModel)
+
+
 @pytest.mark.parametrize("mode", ["concat", "sum", "ave", "mul", None])
 @pytest.mark.parametrize("sequences", [True, False])
 def test_both_directions(keras: Any, mode: str | None, sequences: bool, tmp_path: Path) -> None:
@@ -249,6 +270,10 @@ class TestHowItLooks:
         assert layers["separable_conv2d.depthwise"] == "Conv2d" and layers["scores"] == "Linear"
         moves = [step for step in model.module.steps if step.function == "permute"]  # type: ignore[union-attr]
         assert len(moves) == 2  # behind the input and before Flatten
+
+    def test_gates_are_not_turned(self, keras: Any, tmp_path: Path) -> None:
+        model = load_model(str(_saved(keras, _build(keras, "gates"), tmp_path / "net.keras")))
+        assert sum(step.function == "permute" for step in model.module.steps) == 1  # type: ignore[union-attr]
 
     def test_nested_models_keep_their_folders_and_share_their_layers(
         self, keras: Any, tmp_path: Path

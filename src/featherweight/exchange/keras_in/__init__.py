@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -266,12 +268,29 @@ def _through_onnx(source: Any, path: Path, inputs: dict[str, Tensor], reason: Un
 
 
 @contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """torch's exporter prints whole graphs from C++ when it fails: away with both streams of the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    with Path(os.devnull).open("wb") as nowhere:
+        for number in (1, 2):
+            os.dup2(nowhere.fileno(), number)
+        try:
+            yield
+        finally:
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters print and warn of their own internals."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silent():
             warnings.simplefilter("ignore")
             yield
     finally:

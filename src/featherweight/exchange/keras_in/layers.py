@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.exchange.keras_in.build import Call, Shape, Value, array, fill
-from featherweight.exchange.keras_in.module import Affine, Attention, Einsum
+from featherweight.exchange.keras_in.module import Affine, Attention, Einsum, Scale
 
 Emitter = Callable[[Call], "Value | list[Value]"]
 
@@ -601,8 +601,25 @@ def _flatten(call: Call) -> Value:
 
 def _reshape(call: Call) -> Value:
     value = call.builder.plain(call.inputs[0])
+    *ones, channels = call.layer.target_shape
+    if value.rank == 2 and ones and all(size == 1 for size in ones):  # a map of one place, as gates have
+        made = call.function("reshape", value, shape=(int(channels), *(1 for _ in ones)))
+        return replace(made, moved=True, integer=value.integer)
     made = call.function("reshape", value, shape=tuple(int(n) for n in call.layer.target_shape))
     return replace(made, integer=value.integer)
+
+
+def _layer_scale(call: Call) -> Value:
+    gamma = array(call.layer.gamma)
+    value = call.inputs[0]
+    shape = (-1, *(1,) * (value.rank - 2)) if value.moved else (-1,)
+    return call.apply(lambda: Scale(gamma.reshape(shape)), value)
+
+
+def _scaled_sum(call: Call) -> Value:
+    one, other = together(call, list(call.inputs))
+    scaled = call.function("binary", other, op="multiply", other=float(call.layer.scale))
+    return call.function("merge", one, scaled, op="add")
 
 
 def _permute(call: Call) -> Value:
@@ -636,6 +653,7 @@ def _time_distributed(call: Call) -> Value:
 
 
 _IDENTITIES = (
+    "StochasticDepth",
     *("Identity", "ActivityRegularization", "GaussianNoise", "GaussianDropout", "AlphaDropout"),
     *(
         "RandomBrightness",
@@ -708,5 +726,7 @@ LAYERS: Mapping[str, Emitter] = {
     "Dropout": _dropout,
     **_ranked("SpatialDropout#D", _dropout),
     "TimeDistributed": _time_distributed,
+    "LayerScale": _layer_scale,  # of ConvNeXt in keras.applications
+    "CustomScaleLayer": _scaled_sum,  # of Inception-ResNet there
     **dict.fromkeys(_IDENTITIES, _same_value),
 }

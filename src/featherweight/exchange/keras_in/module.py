@@ -78,6 +78,17 @@ class Affine(nn.Module):
         return x * self.scale + self.offset
 
 
+class Scale(nn.Module):
+    """x * weight, channel by channel."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
 class Attention(nn.Module):
     """Multi-head attention with linear layers for query, key, value and output; (N, T, width)."""
 
