@@ -77,6 +77,7 @@ LIMITS: Mapping[tuple[str, str], str] = {
     ("", "Identity"): "tensors only, no sequences or optional values",
     ("", "LSTM"): "steps unrolled: peepholes, input_forget, clip, other activations, lengths",
     ("", "MaxPool"): "indices only with pads of at most half the kernel",
+    ("", "RoiAlign"): "a sampling_ratio of at least 1",
     ("", "RNN"): "steps unrolled: clip, other activations, lengths",
     ("", "Resize"): "align_corners counts whole output sizes, as ONNX Runtime does",
     ("", "TopK"): "uint64 from 2**63 on is not ordered",

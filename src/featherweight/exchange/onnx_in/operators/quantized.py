@@ -111,14 +111,15 @@ def _dynamically(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _centred(x: Tensor, zero: Tensor | None, axis: int) -> Tensor:
-    """Integers less their zero point, as float64, which adds them up exactly."""
-    wide = x.double()
-    return wide if zero is None else wide - spread(zero.double(), tuple(x.shape), axis, 0)
+    """Integers less their zero point in float64, which adds them up exactly; runtimes have float32."""
+    kind = torch.float32 if torch.compiler.is_exporting() else torch.float64
+    wide = x.to(kind)
+    return wide if zero is None else wide - spread(zero.to(kind), tuple(x.shape), axis, 0)
 
 
 def _matmul_integer(_: Node) -> Call:
     def run(a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor | None) -> Tensor:
-        return torch.matmul(_centred(a, a_zero, -2), _centred(b, b_zero, -1)).to(torch.int32)
+        return torch.round(torch.matmul(_centred(a, a_zero, -2), _centred(b, b_zero, -1))).to(torch.int32)
 
     return Call(run, inputs=(0, 1, 2, 3))
 
@@ -127,26 +128,28 @@ def _conv_integer(node: Node) -> Call:
     conv = convolved(node, 0, 1)
 
     def run(x: Tensor, weight: Tensor, x_zero: Tensor | None, weight_zero: Tensor | None) -> Tensor:
-        return conv(_centred(x, x_zero, 0), _centred(weight, weight_zero, 0), None).to(torch.int32)
+        total = conv(_centred(x, x_zero, 0), _centred(weight, weight_zero, 0), None)
+        return torch.round(total).to(torch.int32)
 
     return Call(run, inputs=(0, 1, 2, 3))
 
 
 def _qlinear_matmul(node: Node) -> Call:
-    kind = node.dtype(7)
+    stored = node.dtype(7)
 
     def run(*given: Tensor) -> Tensor:
         a, a_scale, a_zero, b, b_scale, b_zero, scale, zero = given
         product = torch.matmul(_centred(a, a_zero, -2), _centred(b, b_zero, -1))
-        factor = spread(a_scale.double(), tuple(product.shape), -2, 0)
-        factor = factor * spread(b_scale.double(), tuple(product.shape), -1, 0)
+        kind = product.dtype
+        factor = spread(a_scale.to(kind), tuple(product.shape), -2, 0)
+        factor = factor * spread(b_scale.to(kind), tuple(product.shape), -1, 0)
         return quantized(
-            (product * factor / scale.double()).float(),
+            (product * factor / scale.to(kind)).float(),
             torch.ones(()),
             zero,
             axis=-1,
             block=0,
-            dtype=kind,
+            dtype=stored,
             saturate=True,
         )
 
@@ -158,10 +161,10 @@ def _qlinear_conv(node: Node) -> Call:
 
     def run(*given: Tensor) -> Tensor:
         x, x_scale, x_zero, weight, w_scale, w_zero, scale, zero = given[:8]
-        bias = None if given[8] is None else given[8].double()
-        total = conv(_centred(x, x_zero, 0), _centred(weight, w_zero, 0), bias)
-        factor = x_scale.double() * spread(w_scale.double(), tuple(total.shape), 1, 0)
-        steps = (total * factor / scale.double()).float()
+        values, kernel = _centred(x, x_zero, 0), _centred(weight, w_zero, 0)
+        total = conv(values, kernel, None if given[8] is None else given[8].to(values.dtype))
+        factor = x_scale.to(total.dtype) * spread(w_scale.to(total.dtype), tuple(total.shape), 1, 0)
+        steps = (total * factor / scale.to(total.dtype)).float()
         return quantized(steps, torch.ones(()), zero, axis=1, block=0, dtype=kind, saturate=True)
 
     return Call(run, inputs=tuple(range(9)))

@@ -58,18 +58,22 @@ def _corners(
     else:
         outside = (y <= -1) | (y >= height) | (x <= -1) | (x >= width)
     top, left = torch.floor(y), torch.floor(x)
+    # per side: the place held inside, whether it was inside, and its share; each is computed once, since the
+    # exporter gives two clamps of one value the same name
+    rows = [
+        (side.clamp(0, height - 1), (side >= 0) & (side < height), share)
+        for side, share in ((top, top + 1 - y), (top + 1, y - top))
+    ]
+    columns = [
+        (side.clamp(0, width - 1), (side >= 0) & (side < width), share)
+        for side, share in ((left, left + 1 - x), (left + 1, x - left))
+    ]
     values, weights = [], []
-    for row, column, weight in (
-        (top, left, (top + 1 - y) * (left + 1 - x)),
-        (top, left + 1, (top + 1 - y) * (x - left)),
-        (top + 1, left, (y - top) * (left + 1 - x)),
-        (top + 1, left + 1, (y - top) * (x - left)),
-    ):
-        there = (row >= 0) & (row < height) & (column >= 0) & (column < width) & ~outside
-        place = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).to(torch.int64)
-        picked = torch.gather(flat, 2, place[:, None].expand(-1, flat.shape[1], -1))
-        values.append(picked)
-        weights.append(torch.where(there, weight, 0.0)[:, None])
+    for row, in_rows, down in rows:
+        for column, in_columns, along in columns:
+            place = (row * width + column).to(torch.int64)
+            values.append(torch.gather(flat, 2, place[:, None].expand(-1, flat.shape[1], -1)))
+            weights.append(torch.where(in_rows & in_columns & ~outside, down * along, 0.0)[:, None])
     a, b, c, d = values
     e, f, g, h = weights
     return (a, b, c, d), (e, f, g, h)
@@ -81,6 +85,8 @@ def _roi_align(node: Node) -> Call:
     older = node.opset < 16
     rule = "output_half_pixel" if older else node.text("coordinate_transformation_mode", "half_pixel")
     largest = node.text("mode", "avg") == "max"
+    if ratio < 1:
+        raise UnsupportedError("its regions decide how often it samples")
     check_size([node.shape(1)[0], node.shape()[1], rows, columns, max(ratio, 1) ** 2])
 
     def run(x: Tensor, regions: Tensor, batch: Tensor) -> Tensor:
@@ -89,25 +95,13 @@ def _roi_align(node: Node) -> Call:
         if rule != "half_pixel":
             size = size.clamp(min=1.0)
         images = torch.index_select(x, 0, batch.to(torch.int64))
-        if ratio > 0:
-            return one(images, corners[:, :2], size, ratio, ratio)
-        parts = []
-        for index in range(regions.shape[0]):  # as many samples as a cell has pixels
-            wide, tall = (size[index] / torch.tensor([columns, rows])).ceil().clamp(min=1).tolist()
-            part = slice(index, index + 1)
-            parts.append(one(images[part], corners[part, :2], size[part], int(tall), int(wide)))
-        return torch.cat(parts) if parts else x.new_zeros(0, x.shape[1], rows, columns)
-
-    def one(images: Tensor, start: Tensor, size: Tensor, tall: int, wide: int) -> Tensor:
-        y_steps = (torch.arange(rows * tall) + 0.5) / (rows * tall)
-        x_steps = (torch.arange(columns * wide) + 0.5) / (columns * wide)
-        y = start[:, 1:2] + size[:, 1:2] * y_steps
-        x = start[:, :1] + size[:, :1] * x_steps
         count = images.shape[0]
-        grid_y = y[:, :, None].expand(-1, -1, x.shape[1]).reshape(count, -1)
-        grid_x = x[:, None, :].expand(-1, y.shape[1], -1).reshape(count, -1)
-        values, weights = _corners(images, grid_y, grid_x, clamp=True)
-        shape = (count, images.shape[1], rows, tall, columns, wide)
+        down = (torch.arange(rows * ratio) + 0.5) / (rows * ratio)
+        along = (torch.arange(columns * ratio) + 0.5) / (columns * ratio)
+        y = (corners[:, 1:2] + size[:, 1:2] * down)[:, :, None].expand(-1, -1, columns * ratio)
+        x_ = (corners[:, :1] + size[:, :1] * along)[:, None, :].expand(-1, rows * ratio, -1)
+        values, weights = _corners(images, y.reshape(count, -1), x_.reshape(count, -1), clamp=True)
+        shape = (count, images.shape[1], rows, ratio, columns, ratio)
         terms = [(value * weight).reshape(shape) for value, weight in zip(values, weights, strict=True)]
         if largest:  # of the weighted neighbours, as ONNX Runtime does
             return torch.stack(terms).amax((0, 4, 6))
