@@ -2,10 +2,10 @@
 
 A case is claimed when the table has all of its operators: those of the default domain, of every opset that
 is read (7 and later). It passes when the import computes the expected outputs, to the case's own tolerance,
-without any node left to ONNX Runtime. Axes, sizes and counts are inputs in many cases; a function reads them
-here, where an import, which torch.export shall follow, would leave the node to ONNX Runtime. Cases of strings, sequences and optional values of a claimed operator
-count as failures; so do random ones. Types that torch has not (int4, uint4, int2, uint2, float4) are carried
-in larger ones and compared by value.
+without any node left to ONNX Runtime. Axes, sizes and counts are inputs in many cases: a function reads them
+here, where an import, which torch.export shall follow, would leave the node to ONNX Runtime. Cases of strings,
+sequences and optional values of a claimed operator count as failures; so do random ones. Types that torch has
+not (int4, uint4, int2, uint2, float4) are carried in larger ones and compared by value.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ def test_the_node_suite(capsys: pytest.CaptureFixture[str]) -> None:
             failures[reason.replace(case.name, "...")].append(case.name)
     count = len(claimed())
     passed = count - sum(map(len, failures.values()))
-    with capsys.disabled():
-        share = f"{passed} / {count} passed ({passed / count:.1%})"
     failed = {name for names in failures.values() for name in names}
-    older = [case.name for case in claimed() if _opset(case.model) <= 24]
-    share += f"; of opsets up to 24: {len(set(older) - failed)} / {len(older)}"
+    older = {case.name for case in claimed() if _opset(case.model) <= 24}
+    share = f"{passed} / {count} passed ({passed / count:.1%})"
+    share += f"; of opsets up to 24: {len(older - failed)} / {len(older)}"
+    with capsys.disabled():
         print(f"\nnode tests of onnx {onnx.__version__}: {share}")  # noqa: T201
         for reason, names in sorted(failures.items()):
             print(f"  {len(names)} x {reason}: {', '.join(sorted(names))}")  # noqa: T201
