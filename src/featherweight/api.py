@@ -25,7 +25,7 @@ from featherweight.engine.fit import Fit, Fitted, Question
 from featherweight.engine.inspect import inspect_model
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
 from featherweight.engine.run import Run, write_model
-from featherweight.engine.sources import follow, load_original, load_sources, scoring_code
+from featherweight.engine.sources import follow, load_original, load_sources, scoring_code, several_entries
 from featherweight.engine.store import Store, digest, told_as_machine_error
 from featherweight.engine.template import template
 from featherweight.engine.timing import Limits
@@ -128,6 +128,8 @@ def fit(
         seed=seed,
         allow_pickle=allow_pickle,
     )
+    if "forward" not in sources.model.entries:
+        raise several_entries(sources.model, model, "fit scores one")
     for note in sources.notes:
         shown.note(f"note: {note}")
     store = Store()

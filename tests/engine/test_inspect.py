@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from featherweight import api
 from featherweight.cli import main
+from featherweight.data import Data
 from featherweight.engine.inspect import inspect_model, refused
 from featherweight.errors import LoadError
 from featherweight.method import Silent
@@ -78,8 +80,6 @@ def test_the_table(
     monkeypatch.chdir(tmp_path)
     layers = "nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)"
     Path("net.py").write_text(f"from torch import nn\ndef net():\n    return nn.Sequential({layers})\n")
-    import numpy as np
-
     random = np.random.default_rng(0)
     np.savez("data.npz", x=random.standard_normal((40, 6), dtype=np.float32))
     assert main(["inspect", "net.py:net", "--data", "data.npz", "--metric", "agreement", "--quiet"]) == 0
@@ -143,10 +143,16 @@ def test_images_settings_need_a_folder() -> None:
         api.inspect("nothing.py:net", inputs=["4"], mean="0.5")
 
 
-def test_data_for_a_model_of_several_entries_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_for_a_model_of_several_entries_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from featherweight.engine import sources
 
     entries = {"encode": Entry((torch.randn(2, 6),), ("x",), ("z",), {"x": {0: "n"}}, "encode")}
     monkeypatch.setattr(sources, "load_model", lambda *_, **__: Model(_Pair().eval(), entries))
-    with pytest.raises(LoadError, match=r"called in several ways \(encode\)"):
-        sources.load_sources("pair.py:net", inputs=["6"])
+    data = Data.of(np.zeros((4, 6), np.float32))
+    with pytest.raises(LoadError, match=r"called in several ways \(encode\), and data is for one"):
+        sources.load_sources("pair.py:net", data=data)
+    assert sources.load_sources("pair.py:net").data.scored is None
+    with pytest.raises(LoadError, match="and fit scores one"):
+        api.fit("pair.py:net", out=tmp_path / "out")

@@ -234,6 +234,19 @@ def test_several_entries_are_inspected(folders: Callable[[str], Path]) -> None:
     assert told["entries"]["prefill"]["macs"] > told["entries"]["decode"]["macs"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_weights_of_every_entry_are_stored_in_integers(
+    folders: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    from featherweight import api
+
+    (tmp_path / "int8.yaml").write_text("version: 1\nsteps:\n  - quantize: {activations: none}\n")
+    told = api.lower(str(folders(name)), recipe=str(tmp_path / "int8.yaml"), out=tmp_path / "out")
+    assert len(told["files"]) == len(load_model(str(folders(name))).entries)
+    assert told["bytes_by_type"]["int8"] > 20_000
+
+
 class TestBadFolders:
     def _refusal(self, folder: Path) -> LoadError:
         with pytest.raises(LoadError) as caught:

@@ -62,7 +62,7 @@ def load_sources(
     seed: int = 0,
     allow_pickle: bool = False,
 ) -> Sources:
-    """Load both and see that they fit; without data, random inputs stand in.
+    """Load both and see that they fit; without data, random inputs stand in (for a model with one entry).
 
     Args:
         model: See ``load_model``.
@@ -97,10 +97,9 @@ def load_sources(
         allow_pickle=allow_pickle,
     )
     if "forward" not in original.entries:
-        raise LoadError(
-            f"'{model}' is called in several ways ({', '.join(original.entries)}), and data has one",
-            fix="featherweight inspect shows it without data; fit and measure take models with one entry",
-        )
+        if given is not None:
+            raise several_entries(original, model, "data is for one")
+        return Sources(original, Data(), ())
     entry = original.entries["forward"]
     shapes = [(tuple(value.shape[1:]), _dtype(value)) for value in entry.example_inputs]
     checked = random_data(shapes, seed) if given is None else check_inputs(given, shapes)
@@ -108,6 +107,14 @@ def load_sources(
         checked = checked.evolve(metric=metric)
     fitted = _with_metric(checked, _outputs(original, model))
     return Sources(original, fitted, fitted.notes)
+
+
+def several_entries(model: Model, name: str, why: str) -> LoadError:
+    """The refusal of what works on one entry only."""
+    return LoadError(
+        f"'{name}' is called in several ways ({', '.join(model.entries)}), and {why}",
+        fix="without data inspect, apply and lower take it; fit takes a model with one entry",
+    )
 
 
 def load_original(

@@ -93,7 +93,8 @@ class OnnxRuntime(Runtime):
         files: dict[str, str] = {}
         for entry in model.entries:
             graph = trace(model, entry)
-            present = {*graph.values, *graph.parameters.values()}
+            read = (name for node in graph for name in node.parameters.values())
+            present = {*graph.values, *read}  # an entry may leave layers of others alone
             formats = {name: fmts for name, fmts in model.formats.items() if name in present}
             export = to_onnx(model, entry, keep=formats)
             store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.errors import LoadError, MissingRuntime
 from featherweight.exchange.key import file_digest, root_key
@@ -174,9 +174,23 @@ def _load(folder: Path, raw: Mapping[str, Any], *, pickled: bool) -> Any:
             f"the weights in '{folder}' do not fit {kind.__name__}: they {said}",
             fix="config.json and weights must come from the same model",
         )
+    _ordinary(model)
     base = FlatSeq2Seq if config.is_encoder_decoder else Flat
     model.__class__ = type(kind.__name__, (base, kind), {"__module__": kind.__module__})
     return model
+
+
+def _ordinary(model: nn.Module) -> None:
+    """GPT-2's layers that hold a transposed weight become ``nn.Linear``, which every method knows."""
+    from transformers.pytorch_utils import Conv1D
+
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Conv1D):
+            inputs, outputs = layer.weight.shape
+            made = nn.Linear(inputs, outputs)
+            made.weight.data, made.bias.data = layer.weight.data.T.contiguous(), layer.bias.data
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, made)
 
 
 def _class(transformers: Any, config: Any, folder: Path) -> Any:
