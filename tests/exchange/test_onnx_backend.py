@@ -3,9 +3,9 @@
 A case is claimed when the table has all of its operators: those of the default domain, of every opset that
 is read (7 and later). It passes when the import computes the expected outputs, to the case's own tolerance,
 without any node left to ONNX Runtime. Axes, sizes and counts are inputs in many cases: a function reads them
-here, where an import, which torch.export shall follow, would leave the node to ONNX Runtime. Cases of strings,
-sequences and optional values of a claimed operator count as failures; so do random ones. Types that torch has
-not (int4, uint4, int2, uint2, float4) are carried in larger ones and compared by value.
+here, where an import, which torch.export shall follow, would leave the node to ONNX Runtime. Cases of
+strings, sequences and optional values of a claimed operator count as failures; so do random ones. Types that
+torch has not (int4, uint4, int2, uint2, float4) are carried in larger ones and compared by value.
 """
 
 from __future__ import annotations

@@ -99,10 +99,12 @@ def _part(name: str, index: int, way: int, gates: tuple[int, ...], half: slice |
 
 
 def _full(node: Node) -> bool:
-    """Whether every sequence is as long as the tensor."""
+    """Whether every sequence is as long as the tensor, by a constant or by arithmetic on its own shape."""
     if not node.has(4):
         return True
     lengths = node.constant(4)
+    if lengths is None and isinstance(node.examples[node.inputs[4]], np.ndarray):
+        lengths = node.examples[node.inputs[4]]
     steps = node.shape(0)[1 if node.integer("layout", 0) else 0]
     return lengths is not None and bool(np.all(lengths == steps))
 

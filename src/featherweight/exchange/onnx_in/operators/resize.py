@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -24,8 +25,9 @@ _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 _ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "floor": torch.floor,
     "ceil": torch.ceil,
-    "round_prefer_floor": lambda x: torch.ceil(x - 0.5),
-    "round_prefer_ceil": lambda x: torch.floor(x + 0.5),
+    # by the fraction, which is exact: adding a half would round 2.4999998 up
+    "round_prefer_floor": lambda x: torch.floor(x) + (x - torch.floor(x) > 0.5),
+    "round_prefer_ceil": lambda x: torch.floor(x) + (x - torch.floor(x) >= 0.5),
 }
 _HALF = ("half_pixel", "pytorch_half_pixel")
 _RULES = (*_HALF, "align_corners", "asymmetric", "half_pixel_symmetric", "tf_crop_and_resize")
@@ -132,7 +134,7 @@ class _Resize:
             same = type(size) is int and type(old) is int and size == old and factor == 1
             if same and crop == (0.0, 1.0):
                 continue
-            place = _source(torch.arange(size, dtype=torch.float32), factor, old, size, self.rule, crop)
+            place = _source(size, factor, old, self.rule, crop)
             picked = self._along(work, axis, place, factor)
             if self.rule == "tf_crop_and_resize":
                 wide = place.reshape(-1, *[1] * (x.dim() - axis - 1))
@@ -186,23 +188,38 @@ def _scaled(size: Any, factor: float) -> Any:
     return size * int(factor) if factor == int(factor) else math.floor(size * factor)
 
 
-def _source(target: Tensor, factor: Any, old: Any, new: Any, rule: str, crop: tuple[float, float]) -> Tensor:
-    """Where a target position lies in the source."""
+def _source(size: Any, factor: Any, old: Any, rule: str, crop: tuple[float, float]) -> Tensor:
+    """Where each target position lies in the source, in float32 as ONNX Runtime computes it.
+
+    Sizes that are numbers are worked out here, to the last bit: a place at a border decides what is picked.
+    """
+    if type(size) is int and type(old) is int:
+        steps: Any = np.arange(size, dtype=np.float32)
+        place = _place(steps, np.float32(factor), np.float32(old), np.float32(size), rule, crop, size == 1)
+        return torch.from_numpy(np.asarray(place, np.float32))
+    found = _place(torch.arange(size, dtype=torch.float32), factor, old, size, rule, crop, False)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _place(
+    target: Any, factor: Any, old: Any, new: Any, rule: str, crop: tuple[float, float], one: bool
+) -> Any:
+    half = np.float32(0.5) if isinstance(target, np.ndarray) else 0.5
     if rule == "tf_crop_and_resize":
-        start, end = crop
-        if type(new) is int and new == 1:
-            return torch.full_like(target, (start + end) * (old - 1) / 2)
-        return torch.add(torch.mul(target, (end - start) * (old - 1) / (new - 1)), start * (old - 1))
-    if type(new) is int and new == 1 and rule in ("align_corners", "pytorch_half_pixel"):
-        return torch.zeros_like(target)
+        start, end = (np.float32(side) for side in crop) if isinstance(target, np.ndarray) else crop
+        if one:
+            return target * 0 + half * (start + end) * (old - 1)
+        return start * (old - 1) + (target * (end - start) * (old - 1)) / (new - 1)
+    if one and rule in ("align_corners", "pytorch_half_pixel"):
+        return target * 0
     if rule == "align_corners":
-        return torch.mul(target, (old - 1) / (new - 1))
+        return target * (old - 1) / (new - 1)
     if rule == "asymmetric":
-        return torch.div(target, factor)
-    middle = torch.div(target + 0.5, factor) - 0.5
+        return target / factor
     if rule == "half_pixel_symmetric":
-        return torch.add(middle, old / 2 * (1 - new / (old * factor)))
-    return middle
+        return old / 2 * (1 - new / (factor * old)) + (target + half) / factor - half
+    return (target + half) / factor - half
 
 
 def _resize(node: Node) -> Call:
