@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from featherweight import api
 from featherweight.cli import main
 from featherweight.data import Data
-from featherweight.engine.inspect import inspect_model, refused
+from featherweight.engine.inspect import example_call, inspect_model, refused
 from featherweight.errors import LoadError
 from featherweight.method import Silent
 from featherweight.model import Entry, Model
@@ -115,6 +115,14 @@ def test_several_entries() -> None:
     for name in entries:
         shares = [row["latency_share"] for row in told["layers"] if row["entry"] == name]
         assert sum(shares) == pytest.approx(1)
+
+
+def test_states_with_the_batch_elsewhere() -> None:
+    entry = Entry(
+        (torch.randn(2, 5, 3), torch.randn(4, 2, 6)), ("x", "state"), ("y",),
+        {"x": {0: "n", 1: "length"}, "state": {1: "n"}},
+    )  # fmt: skip
+    assert [value.shape for value in example_call(entry)] == [(1, 5, 3), (4, 1, 6)]
 
 
 @pytest.mark.parametrize("net", ["attention", "lstm"])

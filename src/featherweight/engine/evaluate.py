@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from featherweight.engine.environment import describe
+from featherweight.engine.inspect import example_call
 from featherweight.engine.jobs import CallRefused
 from featherweight.engine.measure import (
     Limits,
@@ -211,11 +212,7 @@ class Scales:
 
     def inputs(self) -> tuple[np.ndarray, ...]:
         """Arrays of one call with one example."""
-        entry = self.run.original.entries["forward"]
-        return tuple(
-            value[:1].numpy() if 0 in entry.dynamic_axes.get(name, {}) else value.numpy()
-            for name, value in zip(entry.input_names, entry.example_inputs, strict=True)
-        )
+        return example_call(self.run.original.entries["forward"])
 
 
 def _drop(_: object) -> None:

@@ -140,11 +140,14 @@ def _add_latency(
 
 
 def example_call(entry: Entry) -> tuple[np.ndarray, ...]:
-    """Arrays of one call with one example."""
-    return tuple(
-        value[:1].numpy() if 0 in entry.dynamic_axes.get(name, {}) and value.dim() else value.numpy()
-        for name, value in zip(entry.input_names, entry.example_inputs, strict=True)
-    )
+    """Arrays of one call with one example; recurrent states may have the batch on another axis."""
+    batch = {axes[0] for axes in entry.dynamic_axes.values() if 0 in axes}
+    made = []
+    for name, value in zip(entry.input_names, entry.example_inputs, strict=True):
+        for axis, symbol in entry.dynamic_axes.get(name, {}).items():
+            value = value.narrow(axis, 0, 1) if symbol in batch else value
+        made.append(value.numpy())
+    return tuple(made)
 
 
 def _profile(
