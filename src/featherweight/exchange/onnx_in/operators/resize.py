@@ -22,12 +22,13 @@ from featherweight.exchange.onnx_in import host
 from featherweight.exchange.onnx_in.node import Call, Entry, Node, UnsupportedError, check_size
 
 _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+_NOISE = 1e-5  # of a place in float32
 _ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "floor": torch.floor,
     "ceil": torch.ceil,
-    # by the fraction, which is exact: adding a half would round 2.4999998 up
-    "round_prefer_floor": lambda x: torch.floor(x) + (x - torch.floor(x) > 0.5),
-    "round_prefer_ceil": lambda x: torch.floor(x) + (x - torch.floor(x) >= 0.5),
+    # what is a half but for rounding is a half, as in ONNX Runtime
+    "round_prefer_floor": lambda x: torch.floor(x) + (x - torch.floor(x) > 0.5 + _NOISE),
+    "round_prefer_ceil": lambda x: torch.floor(x) + (x - torch.floor(x) >= 0.5 - _NOISE),
 }
 _HALF = ("half_pixel", "pytorch_half_pixel")
 _RULES = (*_HALF, "align_corners", "asymmetric", "half_pixel_symmetric", "tf_crop_and_resize")
