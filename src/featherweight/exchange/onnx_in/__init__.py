@@ -15,7 +15,7 @@ from torch import Tensor
 from featherweight.errors import LoadError
 from featherweight.exchange.key import root_key
 from featherweight.exchange.onnx_in.axes import traceable, verified_axes
-from featherweight.exchange.onnx_in.build import Built, build_module
+from featherweight.exchange.onnx_in.build import FAILURES, Built, build_module, told
 from featherweight.exchange.onnx_in.check import TOLERANCE, Reference, check_import, tolerance
 from featherweight.exchange.onnx_in.examples import example_inputs
 from featherweight.exchange.onnx_in.grids import with_formats
@@ -74,12 +74,18 @@ def _read_in(
     source: Source, content: bytes, path: str | None, examples: Sequence[Tensor] | None, origin: str | None
 ) -> Model:
     """A quantized graph is imported as the float one that it approximates, with formats."""
-    found = floated(source)
-    if found is None:
-        return _import(source, content, path, examples, origin)
-    plain = found.proto.SerializeToString()
-    model = _import(read_model(plain, source.name), plain, None, examples, origin or source.digest)
-    return with_formats(model, found)
+    try:
+        found = floated(source)
+        if found is None:
+            return _import(source, content, path, examples, origin)
+        plain = found.proto.SerializeToString()
+        model = _import(read_model(plain, source.name), plain, None, examples, origin or source.digest)
+        return with_formats(model, found)
+    except FAILURES as error:  # a malformed graph, where no node is at fault alone
+        raise LoadError(
+            f"'{source.name}' cannot be imported: {told(error)}",
+            fix="check it with onnx.checker.check_model, or export it again",
+        ) from error
 
 
 def _import(

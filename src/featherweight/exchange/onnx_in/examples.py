@@ -83,6 +83,9 @@ def other_inputs(
         if name in keep:
             others.append(value)
             continue
+        if not value.numel():  # such as a past without steps
+            others.append(value.new_zeros(shape))
+            continue
         picks = torch.randint(0, max(value.numel(), 1), (math.prod(shape),), generator=generator)
         others.append(value.reshape(-1)[picks].reshape(shape))
     return others
@@ -129,7 +132,7 @@ def _made(item: InputInfo, source: Source, sizes: Mapping[str, int], high: int, 
     shape = tuple(
         size if isinstance(size, int) else sizes[_symbol(item, axis)] for axis, size in enumerate(item.dims)
     )
-    if math.prod(shape) > _LARGEST:
+    if math.prod(shape) * len(source.inputs) > _LARGEST:
         raise LoadError(
             f"input '{item.name}' of '{source.name}' has the absurd shape {shape}", fix="export it again"
         )

@@ -115,6 +115,8 @@ def _check_graph(graph: onnx.GraphProto, name: str) -> None:
         raise LoadError(
             f"'{name}' has sparse initializers, which are not read", fix="store them as dense tensors"
         )
+    for item in graphs:
+        _check_texts(item, name)
     tensors = [tensor for item in graphs[1:] for tensor in item.initializer]
     for node in all_nodes(graph.node):
         for attribute in node.attribute:
@@ -125,6 +127,16 @@ def _check_graph(graph: onnx.GraphProto, name: str) -> None:
                 f"tensor '{tensor.name}' inside a node of '{name}' lies in a file",
                 fix="store it inside the model",
             )
+
+
+def _check_texts(graph: onnx.GraphProto, name: str) -> None:
+    """Names must be texts: protobuf hands over bytes where they are no UTF-8."""
+    texts = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
+    for node in graph.node:
+        texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        texts += [attribute.name for attribute in node.attribute]
+    if not all(isinstance(text, str) for text in texts):
+        raise LoadError(f"'{name}' has names that are no text", fix=_FIX)
 
 
 def _inline(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
