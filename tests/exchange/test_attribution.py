@@ -34,7 +34,13 @@ def _attributed(net: Model, folder: Path) -> tuple[Attribution, Graph, onnx.Mode
     return attribute(onnx.load(named), optimized, graph, macs), graph, optimized
 
 
-@pytest.mark.parametrize("net", ["residual", "depthwise", "attention", "lstm", "shared", "squeeze_excite"])
+_SLOW = ("depthwise", "lstm", "squeeze_excite")
+
+
+@pytest.mark.parametrize(
+    "net",
+    ["residual", "attention", "shared", *(pytest.param(name, marks=pytest.mark.slow) for name in _SLOW)],
+)
 def test_every_layer_that_multiplies_has_a_kernel(net: str, tmp_path: Path) -> None:
     found, graph, optimized = _attributed(model(net), tmp_path)
     timed = {call for share in found.shares.values() for call in share}

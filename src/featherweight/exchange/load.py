@@ -34,9 +34,10 @@ _SAFE = (
     "safe ways: path.py:callable with --weights (a state dict, best as safetensors), an .onnx file, "
     "a .pt2 file of torch.export.save; --allow-pickle runs this file's code"
 )
+_TF2ONNX = "where TensorFlow is installed: pip install tf2onnx; python -m tf2onnx.convert"
 _ELSEWHERE = {
-    ".pb": "python -m tf2onnx.convert --saved-model DIR --output model.onnx",
-    ".tflite": "python -m tf2onnx.convert --tflite model.tflite --output model.onnx",
+    ".pb": f"{_TF2ONNX} --saved-model DIR --output model.onnx",
+    ".tflite": f"{_TF2ONNX} --tflite FILE --output model.onnx",
     ".safetensors": "give the code too: path.py:callable --weights with this file",
 }
 

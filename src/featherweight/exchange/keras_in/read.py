@@ -111,7 +111,7 @@ def _config(path: Path) -> Any:
 
         with h5py.File(path, "r") as file:
             text = file.attrs.get("model_config")
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError, RecursionError) as error:
         raise LoadError(
             f"'{path}' is no Keras file, or a damaged one: {str(error)[:200]}",
             fix="save it again with Keras: model.save('model.keras')",
@@ -122,7 +122,7 @@ def _config(path: Path) -> Any:
         )
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoadError(f"the configuration in '{path}' is damaged", fix="save it again") from error
 
 

@@ -78,7 +78,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise LoadError(f"'{path}' is damaged: {error}", fix="save the model again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise LoadError(
