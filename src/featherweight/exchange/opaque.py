@@ -25,11 +25,16 @@ from torch import Tensor, nn
 from featherweight.errors import LoadError, TargetError
 
 DOMAIN = "featherweight"
+SECONDS = 15.0  # for a run while a file is imported; weights add to it
 _PLACEHOLDER = "Opaque"
 Shapes = tuple[tuple[int, ...], ...]
 
 # An operator takes tensors and texts, so a program is found by its digest. The layers keep programs alive.
 _PROGRAMS: WeakValueDictionary[str, Program] = WeakValueDictionary()
+
+
+class EndlessError(LoadError):
+    """A run that had to be ended."""
 
 
 @dataclass(eq=False)
@@ -71,7 +76,7 @@ class Program:
         arrays = [value.detach().cpu().contiguous().numpy() for value in inputs]
         session = self._opened()
         feed = dict(zip((item.name for item in session.get_inputs()), arrays, strict=True))
-        found = limited(lambda: session.run(None, feed, options), options, "it")
+        found = limited(lambda: session.run(None, feed, options), options, "it", seconds=self._seconds())
         if not all(isinstance(item, np.ndarray) and item.dtype.kind in "fiub" for item in found):
             raise LoadError("its result is no tensor of numbers", fix="export the model without it")
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -80,6 +85,9 @@ class Program:
             self.dtypes = tuple(item.dtype for item in outputs)
             self.seen.append((_shapes(inputs), _shapes(outputs)))
         return outputs
+
+    def _seconds(self) -> float:
+        return SECONDS + len(self.content) / 2e7 if self.learning else 3600.0
 
     def _opened(self) -> Any:
         if self._session is None:
@@ -401,8 +409,12 @@ def limited(
     try:
         return run()
     except Exception as error:  # onnxruntime raises its own kinds, which have no common base
-        reason = f"it did not end in {seconds:.0f} s" if options.terminate else _first_line(error)
-        raise LoadError(f"ONNX Runtime cannot run {what}: {reason}", fix=fix) from error
+        if options.terminate:
+            raise EndlessError(
+                f"ONNX Runtime cannot run {what}: it did not end in {seconds:.0f} s",
+                fix="check the loops of the model, or give smaller examples",
+            ) from error
+        raise LoadError(f"ONNX Runtime cannot run {what}: {_first_line(error)}", fix=fix) from error
     finally:
         watch.cancel()
 

@@ -22,7 +22,7 @@ from featherweight.exchange.onnx_in.grids import with_formats
 from featherweight.exchange.onnx_in.operators import OPERATORS
 from featherweight.exchange.onnx_in.quantized import floated
 from featherweight.exchange.onnx_in.read import InputInfo, Source, read_model
-from featherweight.exchange.opaque import opaque_layers
+from featherweight.exchange.opaque import EndlessError, opaque_layers
 from featherweight.exchange.weights import check_finite
 from featherweight.model import Entry, Model, Origin
 
@@ -126,6 +126,8 @@ def _first_that_builds(
             built = build_module(source, inputs)
             check_finite(built.module, source.name)
             check_import(built.module, source, reference, inputs)
+        except EndlessError:
+            raise
         except LoadError as error:
             first = first or error
             continue

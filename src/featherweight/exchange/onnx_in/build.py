@@ -23,7 +23,7 @@ from featherweight.exchange.onnx_in.node import AbsurdError, Call, Node, Unsuppo
 from featherweight.exchange.onnx_in.operators import OPERATORS
 from featherweight.exchange.onnx_in.patterns import put_together
 from featherweight.exchange.onnx_in.read import Source, array_of, reads
-from featherweight.exchange.opaque import Opaque, Program, all_nodes
+from featherweight.exchange.opaque import EndlessError, Opaque, Program, all_nodes
 
 _IF = ("", "If")
 
@@ -229,6 +229,8 @@ class _Builder:
                 return None
             step = self._opaque_step(aside, program, inputs, outputs)
             self.module.run(step, self.values)
+        except EndlessError:
+            raise
         except (LoadError, UnsupportedError) as error:
             raise self._neither(aside, node, error) from (aside.error or error)
         self.steps.append(step)

@@ -15,7 +15,7 @@ from featherweight.errors import LoadError
 from featherweight.exchange.onnx_in import host
 from featherweight.exchange.onnx_in.module import Imported
 from featherweight.exchange.onnx_in.read import Source
-from featherweight.exchange.opaque import all_nodes, limited
+from featherweight.exchange.opaque import SECONDS, EndlessError, all_nodes, limited
 from featherweight.plugins import find_runtime
 
 TOLERANCE = 1e-4  # of the largest value; float32 sums in another order stay far below
@@ -68,6 +68,8 @@ class Reference:
         """Why it does not take these inputs; None when it does."""
         try:
             self.run(inputs)
+        except EndlessError:
+            raise
         except LoadError as error:
             return error
         return None
@@ -167,6 +169,7 @@ def _run(session: Any, source: Source, inputs: Sequence[Tensor]) -> list[np.ndar
         options,
         f"'{source.name}'",
         "give inputs of the shape that it takes (--input), or export it again",
+        SECONDS + sum(array.nbytes for array in source.constants.values()) / 2e7,
     )
     return [np.asarray(item) for item in found]
 

@@ -15,7 +15,7 @@ from featherweight.exchange.onnx_in import host
 from featherweight.exchange.onnx_in.check import Reference
 from featherweight.exchange.onnx_in.read import InputInfo, Source
 
-_LARGEST = 1 << 27  # elements of an example input
+_LARGEST = 1 << 26  # elements of an example input
 _PLANES: tuple[tuple[int, ...], ...] = ((224, 224), (64, 64), (48, 320), (32, 128), (48, 192), (320, 320))
 _LENGTHS = (64, 512, 128, 256, 1024, 16, 4096, 16000)
 _COMPARED = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
