@@ -72,9 +72,8 @@ class _Attention:
             key, value = torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
         bias = self._bias(query, key, mask, past, lengths)
         share = query.shape[1] // key.shape[1]
-        scale = math.sqrt(self.scale if self.scale is not None else 1 / math.sqrt(query.shape[3]))
-        keys = repeated(key, share).transpose(2, 3)
-        scores = torch.matmul(query * scale, keys * scale)
+        scale = self.scale if self.scale is not None else 1 / math.sqrt(query.shape[3])
+        scores = torch.matmul(query * scale, repeated(key, share).transpose(2, 3))
         seen = scores
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
@@ -83,7 +82,8 @@ class _Attention:
             scores = scores + bias
         seen = scores if self.mode == 2 else seen
         shares = torch.softmax(scores, -1, dtype=self.precision)
-        if bias is not None:  # a row without any key gives zeros, not NaN
+        if mask is not None or lengths is not None or self.left >= 0 or self.right >= 0:
+            assert bias is not None  # a row without any key gives zeros, not NaN
             shares = torch.where(torch.amax(bias, -1, keepdim=True) == -torch.inf, 0.0, shares)
         shares = shares.to(query.dtype)
         seen = shares if self.mode == 3 else seen

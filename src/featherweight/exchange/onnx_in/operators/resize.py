@@ -73,6 +73,10 @@ class _Resize:
         target = dict(zip(self.axes, sizes, strict=True))
         check_size([target.get(axis, size) for axis, size in enumerate(x.shape)])
         kind = self._interpolation(x, factors, sizes, given)
+        if kind is None and self._is_stretched(x, factors):
+            return _stretched(
+                x, [int(factor) for axis, factor in zip(self.axes, factors, strict=True) if axis > 1]
+            )
         if kind is None:
             return self._by_formula(x, sizes, factors, region)
         mode, corners = kind
@@ -111,6 +115,14 @@ class _Resize:
         if rank != 4 or not math.isclose(self.cubic, -0.75):
             return None
         return "bicubic", self.rule == "align_corners"
+
+    def _is_stretched(self, x: Tensor, factors: Sequence[Any]) -> bool:
+        """Whether it is linear between the first corners of cells, which are so many times as wide."""
+        whole = all(isinstance(f, (int, float)) and f >= 1 and f == int(f) for f in factors)
+        spatial = tuple(axis for axis in self.axes if axis > 1)
+        still = all(f == 1 for axis, f in zip(self.axes, factors, strict=True) if axis < 2)
+        plain = self.mode == "linear" and self.rule == "asymmetric" and x.is_floating_point()
+        return plain and whole and still and x.dim() in _LINEAR and spatial == tuple(range(2, x.dim()))
 
     def _is_nearest(self, factors: Sequence[Any]) -> bool:
         """Whether the rule picks what floor(place / factor) picks."""
@@ -172,6 +184,17 @@ class _Resize:
             for weight, at in zip(weights, places, strict=True)
         ]
         return reduce(torch.add, terms)
+
+
+def _stretched(x: Tensor, factors: Sequence[int]) -> Tensor:
+    """Linear at d / factor: corners aligned on an input with one border more, whose end is cut off."""
+    sides = [amount for _ in factors for amount in (0, 1)]
+    wide = F.pad(x, sides, mode="replicate")
+    sizes = [size * factor + 1 for size, factor in zip(x.shape[2:], factors, strict=True)]
+    result = F.interpolate(wide, size=sizes, mode=_LINEAR[x.dim()], align_corners=True)
+    for axis, (size, factor) in enumerate(zip(x.shape[2:], factors, strict=True), 2):
+        result = result.narrow(axis, 0, size * factor)
+    return result
 
 
 def _hat(distance: Tensor) -> Tensor:

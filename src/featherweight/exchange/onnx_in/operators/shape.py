@@ -301,9 +301,8 @@ def _depth_to_space(node: Node) -> Call:
 def _to_space(x: Tensor, block: int, depth_first: bool) -> Tensor:
     if not depth_first:
         return F.pixel_shuffle(x, block)
-    n, c, h, w = x.shape
-    parts = x.reshape(n, block, block, c // block**2, h, w).permute(0, 3, 4, 1, 5, 2)
-    return parts.reshape(n, c // block**2, h * block, w * block)
+    channels = torch.arange(x.shape[1]).reshape(block**2, -1).t().reshape(-1)
+    return F.pixel_shuffle(torch.index_select(x, 1, channels), block)
 
 
 def _space_to_depth(node: Node) -> Call:
