@@ -97,7 +97,8 @@ class _Rewriter:
         self.standing: dict[str, _Standing] = {}
         self.renamed: dict[str, str] = {}
         self.grids: dict[str, Grid] = {}
-        self.floats: dict[str, tuple[np.ndarray, Grid]] = {}  # dequantized weights by name
+        # (float name, stored name) -> a dequantized weight and its grid
+        self.floats: dict[tuple[str, str], tuple[np.ndarray, Grid]] = {}
         self.makers: dict[str, str] = {}  # value -> operator
         self.taken = {*self.constants, *(value for node in source.nodes for value in node.output)}
         self.integers = set(source.outputs)  # names whose integers somebody asks for
@@ -269,15 +270,14 @@ class _Rewriter:
     def _weight(self, name: str, grid: Grid) -> str:
         """The float initializer of stored integers, under the name that they had before."""
         plain = name.removesuffix("_quantized")
-        for known, (array, other) in self.floats.items():
-            if known.partition("\0")[2] == name and other.same(grid):
-                del array
-                return known.partition("\0")[0]
+        for (known, stored), (_, other) in self.floats.items():
+            if stored == name and other.same(grid):
+                return known
         found = self._free(plain) if plain != name else self._free(f"{plain}_float")
         values = grid.values(self.constants[name])
         self.constants[found] = values
         if grid.dtype != np.int32:
-            self.floats[f"{found}\0{name}"] = (values, grid)
+            self.floats[found, name] = (values, grid)
         return found
 
     def _materialize(self, name: str) -> None:
