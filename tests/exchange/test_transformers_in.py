@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from featherweight.errors import LoadError, MissingRuntime
 from featherweight.exchange.load import load_model
+from featherweight.graph import trace
 from featherweight.model import Entry, Model
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Target
@@ -48,6 +49,11 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64, **_ENDS},
     ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**_TEXT, "num_key_value_heads": 2, **_ENDS}),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2, "image_size": 32},
+    ),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",
@@ -224,6 +230,12 @@ def test_training_lowers_a_loss(folders: Callable[[str], Path]) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_attention_of_an_encoder_stays_fused(folders: Callable[[str], Path]) -> None:
+    """Masks hold the smallest float: written out, integers would have to reach from there to the scores."""
+    ops = [node.op for node in trace(load_model(str(folders("bert"))))]
+    assert ops.count("scaled_dot_product_attention") == 2
 
 
 def test_several_entries_are_inspected(folders: Callable[[str], Path]) -> None:

@@ -153,11 +153,9 @@ def _load(folder: Path, raw: Mapping[str, Any], *, pickled: bool) -> Any:
             + str(raw.get("transformers_version", "see config.json")),
         ) from error
     kind = _class(transformers, config, folder)
-    # Attention is written out: a fused kernel gives zeros where a token may look at nothing (padding on the
-    # left), which no exported graph does, and its layout is lost when T5 or Swin is traced again.
     try:
         model, info = kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation="eager",
+            folder, config=config, dtype=torch.float32, attn_implementation=_attention(kind, config),
             use_safetensors=not pickled, weights_only=True, output_loading_info=True, local_files_only=True,
             ignore_mismatched_sizes=True,  # told below
         )  # fmt: skip
@@ -207,6 +205,18 @@ def _class(transformers: Any, config: Any, folder: Path) -> Any:
             f"which transformers {transformers.__version__} does not have",
             fix="install the version that wrote it",
         ) from error
+
+
+def _attention(kind: Any, config: Any) -> str:
+    """Fused in encoders, so that no method touches scores and masks; written out in decoders.
+
+    A fused kernel gives zeros where a token may look at nothing (padding on the left), which no exported
+    graph does.
+    """
+    from featherweight.exchange.transformers_in.attention import register
+
+    generates = config.is_encoder_decoder or kind.can_generate()
+    return register() if getattr(kind, "_supports_sdpa", False) and not generates else "eager"
 
 
 def _first(error: BaseException) -> str:
