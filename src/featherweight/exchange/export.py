@@ -16,6 +16,7 @@ import operator
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from featherweight.graph import Graph, trace, whole_recurrences
 from featherweight.model import Model
 
 OPSET = 20
+_ONE_FILE = 2_000_000_000  # bytes of weights; protobuf ends at 2**31
 _DOMAIN = "featherweight"
 _TENSORS = [
     f"tensor({name})" for name in ("float", "double", "float16", "bfloat16", "int64", "int32", "bool")
@@ -120,6 +122,17 @@ def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) ->
     restored = opaque.restore(exported)
     exported.metadata_props.update(model.origin.metadata)
     return OnnxExport(exported, {name: restored.get(values[name], values[name]) for name in keep})
+
+
+def write(model: ir.Model, path: Path) -> list[str]:
+    """Write a file, its larger weights beside it where protobuf's 2 GB are not enough; returns the names."""
+    weights = (value.const_value for value in model.graph.initializers.values())
+    if sum(tensor.nbytes for tensor in weights if tensor is not None) <= _ONE_FILE:
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        return [path.name]
+    beside = f"{path.name}.data"
+    ir.save(model, path, external_data=beside)  # one tensor after the other
+    return [path.name, beside]
 
 
 def _linear_weights(graph: Graph) -> set[str]:

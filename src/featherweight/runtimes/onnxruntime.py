@@ -84,13 +84,12 @@ class OnnxRuntime(Runtime):
         return replace(fmt, signed=True, headroom=headroom)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
-        import onnx_ir as ir
-
-        from featherweight.exchange.export import to_onnx
+        from featherweight.exchange.export import to_onnx, write
         from featherweight.graph import trace
         from featherweight.runtimes._qdq import store_formats
 
         files: dict[str, str] = {}
+        written: list[str] = []
         for entry in model.entries:
             graph = trace(model, entry)
             read = (name for node in graph for name in node.parameters.values())
@@ -99,9 +98,8 @@ class OnnxRuntime(Runtime):
             export = to_onnx(model, entry, keep=formats)
             store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role))
             files[entry] = "model.onnx" if entry == "forward" else f"model.{entry}.onnx"
-            proto = ir.to_proto(export.model)
-            (out / files[entry]).write_bytes(proto.SerializeToString(deterministic=True))
-        return Artifact(self.name, out, tuple(files.values()), files)
+            written += write(export.model, out / files[entry])
+        return Artifact(self.name, out, tuple(written), files)
 
     def open(self, artifact: Artifact, target: Target) -> Session:
         return _Session(artifact, target)
@@ -110,7 +108,7 @@ class OnnxRuntime(Runtime):
         import onnx_ir as ir
 
         found: dict[str, Stored] = {}
-        for name in artifact.files:
+        for name in artifact.entries.values():
             model = ir.load(artifact.folder / name)
             for value in model.graph.initializers.values():
                 tensor = value.const_value
