@@ -106,7 +106,7 @@ def load_sources(
     if metric is not None and given is None:
         checked = checked.evolve(metric=metric)
     fitted = _with_metric(checked, _outputs(original, model))
-    return Sources(original, fitted, fitted.notes)
+    return Sources(original, fitted, (*original.origin.notes, *fitted.notes))
 
 
 def several_entries(model: Model, name: str, why: str) -> LoadError:

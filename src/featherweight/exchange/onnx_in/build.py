@@ -294,7 +294,8 @@ class _Builder:
             yield f"{self.by_sizes} branches were chosen by the sizes of the example inputs"
         for path, aside in self.opaque.items():
             yield (
-                f"'{path}' is run by ONNX Runtime as it is ({', '.join(aside.operators())}): "
+                f"'{path}' is run by ONNX Runtime as it is ({', '.join(aside.operators())}; "
+                f"{len(aside.nodes)} of {len(self.source.nodes)} nodes): "
                 + "; ".join(aside.reasons)
             )
 
