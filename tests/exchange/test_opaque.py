@@ -13,9 +13,10 @@ import pytest
 import torch
 from onnx import helper
 
+import featherweight
 import golden
 from featherweight.data import Data
-from featherweight.errors import LoadError
+from featherweight.errors import LoadError, TargetError
 from featherweight.exchange import opaque
 from featherweight.exchange.export import to_onnx
 from featherweight.exchange.onnx_in import import_onnx_bytes
@@ -160,6 +161,18 @@ def test_a_quantized_model_with_an_opaque_layer_runs(tmp_path: Path) -> None:
     x = _random(16, 6)
     found = runtime.open(artifact, target)(x)[0]
     assert golden.decibels(_run(content, x), found) > 20
+
+
+def test_inspect_tells_the_share_of_the_latency_that_is_opaque(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(_content(_DOUBLING))
+    told = featherweight.inspect(str(tmp_path / "m.onnx"))
+    assert 0 < told["entries"]["forward"]["opaque_share"] < 1
+
+
+def test_only_onnx_runtime_takes_it(tmp_path: Path) -> None:
+    model = import_onnx_bytes(_content(_DOUBLING), source="m")
+    with pytest.raises(TargetError, match="only ONNX Runtime"):
+        find_runtime("torch").lower(model, golden.target("torch"), tmp_path)
 
 
 def test_no_gradient_passes_but_layers_behind_learn() -> None:

@@ -137,6 +137,9 @@ def _add_latency(
                 latency_s=seen["latency_s"], kernel_s=total, calls=seen["calls"], threads=threads
             )
             _add_times(rows[entry], graph, found, kernels, total)
+            opaque = [row.get("latency_share") for row in rows[entry].values() if row["type"] == "Opaque"]
+            if opaque:  # what no method can change
+                entries[entry]["opaque_share"] = sum(share or 0.0 for share in opaque)
 
 
 def example_call(entry: Entry) -> tuple[np.ndarray, ...]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from featherweight.errors import TargetError
 from featherweight.runtime import Artifact, Role, Runtime, Session, Stored, Target
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class Torch(Runtime):
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         import torch
 
+        from featherweight.exchange.opaque import opaque_layers
+
+        if opaque := opaque_layers(model.module):
+            raise TargetError(
+                f"torch cannot run '{next(iter(opaque))}', which only ONNX Runtime has a kernel for",
+                fix="lower for onnxruntime",
+            )
         files: dict[str, str] = {}
         for entry in model.entries:
             files[entry] = "model.pt2" if entry == "forward" else f"model.{entry}.pt2"
