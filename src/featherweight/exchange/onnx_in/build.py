@@ -295,8 +295,7 @@ class _Builder:
         for path, aside in self.opaque.items():
             yield (
                 f"'{path}' is run by ONNX Runtime as it is ({', '.join(aside.operators())}; "
-                f"{len(aside.nodes)} of {len(self.source.nodes)} nodes): "
-                + "; ".join(aside.reasons)
+                f"{len(aside.nodes)} of {len(self.source.nodes)} nodes): " + "; ".join(aside.reasons)
             )
 
     # --- constants ------------------------------------------------------------------------------------
