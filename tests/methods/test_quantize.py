@@ -410,3 +410,27 @@ class TestParameters:
                 Quantize.model_validate({name: value})
         few = Quantize.holes(folded("lstm"), context(folded("lstm"), data("lstm")))
         assert few["fallback"].size == 1  # one layer: nothing would be left
+
+
+class Masked(nn.Module):
+    """Attention with the mask that exporters write: the smallest float where nothing may be looked at."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__()
+        self.qk, self.out = nn.Linear(8, 16), nn.Linear(8, 8)
+        self.register_buffer("mask", torch.triu(torch.full((6, 6), least), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.qk(x).chunk(2, -1)
+        return self.out((q @ k.transpose(1, 2) + self.mask).softmax(-1) @ x)
+
+
+@pytest.mark.parametrize("least", [-1e4, torch.finfo(torch.float32).min])
+def test_a_mask_leaves_the_scores_their_steps(least: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 8)
+    net = model_of(Masked(least), x[:2])
+    done = Quantize().apply(net, context(net, Data.of(x_train=x.numpy()), VNNI))
+    assert not any(float(fmt.low.min()) < -1e3 for chain in done.formats.values() for fmt in chain)  # type: ignore[attr-defined]
+    errors = layer_errors(done, [(x,)])
+    assert min(errors.values()) > 20

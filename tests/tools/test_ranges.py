@@ -106,6 +106,8 @@ class TestHistogram:
         for value in (1e-30, 1e-10, 1e30):
             histogram = seen(torch.tensor([value, -value / 2]))
             assert histogram.counts.sum() == 2
+        least = torch.finfo(torch.float32).min
+        assert seen(torch.tensor([least, 0.0, 1.0])).counts.sum() == 3
         grown = seen(torch.tensor([1e-30]), torch.tensor([1e30]))
         assert grown.counts.sum() == 2
 

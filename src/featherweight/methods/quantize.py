@@ -131,6 +131,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
                 weights |= {parameter: axis} if fits else {}
             else:
                 plain = activation is not None and node.op in _ARITHMETIC and _floats(graph, node)
+                plain = plain and not _is_masking(graph, node)
                 fits = plain and context.supports(node.op, None, activation)
             chosen += [node] if fits else []
         if activation is None:
@@ -225,6 +226,12 @@ def _floats(graph: Graph, node: Node) -> bool:
     if not node.inputs or (node.op in ("add", "mul") and len(node.inputs) < 2):
         return False  # a constant or a parameter on the other side
     return all(value.dtype == torch.float32 for value in reads) and not node.parameters
+
+
+def _is_masking(graph: Graph, node: Node) -> bool:
+    """Whether a sum goes to softmax alone: a mask of -10,000 or less would leave no steps for the scores."""
+    readers = [reader for name in node.outputs for reader in graph.consumers[name]]
+    return node.op == "add" and bool(readers) and all("softmax" in reader.op for reader in readers)
 
 
 def _integer_values(

@@ -25,6 +25,7 @@ from featherweight.formats import IntQuant, PerChannel
 RangeRule = Literal["minmax", "percentile", "mse"]
 
 _BINS = 4096
+_LARGE = 2.0**126  # beyond it the width of a bin is infinite in float32
 _EXACT = 2**24  # histc counts in float32, which is exact up to here
 _SHRINK = torch.linspace(0.2, 1.0, 81)  # fractions of the seen range that the search tries
 _ROUNDS = 3
@@ -56,7 +57,9 @@ class Histogram:
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._widen(max(abs(low), abs(high)))
         if self.bound:
-            for part in torch.split(values.float().reshape(-1), _EXACT):
+            flat = values.reshape(-1)
+            exact = flat.double() if self.bound > _LARGE else flat.float()
+            for part in torch.split(exact, _EXACT):
                 seen = torch.histc(part, bins=_BINS, min=-self.bound, max=self.bound)
                 self.counts += seen.double()
         else:  # nothing but zeros so far: they lie in the middle, whatever the bound will be
