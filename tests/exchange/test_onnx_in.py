@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ onnxruntime = pytest.importorskip("onnxruntime")
 # --- whole networks ---------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter logs what it skips; other tests see to its level."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def exported() -> Callable[[str], bytes]:
     """A golden net as torch.onnx exports it, once per session."""
@@ -39,8 +50,7 @@ def exported() -> Callable[[str], bytes]:
     def export(name: str) -> bytes:
         if name not in done:
             module, x = NETS[name]()
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), quiet():
                 warnings.simplefilter("ignore")  # the exporter warns of its own internals
                 program = torch.onnx.export(
                     module,
