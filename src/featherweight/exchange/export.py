@@ -64,7 +64,13 @@ _WHOLE = frozenset(
         *(_ATEN.tanh.default, _ATEN.gelu.default, _ATEN.leaky_relu.default, _ATEN.softmax.int),
         *(_ATEN._native_batch_norm_legit_no_training.default, _ATEN.layer_norm.default),
         *(_ATEN.max_pool2d.default, _ATEN.avg_pool2d.default, _ATEN.mean.dim, _ATEN.embedding.default),
-        *(_ATEN.cat.default, _ATEN.flatten.using_ints, _ATEN.permute.default, _ATEN.transpose.int),
+        *(
+            _ATEN.clone.default,
+            _ATEN.cat.default,
+            _ATEN.flatten.using_ints,
+            _ATEN.permute.default,
+            _ATEN.transpose.int,
+        ),
     }
 )
 
@@ -189,6 +195,9 @@ def _decompose(graph: torch.fx.Graph) -> None:
         if node.target is _ATEN.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
             with graph.inserting_before(node):
                 made = graph.call_function(_ATEN.mean.dim, (node.args[0], [-1, -2], True))
+        elif node.target is _ATEN.dropout.default and not node.args[2]:
+            with graph.inserting_before(node):
+                made = graph.call_function(_ATEN.clone.default, (node.args[0],))
         elif node.target is _ATEN.batch_norm.default and not node.args[5]:
             x, weight, bias, mean, variance, _, momentum, eps, _ = node.args
             arguments = (x, weight, bias, mean, variance, momentum, eps)
