@@ -43,7 +43,9 @@ class Settings:
     scored: int | None
 
     def calibrating(self, network: str) -> int:
-        return self.calibration or (256 if network in TRAINED or network in PACKAGED else 64)
+        return self.calibration or (
+            256 if network in TRAINED else 64
+        )  # the peer keeps all activations in memory
 
 
 def rows_of(name: str, settings: Settings, shown: Shown) -> list[dict[str, Any]]:
@@ -241,7 +243,7 @@ def main() -> None:
         "--seconds", type=float, default=40.0, help="longest timing of a network (default 40)"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--calibration", type=int, help="examples (default 256, 64 of 224 px)")
+    parser.add_argument("--calibration", type=int, help="examples (default 256 for the examples, else 64)")
     parser.add_argument("--scored", type=int, help="examples (default all of the examples, 128 of 224 px)")
     parser.add_argument("--quick", action="store_true", help="few examples, little time: numbers mean little")
     args = parser.parse_args()
