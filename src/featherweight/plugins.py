@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,12 @@ def _files(folder: str) -> dict[str, str]:
 
 
 def _points(folder: str) -> dict[str, EntryPoint]:
+    return _points_on(folder, tuple(sys.path))
+
+
+@cache
+def _points_on(folder: str, path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Entry points of what is installed; looking reads a file of every package."""
     return {point.name: point for point in entry_points(group=f"featherweight.{folder}")}
 
 
