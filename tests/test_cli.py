@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +21,7 @@ import pytest
 import torch
 
 from featherweight import api
-from featherweight.cli import INTERRUPTED, NOT_MET, main
+from featherweight.cli import INTERRUPTED, NOT_MET, _ended_as_by_ctrl_c, main
 from featherweight.engine.timing import Limits
 from featherweight.method import Progress
 from featherweight.outcome import Result
@@ -402,3 +405,15 @@ def test_torch_threads_are_left_alone() -> None:
     before = torch.get_num_threads()
     assert run("methods") == 0
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_where_errors_are_ignored_is_heard_later(number: signal.Signals) -> None:
+    class Ends:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0)  # Python looks for signals between two instructions
+
+    with pytest.raises(KeyboardInterrupt), _ended_as_by_ctrl_c():
+        Ends()
+        time.sleep(5)

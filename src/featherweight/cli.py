@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 NOT_MET = 3
 INTERRUPTED = 130
+_LATER_S = 0.01
 
 # Typer raises click's usage errors, or since 0.27 those of its own copy of click.
 _UsageError: type = typer.BadParameter.__mro__[1]
@@ -655,17 +659,33 @@ def _show_summary(summary: dict[str, Any], quiet: bool, as_json: bool) -> None:
 def _ended_as_by_ctrl_c() -> Iterator[None]:
     """SIGTERM, as ``timeout`` and ``docker stop`` send it, hands back the best so far too."""
 
-    def interrupt(number: int, frame: object) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if _is_unheard(frame):
+            threading.Timer(_LATER_S, os.kill, (os.getpid(), number)).start()
+            return
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, interrupt)
+    if before[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_unheard(frame: FrameType | None) -> bool:
+    """Whether Python ignores what is raised here: in callbacks of weak references and in ``__del__``."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
