@@ -183,6 +183,7 @@ class TestTwoProcesses:
 
     def test_sweeping_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         sweep(tmp_path / "nowhere", "*")
+        assert not (tmp_path / "nowhere").exists()
 
 
 class TestTrim:

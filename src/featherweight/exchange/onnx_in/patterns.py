@@ -116,15 +116,13 @@ def _conv_scale(last: NodeProto, chains: Chains) -> NodeProto | None:
             return None
         factor = 1 / factor
     axis, groups = _channels(conv)
-    per_channel = factor if axis == 0 else factor.reshape(groups, -1)  # (C_out,), or (groups, C_out / groups)
-    if axis == 0:
-        scaled = weight * per_channel.reshape(-1, *[1] * (weight.ndim - 1))
-    else:
-        split = weight.reshape(groups, -1, *weight.shape[1:])
-        scaled = split * per_channel.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
-    return _conv_with(
-        conv, last, chains, scaled.reshape(weight.shape), None if bias is None else bias * factor
-    )
+    ones = [1] * (weight.ndim - 2)
+    if axis == 0:  # (C_out, C_in / groups, ...)
+        scaled = weight * factor.reshape(-1, 1, *ones)
+    else:  # (C_in, C_out / groups, ...): each group of rows has the outputs of its own
+        rows = np.repeat(factor.reshape(groups, -1), weight.shape[0] // groups, axis=0)
+        scaled = weight * rows.reshape(*rows.shape, *ones)
+    return _conv_with(conv, last, chains, scaled, None if bias is None else bias * factor)
 
 
 def _conv_of_scaled(conv: NodeProto, chains: Chains) -> NodeProto | None:
