@@ -40,7 +40,7 @@ class Target:
         runtime: Name of a file under ``runtimes/`` or of an entry point.
         isa: Instruction set that decides integer ranges; '' is this machine's.
         threads: Cores that the runtime may use, enforced by affinity.
-        device: 'local'.
+        device: 'local', 'ssh:[user@]host[:port]' or 'adb:serial'.
         options: The runtime's own settings, recorded with the artifact.
     """
 
@@ -122,6 +122,42 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """One step that a runtime really executes for a call, after it fused and delegated what it could.
+
+    Attributes:
+        name: Of the step, as the runtime calls it.
+        op: Kind of operator, as the runtime calls it.
+        dtype: In what it computes: 'int8', 'float32', 'float16'; '' where the runtime does not tell.
+        fast: It was fused or handed to the runtime's fast kernels; False: it fell back to a plain one.
+        seconds: Of one call; None where the runtime tells no times.
+        note: Why it is not fast, where that is known.
+    """
+
+    name: str
+    op: str
+    dtype: str = ""
+    fast: bool = True
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How one entry is called: all that a snippet which loads an artifact has to know.
+
+    Attributes:
+        inputs: Name, numpy dtype and shape of each input, for one example; a free axis has size 1.
+        outputs: Names of the outputs, in order.
+        entry: Which entry it is.
+    """
+
+    inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
+    outputs: tuple[str, ...]
+    entry: str = "forward"
+
+
+@dataclass(frozen=True)
 class Profile:
     """Where the time of a call goes.
 
@@ -150,12 +186,18 @@ class Runtime(ABC):
         packages: Distributions whose versions are recorded; the first one must be installed.
         module: The import that must be there.
         float_outputs: Operators whose integer kernels can return float values.
+        one_grid: Operators whose integer inputs and output must share one scale and zero point.
+        fixed_ranges: Operator -> the only real range that its integer output can have.
+        unmeasured: Why nothing here can run its artifacts; '' for a runtime that is measured.
     """
 
     extra: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     module: ClassVar[str]
     float_outputs: ClassVar[frozenset[str]] = frozenset()
+    one_grid: ClassVar[frozenset[str]] = frozenset()
+    fixed_ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    unmeasured: ClassVar[str] = ""
     _name = ""
 
     @classmethod
@@ -231,6 +273,43 @@ class Runtime(ABC):
             TargetError: This runtime tells nothing of its kernels.
         """
         raise TargetError(f"{self.name} tells no times of its kernels", fix="profile with onnxruntime")
+
+    def tunings(self, target: Target) -> Sequence[Mapping[str, Json]]:
+        """Sets of ``Target.options`` worth measuring beside the default, the likeliest gain first."""
+        return ()
+
+    def values(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Mapping[str, np.ndarray]:
+        """What the artifact computes inside for one call: traced value name -> real values, in order.
+
+        Runs in the measuring process. Holds as many values as the runtime gives away, in the layout of the
+        original (channels first), integers dequantized. How file names map to traced ones is part of
+        ``artifact.details['values']``.
+
+        Raises:
+            TargetError: This runtime shows nothing but outputs.
+        """
+        raise TargetError(f"{self.name} shows nothing but outputs", fix="compare on onnxruntime")
+
+    def kernels(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Sequence[Kernel]:
+        """What the runtime really executes for a call; runs in the measuring process.
+
+        Raises:
+            TargetError: This runtime does not tell.
+        """
+        raise TargetError(f"{self.name} does not tell what it executes", fix="look at onnxruntime's kernels")
+
+    def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
+        """Short programs that load the artifact without this package: file name -> text.
+
+        Always ``load.py``; and ``load.cpp``, ``Load.kt``, ``Load.java``, ``load.swift`` or ``load.mjs`` where
+        the runtime is used from there. Each opens the artifact's file beside it with the target's threads
+        and options, and calls it once on zeros; ``load.py`` prints the shape of each output.
+        """
+        return {}
 
 
 def host_isa() -> str:
