@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,7 +35,27 @@ class PerChannel:
     axis: int = 0
 
 
-Granularity = PerTensor | PerChannel
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each run of ``size`` elements along ``axis`` of a matrix, for each index of the other.
+
+    The last group is shorter where ``size`` does not divide the axis.
+    """
+
+    axis: int = 1
+    size: int = 32
+
+    def groups(self, elements: int) -> int:
+        """How many groups so many elements along the axis make."""
+        return -(-elements // self.size)
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value per group as one per element of ``x``."""
+        return values.repeat_interleave(self.size, self.axis).narrow(self.axis, 0, x.shape[self.axis])
+
+
+Granularity = PerTensor | PerChannel | PerGroup
+_DIMENSIONS: Mapping[type, int] = {PerTensor: 0, PerChannel: 1, PerGroup: 2}
 
 
 @runtime_checkable
@@ -69,7 +89,8 @@ class IntQuant:
     """Uniform integers over a real range.
 
     Attributes:
-        low: Smallest real value to represent; shape () or (channels,).
+        low: Smallest real value to represent; shape (), (channels,), or that of a matrix whose grouped
+            axis counts groups.
         high: Largest real value to represent; same shape as ``low``.
         width: Bits of an integer.
         symmetric: Zero is the middle of the grid, so the zero point is fixed.
@@ -92,7 +113,7 @@ class IntQuant:
             raise ValueError(f"integers of {self.width} bits with {self.headroom} unused are not supported")
         if self.low.shape != self.high.shape:
             raise ValueError(f"low {tuple(self.low.shape)} and high {tuple(self.high.shape)} differ in shape")
-        if self.low.dim() != int(isinstance(self.granularity, PerChannel)):
+        if self.low.dim() != _DIMENSIONS[type(self.granularity)]:
             raise ValueError(f"a range of shape {tuple(self.low.shape)} does not fit {self.granularity}")
         if not (torch.isfinite(self.low).all() and torch.isfinite(self.high).all()):
             raise ValueError("a range must be finite")
@@ -146,6 +167,8 @@ class IntQuant:
             shape = [1] * x.dim()
             shape[self.granularity.axis] = -1
             return scale.reshape(shape), zero_point.reshape(shape)
+        if isinstance(self.granularity, PerGroup):
+            return self.granularity.spread(scale, x), self.granularity.spread(zero_point, x)
         return scale, zero_point
 
     def quantize(self, x: Tensor) -> Tensor:
@@ -184,21 +207,55 @@ class IntQuant:
         return replace(self, low=values["low"], high=values["high"])
 
 
-_KINDS: Mapping[str, type[IntQuant]] = {"IntQuant": IntQuant}
+@dataclass(frozen=True)
+class FloatCast:
+    """A shorter floating-point type: IEEE 754 half precision, or bfloat16.
+
+    Attributes:
+        dtype: 'float16' or 'bfloat16'.
+    """
+
+    dtype: Literal["float16", "bfloat16"] = "float16"
+
+    @property
+    def bits(self) -> float:
+        return 16.0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float16 if self.dtype == "float16" else torch.bfloat16
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest value; what is too large for half precision becomes its largest number."""
+        limit = torch.finfo(self.torch_dtype).max
+        cast = x.clamp(-limit, limit).to(self.torch_dtype).to(x.dtype)
+        return x + (cast - x).detach() if x.requires_grad else cast
+
+    def stored_bytes(self, elements: int) -> int:
+        return 2 * elements
+
+    def learned(self) -> dict[str, Tensor]:
+        return {}
+
+    def with_learned(self, values: Mapping[str, Tensor]) -> FloatCast:
+        return self
 
 
 def encode(fmt: TensorFormat) -> dict[str, Any]:
     """A format as JSON data; floats keep all their bits."""
+    if isinstance(fmt, FloatCast):
+        return {"kind": "FloatCast", "dtype": fmt.dtype}
     if not isinstance(fmt, IntQuant):
         raise TypeError(f"{type(fmt).__name__} has no JSON form")
-    axis = fmt.granularity.axis if isinstance(fmt.granularity, PerChannel) else None
+    shared = fmt.granularity
     return {
         "kind": "IntQuant",
         "low": fmt.low.tolist(),
         "high": fmt.high.tolist(),
         "width": fmt.width,
         "symmetric": fmt.symmetric,
-        "axis": axis,
+        "axis": None if isinstance(shared, PerTensor) else shared.axis,
+        "group": shared.size if isinstance(shared, PerGroup) else None,
         "signed": fmt.signed,
         "headroom": fmt.headroom,
     }
@@ -206,15 +263,19 @@ def encode(fmt: TensorFormat) -> dict[str, Any]:
 
 def decode(data: Mapping[str, Any]) -> TensorFormat:
     """The format that :func:`encode` wrote."""
-    kind = _KINDS.get(data["kind"])
-    if kind is None:
+    if data["kind"] == "FloatCast":
+        return FloatCast(data["dtype"])
+    if data["kind"] != "IntQuant":
         raise ValueError(f"unknown format '{data['kind']}'")
-    return kind(
+    shared: Granularity = PerTensor() if data["axis"] is None else PerChannel(data["axis"])
+    if data["group"] is not None:
+        shared = PerGroup(data["axis"], data["group"])
+    return IntQuant(
         low=torch.tensor(data["low"], dtype=torch.float32),
         high=torch.tensor(data["high"], dtype=torch.float32),
         width=data["width"],
         symmetric=data["symmetric"],
-        granularity=PerTensor() if data["axis"] is None else PerChannel(data["axis"]),
+        granularity=shared,
         signed=data["signed"],
         headroom=data["headroom"],
     )

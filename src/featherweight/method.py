@@ -31,6 +31,16 @@ class Supports(Protocol):
         """Operators whose integer kernels can return float values."""
         ...
 
+    @property
+    def one_grid(self) -> frozenset[str]:
+        """Operators whose integer inputs and output must share one scale and zero point."""
+        ...
+
+    @property
+    def fixed_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """Operator -> the only real range that its integer output can have."""
+        ...
+
     def __call__(self, op: str, weight: TensorFormat | None, activation: TensorFormat | None) -> bool:
         """Whether the operator runs in these formats."""
         ...

@@ -388,9 +388,10 @@ class TestParameters:
     @pytest.mark.parametrize(
         "parameters",
         [
-            {"weights": "int4"},
+            {"weights": "int3"},
             {"activations": "uint8"},
-            {"granularity": "per_group"},
+            {"granularity": "per_block"},
+            {"group": 1},
             {"range": "entropy"},
             {"percentile": 50},
             {"percentile": 101},

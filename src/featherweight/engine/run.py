@@ -35,6 +35,14 @@ class TargetSupports:
     def float_outputs(self) -> frozenset[str]:
         return self.runtime.float_outputs
 
+    @property
+    def one_grid(self) -> frozenset[str]:
+        return self.runtime.one_grid
+
+    @property
+    def fixed_ranges(self) -> Mapping[str, tuple[float, float]]:
+        return self.runtime.fixed_ranges
+
     def __call__(self, op: str, weight: TensorFormat | None, activation: TensorFormat | None) -> bool:
         return self.runtime.supports(op, weight, activation, self.target)
 

@@ -1,16 +1,18 @@
-"""Quantize: 8-bit integers for weights and activations, ranges from calibration examples.
+"""Quantize: integers for weights and activations, ranges from calibration examples.
 
 Static post-training quantization (Jacob et al. 2018, arXiv:1712.05877). Which
 values become integers follows the target's kernels: every operator that the
 runtime runs in integers reads integers, and so does what only moves or clamps
-values behind it. A range is min-max, a percentile, or the least squared error
-(tools/ranges.py). Layers that lose most can stay float (``fallback``, ``where``).
+values behind it. Operators whose kernels want one grid for inputs and output (a
+concatenation, on some runtimes) get the range of all of them together. A range is
+min-max, a percentile, or the least squared error (tools/ranges.py). Layers that lose
+most can stay float (``fallback``, ``where``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Annotated, ClassVar, Literal
 
@@ -20,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from featherweight.errors import DataError, RecipeError, TargetError
-from featherweight.formats import Granularity, IntQuant, PerChannel, PerTensor, TensorFormat
+from featherweight.formats import Granularity, IntQuant, PerChannel, PerGroup, PerTensor, TensorFormat
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
@@ -47,12 +49,13 @@ _ERROR_EXAMPLES = 32
 
 
 class Quantize(Method, frozen=True, extra="forbid"):
-    """8-bit integers, static. Defaults are the strongest setting that needs no search.
+    """8-bit integers, static; or integer weights alone. Defaults are the strongest setting without a search.
 
     Attributes:
         weights: Type of the weights.
         activations: Type of the activations; ``none`` stores only weights as integers.
         granularity: What shares a weight's scale.
+        group: Weights that share a scale, for ``per_group``.
         symmetric_weights: Zero in the middle of the weights' grid.
         symmetric_activations: Zero in the middle of the activations' grid.
         range: How activation ranges are chosen: minmax, percentile, mse.
@@ -65,9 +68,10 @@ class Quantize(Method, frozen=True, extra="forbid"):
     kind: ClassVar[Kind] = "format"
     needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
 
-    weights: Literal["int8"] = "int8"
+    weights: Literal["int8", "int4"] = "int8"
     activations: Literal["int8", "none"] = "int8"
-    granularity: Literal["per_channel", "per_tensor"] = "per_channel"
+    granularity: Literal["per_channel", "per_tensor", "per_group"] = "per_channel"
+    group: Annotated[int, Field(ge=2)] = 32
     symmetric_weights: bool = True
     symmetric_activations: bool = False
     range: RangeRule = "mse"
@@ -127,7 +131,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
             axis = _WEIGHTED.get(node.op)
             parameter = node.parameters.get("weight")
             if axis is not None and parameter is not None and parameter not in held:
-                fits = context.supports(node.op, weight, activation)
+                fits = context.supports(node.op, weight, activation) and _divides(weight, graph, parameter)
                 weights |= {parameter: axis} if fits else {}
             else:
                 plain = activation is not None and node.op in _ARITHMETIC and _floats(graph, node)
@@ -136,17 +140,23 @@ class Quantize(Method, frozen=True, extra="forbid"):
             chosen += [node] if fits else []
         if activation is None:
             return _Plan(weights, {})
-        return _Plan(weights, _integer_values(graph, chosen, context, activation))
+        fixed = context.supports.fixed_ranges
+        chosen = [node for node in chosen if not _torn(graph, node, chosen, context)]
+        values = _integer_values(graph, chosen, context, activation)
+        own = {node.outputs[0]: fixed[node.op] for node in chosen if node.op in fixed}
+        return _Plan(weights, values, _one_grid(chosen, values, context), own)
 
     def _draft(self, role: Literal["weight", "activation"]) -> IntQuant:
         """The format asked for, with a range yet to be found."""
+        if role == "activation":
+            return IntQuant(torch.tensor(-1.0), torch.tensor(1.0), 8, self.symmetric_activations)
         granularity: Granularity = PerTensor()
-        symmetric = self.symmetric_activations
-        if role == "weight":
-            granularity = PerChannel(0) if self.granularity == "per_channel" else PerTensor()
-            symmetric = self.symmetric_weights
-        shape = (1,) if isinstance(granularity, PerChannel) else ()
-        return IntQuant(-torch.ones(shape), torch.ones(shape), 8, symmetric, granularity)
+        if self.granularity == "per_channel":
+            granularity = PerChannel(0)
+        elif self.granularity == "per_group":
+            granularity = PerGroup(1, self.group)
+        one = torch.ones((1,) * {PerTensor: 0, PerChannel: 1, PerGroup: 2}[type(granularity)])
+        return IntQuant(-one, one, int(self.weights.removeprefix("int")), self.symmetric_weights, granularity)
 
     # ---- ranges
 
@@ -163,13 +173,13 @@ class Quantize(Method, frozen=True, extra="forbid"):
         self, model: Model, entry: str, plan: _Plan, context: Context
     ) -> dict[str, tuple[TensorFormat, ...]]:
         """One format per source of values; what is only moved shares it."""
-        sources = set(plan.values.values())
-        histograms = {name: Histogram() for name in sources}
+        grids = {source: plan.grids.get(source, source) for source in plan.values.values()}
+        histograms = {name: Histogram() for name in grids.values()}
         replay = Replay(model, entry)
 
         def observe(name: str, value: Tensor) -> Tensor:
-            if name in histograms:
-                histograms[name].update(value, name)
+            if name in grids:
+                histograms[grids[name]].update(value, name)
             return value
 
         batches = 0
@@ -183,15 +193,18 @@ class Quantize(Method, frozen=True, extra="forbid"):
                 fix="give x_calibration or x_train, or activations: none",
             )
         formats: dict[str, tuple[TensorFormat, ...]] = {}
-        for name in plan.values.values():
-            if name not in formats:
-                formats[name] = (self._activation(histograms[name], name, context),)
-        return {value: formats[source] for value, source in plan.values.items()}
+        for name, seen in histograms.items():
+            formats[name] = (self._activation(seen, name, plan.fixed.get(name), context),)
+        return {value: formats[grids[source]] for value, source in plan.values.items()}
 
-    def _activation(self, seen: Histogram, name: str, context: Context) -> TensorFormat:
-        low, high = torch.tensor(seen.low), torch.tensor(seen.high)
+    def _activation(
+        self, seen: Histogram, name: str, fixed: tuple[float, float] | None, context: Context
+    ) -> TensorFormat:
+        low, high = (torch.tensor(end) for end in fixed or (seen.low, seen.high))
         draft = replace(self._draft("activation"), low=low, high=high)
         grid = _realised(draft, "activation", context, name)
+        if fixed:
+            return grid
         low_end, high_end = activation_range(seen, grid, self.range, self.percentile)
         return replace(grid, low=torch.tensor(low_end), high=torch.tensor(high_end))
 
@@ -214,10 +227,55 @@ PLUGIN = Quantize
 
 @dataclass(frozen=True)
 class _Plan:
-    """Parameters to quantize with the axis of their channels; values, and whose range each one takes."""
+    """What becomes integers.
+
+    Attributes:
+        weights: Parameters, with the axis of their channels.
+        values: Value -> the value whose range it takes, its source.
+        grids: Source -> the one that names the grid it shares with others.
+        fixed: Source -> the only range that its operator gives.
+    """
 
     weights: Mapping[str, int]
     values: Mapping[str, str]
+    grids: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def _divides(weight: IntQuant, graph: Graph, parameter: str) -> bool:
+    """Whether groups fit a parameter: they are told for matrices only."""
+    return not isinstance(weight.granularity, PerGroup) or len(graph.parameter_shapes[parameter]) == 2
+
+
+def _torn(graph: Graph, node: Node, chosen: list[Node], context: Context) -> bool:
+    """Whether an operator of one grid reads a value whose range its own operator has fixed."""
+    if node.op not in context.supports.one_grid:
+        return False
+    picked = {one.name for one in chosen}
+    makers = [graph.producer.get(name) for name in node.inputs]
+    return any(
+        maker is not None and maker.name in picked and maker.op in context.supports.fixed_ranges
+        for maker in makers
+    )
+
+
+def _one_grid(chosen: list[Node], values: Mapping[str, str], context: Context) -> dict[str, str]:
+    """Source -> the first of those with which it shares a grid."""
+    shared: dict[str, str] = {}
+
+    def first(name: str) -> str:
+        while name in shared:
+            name = shared[name]
+        return name
+
+    for node in chosen:
+        if node.op not in context.supports.one_grid:
+            continue
+        ends = [first(values[name]) for name in (*node.inputs, *node.outputs) if name in values]
+        for name in ends[1:]:
+            if first(name) != first(ends[0]):
+                shared[first(name)] = first(ends[0])
+    return {name: first(name) for name in shared}
 
 
 def _floats(graph: Graph, node: Node) -> bool:

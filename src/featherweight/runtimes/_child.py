@@ -1,4 +1,4 @@
-"""Runs converters in a process of their own, with limits: what crashes, hangs or eats memory there stays there.
+"""Runs converters in a process of their own, with limits: what crashes, hangs or eats memory stays there.
 
 ``convert('openvino', 'featherweight.runtimes.openvino:_convert', {...})`` calls that function with these
 keyword arguments in the child and returns what it returns (JSON both ways; files travel by path). The
@@ -50,7 +50,9 @@ class Limits:
     @classmethod
     def of_environment(cls) -> Limits:
         """The defaults, or what the user set."""
-        return cls(float(os.environ.get(_SECONDS, cls.seconds)), int(float(os.environ.get(_BYTES, cls.bytes))))
+        return cls(
+            float(os.environ.get(_SECONDS, cls.seconds)), int(float(os.environ.get(_BYTES, cls.bytes)))
+        )
 
 
 def convert(

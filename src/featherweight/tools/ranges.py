@@ -17,10 +17,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.errors import DataError
-from featherweight.formats import IntQuant, PerChannel
+from featherweight.formats import IntQuant, PerChannel, PerGroup, PerTensor
 
 RangeRule = Literal["minmax", "percentile", "mse"]
 
@@ -153,7 +153,7 @@ def _grids(fmt: IntQuant, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weight_range(weight: Tensor, fmt: IntQuant, rule: RangeRule, percentile: float) -> tuple[Tensor, Tensor]:
-    """Low and high of a weight, per tensor (shape ()) or per channel of the format's axis.
+    """Low and high of a weight: shape () per tensor, (channels,) per channel, a matrix per group.
 
     Args:
         weight: Any shape.
@@ -161,11 +161,14 @@ def weight_range(weight: Tensor, fmt: IntQuant, rule: RangeRule, percentile: flo
         rule: Which range; least squares searches shrunk ranges per channel.
         percentile: For the rule of that name, in percent.
     """
-    per_channel = isinstance(fmt.granularity, PerChannel)
+    rows = weight.detach().float().reshape(1, -1)
     if isinstance(fmt.granularity, PerChannel):
         rows = weight.detach().float().movedim(fmt.granularity.axis, 0).flatten(1)
-    else:
-        rows = weight.detach().float().reshape(1, -1)
+    elif isinstance(fmt.granularity, PerGroup):
+        matrix = weight.detach().float().movedim(fmt.granularity.axis, 1)
+        groups = fmt.granularity.groups(matrix.shape[1])
+        padded = nn.functional.pad(matrix, (0, groups * fmt.granularity.size - matrix.shape[1]))
+        rows = padded.reshape(-1, fmt.granularity.size)
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     if rule == "percentile":
         tail = (1 - percentile / 100) / 2
@@ -174,7 +177,11 @@ def weight_range(weight: Tensor, fmt: IntQuant, rule: RangeRule, percentile: flo
         low, high = low.clamp(max=0), high.clamp(min=0)
     elif rule == "mse":
         low, high = _least_squares_rows(rows, fmt, low, high)
-    return (low, high) if per_channel else (low[0], high[0])
+    if isinstance(fmt.granularity, PerTensor):
+        return low[0], high[0]
+    if isinstance(fmt.granularity, PerGroup):
+        low, high = (end.reshape(-1, groups).movedim(1, fmt.granularity.axis) for end in (low, high))
+    return low, high
 
 
 def _least_squares_rows(rows: Tensor, fmt: IntQuant, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,52 @@
+"""Cast: weights stored as 16-bit floats, half the bytes; in what is computed is the runtime's affair."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from featherweight.errors import RecipeError
+from featherweight.formats import FloatCast
+from featherweight.graph import trace
+from featherweight.method import Context, Kind, Method
+from featherweight.model import Model
+
+
+class Cast(Method, frozen=True, extra="forbid"):
+    """Matrices and kernels as 16-bit floats; biases and norms stay float32.
+
+    Attributes:
+        weights: Type of the weights.
+    """
+
+    kind: ClassVar[Kind] = "format"
+
+    weights: Literal["float16", "bfloat16"] = "float16"
+
+    def apply(self, model: Model, context: Context) -> Model:
+        fmt = FloatCast(self.weights)
+        chosen: dict[str, None] = {}
+        for entry in model.entries:
+            graph = trace(model, entry)
+            for node in graph:
+                if not self.where.selects(node.layer, node.layer_type):
+                    continue
+                if context.supports(node.op, fmt, None):
+                    shapes = graph.parameter_shapes
+                    chosen |= {name: None for name in node.parameters.values() if len(shapes[name]) > 1}
+        parameters = dict(model.module.named_parameters())
+        formats = {
+            name: (context.supports.realise(fmt, "weight"),)
+            for name in chosen
+            if name in parameters and name not in model.formats and parameters[name].dtype == torch.float32
+        }
+        if not formats:
+            raise RecipeError(
+                f"cast found no weight that {context.target.runtime} stores as {self.weights}",
+                fix="check where, or take another runtime",
+            )
+        return model.evolve(formats={**model.formats, **formats})
+
+
+PLUGIN = Cast
