@@ -17,6 +17,7 @@ prints it without a traceback and leaves with its ``exit_code``.
     │   └── OutputError      the output folder cannot be used
     ├── MachineError         exit 1: the disk is full, a file cannot be written
     └── RunnerError          exit 1: a measuring process crashed, hung or answered nonsense
+        └── DeviceError      another machine cannot be reached, or lacks what a runner needs
 """
 
 from __future__ import annotations
@@ -96,6 +97,10 @@ class MachineError(FeatherweightError):
 
 class RunnerError(FeatherweightError):
     """A measuring process crashed, hung, or answered something that is no result."""
+
+
+class DeviceError(RunnerError):
+    """The device of a target cannot be reached, or lacks what a runner needs there."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
