@@ -34,7 +34,7 @@ from featherweight.runtime import Artifact, Target
 if TYPE_CHECKING:
     from featherweight.method import Progress
 
-Kind = Literal["latency", "memory", "serve", "profile"]
+Kind = Literal["latency", "memory", "serve", "profile", "paced", "values", "kernels"]
 
 _RUNNER = Path(__file__).with_name("runner.py")
 _SOURCE = Path(__file__).parents[2]
@@ -60,6 +60,7 @@ class Runner:
         inputs: Arrays of one call, where the job needs them.
         limits: Travel to the runner, but for ``timeout_s``: the silence after which it is killed.
         entry: The entry that is called.
+        cores: Those that it shall take; none: it looks for idle ones.
 
     Raises:
         TargetError: The device is none that jobs can be sent to.
@@ -75,6 +76,7 @@ class Runner:
         inputs: Sequence[np.ndarray] = (),
         limits: Limits | None = None,
         entry: str = "forward",
+        cores: Sequence[int] = (),
     ) -> None:
         if target.device != "local":
             raise TargetError(
@@ -97,6 +99,7 @@ class Runner:
             },
             "inputs": len(inputs),
             "entry": entry,
+            "cores": list(cores),
             "limits": asdict(self._limits),
         }
         self._doing = f"{kind} of {', '.join(str(a.folder) for a in artifacts.values())} on {target.runtime}"

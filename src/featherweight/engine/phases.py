@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from featherweight.engine import frames, timing
+from featherweight.engine import frames, looks, timing
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Artifact, Runtime, Session, Target
 
@@ -72,6 +72,13 @@ def run(data: Mapping[str, Any], folder: Path, requests: BinaryIO, answers: Bina
                 job.artifacts["artifact"], job.target, job.arguments(), folder, entry=job.entry
             )
         )
+    opened = job.runtime(), job.artifacts["artifact"], job.target, job.arguments(), job.entry
+    if job.kind == "paced":
+        return looks.paced(*opened, job.limits, requests, answers)
+    if job.kind == "values":
+        return looks.values(*opened, answers)
+    if job.kind == "kernels":
+        return looks.kernels(*opened)
     raise ValueError(f"no job is called '{job.kind}'")
 
 

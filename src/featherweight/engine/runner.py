@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,10 +34,11 @@ def main(folder: Path) -> int:
     sys.path[:0] = job["source"]
     sys.path += [path for path in job["paths"] if path not in sys.path]
     answers, requests = _own_pipes()
-    if job["kind"] != "serve":
+    if job["kind"] not in ("serve", "paced"):
         threading.Thread(target=_end_with, args=(requests,), daemon=True).start()
     try:
-        cores = pin(job["target"]["threads"], look_s=_LOOK_S if job["kind"] == "latency" else 0.0)
+        look_s = _LOOK_S if job["kind"] in ("latency", "paced") else 0.0
+        cores = pin(job["target"]["threads"], look_s, job.get("cores") or ())
         from featherweight.engine import frames, phases  # numpy is imported once the cores are taken
 
         result = phases.run(job, folder, requests, answers)
@@ -49,12 +51,12 @@ def main(folder: Path) -> int:
     return 0
 
 
-def pin(threads: int, look_s: float = 0.0) -> list[int]:
+def pin(threads: int, look_s: float = 0.0, chosen: Sequence[int] = ()) -> list[int]:
     """Bind this process to as many cores as it may use, and size the usual thread pools.
 
     Affinity holds where a runtime ignores the number it is given. Among the cores that it may
     use, those that were idlest while it looked come first, and no two threads of
-    one core before each core is used.
+    one core before each core is used. Cores that are ``chosen`` are taken as they are.
 
     Raises:
         TargetError: There are fewer cores.
@@ -63,6 +65,9 @@ def pin(threads: int, look_s: float = 0.0) -> list[int]:
         os.environ[name] = str(threads)
     if not hasattr(os, "sched_setaffinity"):
         return []
+    if len(chosen) == threads:
+        os.sched_setaffinity(0, chosen)
+        return list(chosen)
     cores = sorted(os.sched_getaffinity(0))
     if threads > len(cores):
         from featherweight.errors import TargetError
