@@ -44,7 +44,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(("folder", "names"), [("methods", method_names), ("runtimes", runtime_names)])
 def test_every_file_is_a_plug_in_of_its_name(folder: str, names: object) -> None:
     files = {path.stem for path in (FOLDER / folder).glob("*.py") if not path.stem.startswith("_")}
+    if folder == "runtimes":
+        files = {file.replace("_", "-") for file in files}
     assert files <= set(names())  # type: ignore[operator]
+    assert "_" not in "".join(runtime_names())
     assert list(names()) == sorted(names())  # type: ignore[operator]
 
 

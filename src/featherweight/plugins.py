@@ -1,5 +1,6 @@
 """Finds methods and runtimes by name: files of this package and entry points, imported when asked for.
 
+A runtime's name has hyphens where its file's name has underscores, as its package's name does.
 A third-party package adds one by an entry point in the group ``featherweight.methods``
 or ``featherweight.runtimes``; the entry point's name is the name in recipes.
 """
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 def _files(folder: str) -> dict[str, str]:
     package = importlib.import_module(f"featherweight.{folder}")
     return {
-        info.name: f"featherweight.{folder}.{info.name}"
+        info.name.replace("_", "-") if folder == "runtimes" else info.name: (
+            f"featherweight.{folder}.{info.name}"
+        )
         for info in pkgutil.iter_modules(package.__path__)
         if not info.name.startswith("_")
     }

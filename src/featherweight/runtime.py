@@ -8,6 +8,7 @@ application that will ship.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -209,8 +210,8 @@ class Runtime(ABC):
 
     @property
     def name(self) -> str:
-        """By which it is found: that of its entry point, else of its file."""
-        return self._name or type(self).__module__.rpartition(".")[2]
+        """By which it is found: that of its entry point, else of its file, with hyphens."""
+        return self._name or type(self).__module__.rpartition(".")[2].replace("_", "-")
 
     @classmethod
     def installed(cls) -> bool:
@@ -227,6 +228,10 @@ class Runtime(ABC):
                 f"runtime '{self.name}' is not installed: there is no package '{self.module}'",
                 fix=f'pip install "featherweight[{self.extra}]"',
             )
+
+    def load(self, target: Target) -> None:
+        """Import the package, in the measuring process: what that takes is not the model's memory."""
+        importlib.import_module(self.module)
 
     def version(self) -> str:
         """Versions of its packages, e.g. 'onnxruntime 1.31.1'."""

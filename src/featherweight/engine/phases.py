@@ -6,7 +6,6 @@ Imports numpy, the nouns that need nothing else, and the one runtime of the job.
 from __future__ import annotations
 
 import gc
-import importlib
 import math
 import resource
 import sys
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from featherweight.engine import frames, looks, timing
+from featherweight.engine import frames, looks, machine, timing
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Artifact, Runtime, Session, Target
 
@@ -49,7 +48,7 @@ class Job:
         """The runtime, with its package imported."""
         runtime = find_runtime(self.target.runtime)
         runtime.require()
-        importlib.import_module(runtime.module)
+        runtime.load(self.target)
         return runtime
 
     def arguments(self) -> tuple[np.ndarray, ...]:
@@ -60,6 +59,13 @@ class Job:
 def run(data: Mapping[str, Any], folder: Path, requests: BinaryIO, answers: BinaryIO) -> dict[str, Any]:
     """Do the job; its result."""
     job = Job.from_json(data, folder)
+    if job.kind == "describe":
+        asked = data["asked"]
+        return {
+            "machine": machine.machine(),
+            "versions": machine.versions(asked["packages"]),
+            "runtimes": machine.importable(asked["modules"]),
+        }
     if job.kind == "latency":
         return latency(job, answers)
     if job.kind == "memory":
@@ -143,26 +149,39 @@ def memory(job: Job) -> dict[str, Any]:
 
 def _forget_peak() -> None:
     """Let the kernel count the peak from here: importing may have needed more than it kept."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # not this kernel, or not allowed: the peak then includes the import's
+    for process in ("self", *_children("self")):
+        try:
+            Path(f"/proc/{process}/clear_refs").write_text("5")
+        except OSError:
+            return  # not this kernel, or not allowed: the peak then includes the import's
 
 
 def _resident() -> tuple[int, int]:
-    """Resident bytes now and at their peak.
+    """Resident bytes now and at their peak, with those of the processes that a runtime started.
 
     Not by ``getrusage`` where /proc is there: its peak is inherited from the process that started this one.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        seen = [_resident_of(process) for process in ("self", *_children("self"))]
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak, peak
+    return sum(now for now, _ in seen), sum(peak for _, peak in seen)
+
+
+def _resident_of(process: str) -> tuple[int, int]:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     return now, peak
+
+
+def _children(process: str) -> list[str]:
+    """Numbers of the processes that any thread of this one started, and of those that they started."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    started = [child for file in lists for child in file.read_text().split()]
+    return [*started, *(further for child in started for further in _children(child))]
 
 
 def serve(job: Job, requests: BinaryIO, answers: BinaryIO) -> dict[str, Any]:
