@@ -36,7 +36,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
         key = (runtime, net, kind)
         if key not in made:
             folder = tmp_path_factory.mktemp("-".join(key))
-            made[key] = find_runtime(runtime).lower(KINDS[kind](net), target(runtime), folder)
+            made[key] = find_runtime(runtime).lower(KINDS[kind](net, runtime), target(runtime), folder)
         return made[key]
 
     return lower

@@ -81,12 +81,12 @@ def folded(name: str) -> Model:
 
 
 @cache
-def quantized(name: str) -> Model:
-    """A golden net folded, then quantized for this machine's ONNX Runtime with the defaults."""
-    return Quantize().apply(folded(name), context(folded(name), data(name)))
+def quantized(name: str, runtime: str = "onnxruntime") -> Model:
+    """A golden net folded, then quantized for a runtime on this machine with the defaults."""
+    return Quantize().apply(folded(name), context(folded(name), data(name), target(runtime)))
 
 
-KINDS: Mapping[str, Callable[[str], Model]] = {"float": model, "int8": quantized}
+KINDS: Mapping[str, Callable[[str, str], Model]] = {"float": lambda name, _: model(name), "int8": quantized}
 
 
 def decibels(signal: np.ndarray | Tensor, other: np.ndarray | Tensor) -> float:

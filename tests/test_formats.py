@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featherweight.formats import IntQuant, PerChannel, PerTensor, TensorFormat, decode, encode
+from featherweight.formats import (
+    FloatCast,
+    IntQuant,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    TensorFormat,
+    decode,
+    encode,
+)
 
 reals = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 values = st.lists(reals, min_size=1, max_size=64).map(lambda xs: torch.tensor(xs, dtype=torch.float32))
@@ -281,3 +290,54 @@ def test_what_is_no_grid_is_refused(low: Tensor, high: Tensor, width: int, said:
 def test_ranges_match_the_granularity(shape: tuple[int, ...], granularity: PerTensor | PerChannel) -> None:
     with pytest.raises(ValueError, match="shape"):
         IntQuant(-torch.ones(shape), torch.ones(shape), granularity=granularity)
+
+
+class TestGroups:
+    """One scale for each run of elements of a row."""
+
+    def grid(self, width: int, rows: int, groups: int, size: int, axis: int = 1) -> IntQuant:
+        shape = (rows, groups) if axis == 1 else (groups, rows)
+        high = torch.linspace(0.5, 3.0, rows * groups).reshape(shape)
+        return IntQuant(-high, high, width, True, PerGroup(axis, size), signed=True)
+
+    @pytest.mark.parametrize("axis", [0, 1])
+    @pytest.mark.parametrize("columns", [32, 37])
+    def test_each_group_is_rounded_as_a_tensor_of_its_own(self, axis: int, columns: int) -> None:
+        fmt = self.grid(4, 3, 5, 8, axis)
+        x = torch.randn(3, columns) if axis else torch.randn(columns, 3)
+        for row in range(3):
+            for group in range(-(-columns // 8)):
+                place = (row, slice(8 * group, 8 * group + 8))
+                place = place if axis else place[::-1]
+                end = fmt.high[(row, group) if axis else (group, row)]
+                alone = IntQuant(-end, end, 4, True, signed=True)
+                assert torch.equal(fmt.quantize(x)[place], alone.quantize(x[place]))
+        assert torch.equal(fmt.project(fmt.project(x)), fmt.project(x))
+
+    def test_survive_json(self) -> None:
+        fmt = self.grid(4, 2, 3, 8)
+        back = decode(json.loads(json.dumps(encode(fmt))))
+        x = torch.randn(2, 24)
+        assert isinstance(back, IntQuant)
+        assert back.granularity == PerGroup(1, 8)
+        assert torch.equal(back.project(x), fmt.project(x))
+
+    def test_need_the_shape_of_their_groups(self) -> None:
+        with pytest.raises(ValueError, match="does not fit"):
+            IntQuant(-torch.ones(3), torch.ones(3), 4, True, PerGroup(1, 8))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_what_torch_rounds_to(dtype: str) -> None:
+    fmt = FloatCast(dtype)  # type: ignore[arg-type]
+    x = torch.cat([torch.randn(100), torch.tensor([1e-8, -1e-8, 6e4])]).requires_grad_()
+    wanted = x.detach().to(getattr(torch, dtype)).float()
+    assert torch.equal(fmt.project(x.detach()), wanted)
+    fmt.project(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))  # type: ignore[arg-type]
+    assert fmt.stored_bytes(10) == 20
+    assert decode(json.loads(json.dumps(encode(fmt)))) == fmt
+
+
+def test_half_precision_saturates() -> None:
+    assert torch.isfinite(FloatCast("float16").project(torch.tensor([1e6, -1e6]))).all()

@@ -98,6 +98,8 @@ class IntQuant:
         signed: Integers run from -2**(width-1), else from 0. The runtime decides.
         headroom: Bits of the integer left unused, where a kernel would saturate
             (``reduce_range`` on x86 without VNNI).
+        readers: Operators that read the integers, where a runtime rounds at its kernels' inputs and everything
+            else reads the value as it was; None: everyone reads the integers.
     """
 
     low: Tensor
@@ -107,6 +109,7 @@ class IntQuant:
     granularity: Granularity = field(default_factory=PerTensor)
     signed: bool = False
     headroom: int = 0
+    readers: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.width <= 16 or not 0 <= self.headroom <= self.width - 2:
@@ -258,6 +261,7 @@ def encode(fmt: TensorFormat) -> dict[str, Any]:
         "group": shared.size if isinstance(shared, PerGroup) else None,
         "signed": fmt.signed,
         "headroom": fmt.headroom,
+        "readers": None if fmt.readers is None else sorted(fmt.readers),
     }
 
 
@@ -278,4 +282,5 @@ def decode(data: Mapping[str, Any]) -> TensorFormat:
         granularity=shared,
         signed=data["signed"],
         headroom=data["headroom"],
+        readers=None if data["readers"] is None else frozenset(data["readers"]),
     )

@@ -221,11 +221,13 @@ class TestArtifact:
 
     def test_holds_every_parameter_under_its_name(self, runtime: Runtime, lowered: Lowered) -> None:
         stored = runtime.stored(lowered(runtime.name, "residual", "int8"))
-        assert {key for key in quantized("residual").parameters if key.endswith("weight")} <= set(stored)
+        assert {
+            key for key in quantized("residual", runtime.name).parameters if key.endswith("weight")
+        } <= set(stored)
         assert all(tensor.bytes > 0 and tensor.name == name for name, tensor in stored.items())
 
     def test_lowering_leaves_the_model_alone(self, runtime: Runtime, tmp_path: Path) -> None:
-        net = quantized("linear3d")
+        net = quantized("linear3d", runtime.name)
         own = net.evolve(module=net.copy_module())
         before = {name: tensor.clone() for name, tensor in own.module.state_dict().items()}
         formats = dict(own.formats)

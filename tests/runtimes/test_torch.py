@@ -28,7 +28,7 @@ def test_the_artifact_is_the_simulation(name: str, lowered: Lowered) -> None:
         x = inputs(name, batch)
         (seen,) = session(x)
         with torch.no_grad():
-            (wanted,) = simulate(quantized(name))(torch.from_numpy(x))
+            (wanted,) = simulate(quantized(name, "torch"))(torch.from_numpy(x))
             exact = model(name).module(torch.from_numpy(x))
         np.testing.assert_allclose(seen, wanted.numpy(), rtol=1e-4, atol=1e-5)
         assert decibels(exact, seen) < 100  # the formats are really in the file

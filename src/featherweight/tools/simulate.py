@@ -40,9 +40,20 @@ class Replay:
         self._lifted = {**tensors, **(parameters or {})}
         self._names = {value.fx_name: name for name, value in self.graph.values.items()}
 
-    def __call__(self, inputs: tuple[Tensor, ...], observe: Observe | None = None) -> tuple[Tensor, ...]:
-        """Flat outputs of one call; ``observe`` may look at and replace each traced value."""
-        interpreter = _Interpreter(self.graph, self._lifted, self._names, observe)
+    def __call__(
+        self,
+        inputs: tuple[Tensor, ...],
+        observe: Observe | None = None,
+        at_readers: Mapping[str, tuple[TensorFormat, ...]] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Flat outputs of one call.
+
+        Args:
+            inputs: Flat tensors.
+            observe: May look at and replace each traced value.
+            at_readers: Formats of values that only some operators read rounded (``IntQuant.readers``).
+        """
+        interpreter = _Interpreter(self.graph, self._lifted, self._names, observe, at_readers)
         return interpreter.outputs(inputs)
 
 
@@ -66,8 +77,11 @@ class _Interpreter(fx.Interpreter):
         tensors: Mapping[str, Tensor],
         names: Mapping[str, str],
         observe: Observe | None,
+        at_readers: Mapping[str, tuple[TensorFormat, ...]] | None = None,
     ) -> None:
         super().__init__(graph.program.graph_module)
+        self._at_readers = at_readers or {}
+        self._operators = {node.fx_name: node.op for node in graph.nodes} if self._at_readers else {}
         self._placeholders = graph.parameters
         self._tensors = tensors
         self._value_names = names
@@ -83,6 +97,17 @@ class _Interpreter(fx.Interpreter):
             return self._tensors[self._placeholders[target]]
         return self._inputs.pop(0)
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        operator = self._operators.get(n.name)
+        if operator is None:
+            return super().fetch_args_kwargs_from_env(n)
+
+        def read(argument: fx.Node) -> Any:
+            chain = self._at_readers.get(self._value_names.get(argument.name, ""), ())
+            return project(self.env[argument], tuple(fmt for fmt in chain if operator in readers_of(fmt)))
+
+        return fx.node.map_arg(n.args, read), fx.node.map_arg(n.kwargs, read)
+
     def run_node(self, n: fx.Node) -> Any:
         name = self._value_names.get(n.name)
         try:
@@ -96,6 +121,11 @@ class _Interpreter(fx.Interpreter):
         if name is None or self._observe is None or not isinstance(result, Tensor):
             return result
         return self._observe(name, result)
+
+
+def readers_of(fmt: TensorFormat) -> frozenset[str]:
+    """The operators that alone read a value rounded to this format; none named: all do."""
+    return getattr(fmt, "readers", None) or frozenset()
 
 
 def project(value: Tensor, formats: tuple[TensorFormat, ...]) -> Tensor:
@@ -118,13 +148,14 @@ def projected_parameters(model: Model) -> dict[str, Tensor]:
 def simulate(model: Model, entry: str = "forward") -> Callable[..., tuple[Tensor, ...]]:
     """A callable on flat tensors that behaves as the model's formats will."""
     replay = Replay(model, entry, projected_parameters(model))
-    formats = model.formats
+    at_readers = {name: chain for name, chain in model.formats.items() if any(map(readers_of, chain))}
+    formats = {name: chain for name, chain in model.formats.items() if name not in at_readers}
 
     def observe(name: str, value: Tensor) -> Tensor:
         return project(value, formats[name]) if name in formats else value
 
     def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return replay(inputs, observe)
+        return replay(inputs, observe, at_readers)
 
     return run
 
