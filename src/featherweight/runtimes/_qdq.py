@@ -1,10 +1,11 @@
-"""Writes formats into an ONNX graph as integers and Q/DQ pairs, shaped for ONNX Runtime's kernels.
+"""Writes formats into an ONNX graph as integers and Q/DQ pairs, shaped for a runtime's kernels.
 
-Part of ``onnxruntime.py``, which says what its kernels ask for.
+Part of the runtimes that read ONNX, each of which says what its kernels ask for: a ``Dialect``.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,19 +20,39 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from featherweight.exchange.export import OnnxExport
-    from featherweight.formats import IntQuant, TensorFormat
+    from featherweight.formats import FloatCast, IntQuant, PerGroup, TensorFormat
 
 _BIAS_LIMIT = 2**30  # int32, with room for what is added to it
 _MICROSOFT = "com.microsoft"
 _MOVES = frozenset(
     {"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Identity"}
 )
+_BLOCKS_OPSET = 21  # scales per block, and integers of 4 bits
+_SMALLEST_BLOCK = 8  # elements; below that scales take more than integers
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a runtime asks for beside the formats.
+
+    Attributes:
+        runtime: Its name, for messages.
+        integer_biases: Biases of integer layers as int32 at the product of both scales; else they stay float.
+        guard_floats: Hide float layers between integer ones from ONNX Runtime, which would round them.
+        whole_blocks: Blocks of a matrix must be of one size; shorter ones that share a scale may be.
+    """
+
+    runtime: str = "onnxruntime"
+    integer_biases: bool = True
+    guard_floats: bool = True
+    whole_blocks: bool = False
 
 
 def store_formats(
     export: OnnxExport,
     formats: Mapping[str, tuple[TensorFormat, ...]],
     realise: Callable[[TensorFormat, Role], TensorFormat],
+    dialect: Dialect | None = None,
 ) -> None:
     """Turn formats into integers and Q/DQ pairs, in place.
 
@@ -39,8 +60,9 @@ def store_formats(
         export: What is edited.
         formats: By parameter or traced value; the last of a chain is stored.
         realise: The grid that will be stored for a format.
+        dialect: What else the runtime asks for; by default that of ONNX Runtime.
     """
-    writer = _Writer(export)
+    writer = _Writer(export, dialect or Dialect())
     for name, chain in formats.items():
         value = export.values[name]
         role: Role = "weight" if value.const_value is not None else "activation"
@@ -49,9 +71,20 @@ def store_formats(
             writer.weight(name, value, fmt)
         else:
             writer.activation(name, value, fmt)
-    writer.biases()
-    writer.floats()
+    if writer.dialect.integer_biases:
+        writer.biases()
+    if writer.dialect.guard_floats:
+        writer.floats()
     writer.finish()
+
+
+def _kind(fmt: IntQuant) -> ir.DataType:
+    """The type that holds a format's integers."""
+    import onnx_ir as ir
+
+    if fmt.width <= 4:
+        return ir.DataType.INT4 if fmt.signed else ir.DataType.UINT4
+    return ir.DataType.INT8 if fmt.signed else ir.DataType.UINT8
 
 
 @dataclass
@@ -98,17 +131,18 @@ def _array(value: ir.Value) -> np.ndarray:
 class _Writer:
     """Edits one exported graph."""
 
-    def __init__(self, export: OnnxExport) -> None:
+    def __init__(self, export: OnnxExport, dialect: Dialect) -> None:
+        self.dialect = dialect
         self.graph = export.model.graph
         self.opsets = export.model.opset_imports
         self._inputs: dict[int, np.ndarray] = {}  # dequantized activation -> its scale
         self._weights: dict[int, _Weight] = {}  # dequantized weight -> what was written
         self._done: dict[int, str] = {}
 
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+    def _initializer(self, name: str, array: np.ndarray, kind: ir.DataType | None = None) -> ir.Value:
         import onnx_ir as ir
 
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        tensor = ir.tensor(np.asarray(array, order="C"), kind, name=name)
         value = ir.val(name, const_value=tensor)
         self.graph.register_initializer(value)
         return value
@@ -125,7 +159,7 @@ class _Writer:
         uses = list(value.uses())
         parts = [
             self._initializer(f"{name}.scale", scale.numpy()),
-            self._initializer(f"{name}.zero_point", zero_point.numpy().astype(np.uint8)),
+            self._initializer(f"{name}.zero_point", zero_point.numpy().astype(_kind(fmt).numpy())),
         ]
         quantized = ir.node("QuantizeLinear", [value, *parts])
         restored = ir.node("DequantizeLinear", [quantized.outputs[0], *parts])
@@ -147,21 +181,12 @@ class _Writer:
         self._done[id(output)] = name
         self._inputs[id(output)] = scale.numpy()
 
-    def weight(self, name: str, value: ir.Value, fmt: IntQuant) -> None:
-        """Integers in the parameter's place; a transpose in front of a matmul is folded into them."""
-        import onnx_ir as ir
-        import torch
-
-        from featherweight.formats import PerChannel
-
+    def weight(self, name: str, value: ir.Value, fmt: IntQuant | FloatCast) -> None:
+        """What is stored, in the parameter's place; a transpose in front of a matmul is folded into it."""
         if value.const_value is None or value.name is None:
-            raise TargetError(f"onnxruntime found no constant for '{name}'")
-        scale, zero_point = fmt.grid()
-        integers = fmt.quantize(torch.from_numpy(value.const_value.numpy())).numpy()
-        kind = np.int8 if fmt.signed else np.uint8
-        axis = fmt.granularity.axis if isinstance(fmt.granularity, PerChannel) else None
+            raise TargetError(f"{self.dialect.runtime} found no constant for '{name}'")
+        array = value.const_value.numpy()
         del self.graph.initializers[value.name]
-        written = 0
         made: dict[tuple[int, ...] | None, ir.Value] = {}
         for use in list(value.uses()):
             node, index = use.node, use.idx
@@ -171,24 +196,65 @@ class _Writer:
                 order = tuple(int(i) for i in node.attributes["perm"].as_ints())
                 replaced = [(inner.node, inner.idx) for inner in node.outputs[0].uses()]
             if order not in made:
-                array = integers if order is None else integers.transpose(order)
-                place = axis if axis is None or order is None else order.index(axis)
-                suffix = f".{written}" if written else ""
-                parts = [
-                    self._initializer(f"{name}{suffix}", array.astype(kind)),
-                    self._initializer(f"{name}{suffix}.scale", scale.numpy()),
-                    self._initializer(f"{name}{suffix}.zero_point", zero_point.numpy().astype(kind)),
-                ]
-                attributes = {} if place is None else {"axis": place}
-                restored = ir.node("DequantizeLinear", parts, attributes=attributes)
+                suffix = f".{len(made)}" if made else ""
+                axes = order or tuple(range(array.ndim))
+                restored = self._restored(f"{name}{suffix}", array, fmt, axes)
                 self.graph.insert_before(node, restored)
                 made[order] = restored.outputs[0]
-                self._weights[id(restored.outputs[0])] = _Weight(parts[0], parts[1], parts[2], place)
-                written += 1
             for inner, position in replaced:
                 inner.replace_input_with(position, made[order])
             if order is not None:
                 self.graph.remove(node, safe=True)
+
+    def _restored(
+        self, name: str, array: np.ndarray, fmt: IntQuant | FloatCast, axes: tuple[int, ...]
+    ) -> ir.Node:
+        """A weight's stored form with its axes in this order, and the node that makes floats of it."""
+        import onnx_ir as ir
+        import torch
+
+        from featherweight.formats import FloatCast, PerChannel, PerGroup
+
+        if isinstance(fmt, FloatCast):
+            short = fmt.project(torch.from_numpy(array)).numpy().astype(np.float16).transpose(axes)
+            return ir.node("Cast", [self._initializer(name, short)], {"to": ir.DataType.FLOAT})
+        kind = _kind(fmt)
+        integers = fmt.quantize(torch.from_numpy(array)).numpy().astype(np.int16).transpose(axes)
+        scale, zero_point = (tensor.numpy() for tensor in fmt.grid())
+        attributes: dict[str, int] = {}
+        if isinstance(fmt.granularity, (PerChannel, PerGroup)):
+            attributes["axis"] = axes.index(fmt.granularity.axis)
+        if isinstance(fmt.granularity, PerGroup):
+            size, group = self._block(name, array.shape[fmt.granularity.axis], fmt.granularity)
+            attributes["block_size"] = size
+            scale, zero_point = (
+                grid.take(group, fmt.granularity.axis).transpose(axes) for grid in (scale, zero_point)
+            )
+        if "block_size" in attributes or kind.bitwidth < 8:
+            self.opsets[""] = max(self.opsets[""], _BLOCKS_OPSET)
+        parts = [
+            self._initializer(name, integers.astype(kind.numpy()), kind),
+            self._initializer(f"{name}.scale", scale),
+            self._initializer(f"{name}.zero_point", zero_point.astype(kind.numpy()), kind),
+        ]
+        restored = ir.node("DequantizeLinear", parts, attributes=attributes)
+        self._weights[id(restored.outputs[0])] = _Weight(parts[0], parts[1], parts[2], attributes.get("axis"))
+        return restored
+
+    def _block(self, name: str, elements: int, granularity: PerGroup) -> tuple[int, list[int]]:
+        """Size of the blocks that store these groups, and the group that each block is of."""
+        size = granularity.size
+        if granularity.groups(elements) == 1:
+            size = elements
+        elif self.dialect.whole_blocks:
+            size = math.gcd(size, elements)
+        if size < min(_SMALLEST_BLOCK, granularity.size):
+            raise TargetError(
+                f"{self.dialect.runtime} cannot cut the {elements} inputs of '{name}' into groups of "
+                f"{granularity.size}",
+                fix=f"give quantize a group that divides {elements}, or exclude the layer under where",
+            )
+        return size, [start // granularity.size for start in range(0, elements, size)]
 
     def biases(self) -> None:
         """Integer kernels add their bias as int32 at the product of the input's and the weight's scales.
