@@ -135,11 +135,12 @@ class Measurement(_Record):
 
 
 class Chosen(Measurement):
-    """The measurement of what is handed back, and which file it is."""
+    """The measurement of what is handed back, which file it is, and with which options it was measured."""
 
     artifact: str
     runtime: str
     sha256: str
+    options: dict[str, Any] = {}
 
 
 class Violation(_Record):
@@ -164,6 +165,7 @@ class Trial(_Record):
     """One recipe that was tried."""
 
     number: int
+    runtime: str = ""
     recipe: dict[str, Any]
     state: Literal["measured", "rejected", "failed"]
     measurement: Measurement | None = None
@@ -185,6 +187,59 @@ class LayerRow(_Record):
     bytes_after: int
     stored: str
     sqnr_db: float | None = None
+
+
+class RuntimeRow(_Record):
+    """One runtime of a search: the original on it, and the best artifact for it.
+
+    Attributes:
+        runtime: Its name.
+        version: Of its packages.
+        reason: Why there is no figure of it.
+        twin_bytes: Of the original's artifact.
+        twin_ratio: The original's latency against the original's on the first runtime of the search.
+        twin_ratio_ci95: Its 95 % interval.
+        float_error: Largest error of the original's outputs against PyTorch, relative to the largest output.
+        trial: The best one on this runtime.
+        bytes: Of its artifact.
+        latency_ratio: Of its artifact, against the original on the first runtime of the search.
+        latency_ratio_ci95: Its 95 % interval.
+        own_ratio: Of its artifact, against the original on the same runtime.
+        own_ratio_ci95: Its 95 % interval.
+        agreement: Of its artifact with the original.
+        sqnr_db: Of its artifact against the original.
+        parity_db: Of its artifact against the simulation of its formats, on the same inputs.
+        chosen: It is what is handed back.
+    """
+
+    runtime: str
+    version: str = ""
+    reason: str = ""
+    twin_bytes: int | None = None
+    twin_ratio: float | None = None
+    twin_ratio_ci95: tuple[float, float] | None = None
+    float_error: float | None = None
+    trial: int | None = None
+    bytes: int | None = None
+    latency_ratio: float | None = None
+    latency_ratio_ci95: tuple[float, float] | None = None
+    own_ratio: float | None = None
+    own_ratio_ci95: tuple[float, float] | None = None
+    agreement: float | None = None
+    sqnr_db: float | None = None
+    parity_db: float | None = None
+    chosen: bool = False
+
+
+class KernelRow(_Record):
+    """One step that the runtime really executes for a call of the artifact; its share of the time."""
+
+    name: str
+    op: str
+    dtype: str = ""
+    fast: bool = True
+    share: float | None = None
+    note: str = ""
 
 
 class Environment(_Record):
@@ -222,6 +277,8 @@ class Result(_Record):
     warnings: list[str] = []
     layers: list[LayerRow] = []
     classes: list[ClassChange] = []
+    runtimes: list[RuntimeRow] = []
+    kernels: list[KernelRow] = []
     examples: dict[str, Any] = {}
     run: str = ""
 

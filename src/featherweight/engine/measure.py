@@ -6,8 +6,9 @@ Every number comes out of another process (``jobs.py``, ``runner.py``); docs/mea
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,7 @@ def measure_latency(
     *,
     limits: Limits | None = None,
     entry: str = "forward",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     progress: Progress | None = None,
 ) -> Timing:
     """Time an artifact in turn with its twin, in one process; or alone, when there is no twin.
@@ -106,6 +108,7 @@ def measure_latency(
         inputs: Arrays of one call, with one example.
         limits: When to stop.
         entry: Which entry is called.
+        options: Of 'artifact' and 'twin', where they are not the target's.
         progress: Shows a bar.
 
     Raises:
@@ -113,7 +116,7 @@ def measure_latency(
         TargetError: There are fewer cores than threads, or the runtime refuses an option.
     """
     roles = {"artifact": artifact} if twin is None else {"twin": twin, "artifact": artifact}
-    runner = Runner("latency", roles, target, inputs=inputs, limits=limits, entry=entry)
+    runner = Runner("latency", roles, target, inputs=inputs, limits=limits, entry=entry, options=options)
     result = run_job(runner, progress or Silent(), "Measuring latency")
     reasons = {said["reason"] for said in result["throughput"].values()} - {None}
     interval = result.get("ratio_ci95")

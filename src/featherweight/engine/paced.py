@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from featherweight.engine import timing
 from featherweight.engine.jobs import Runner
 from featherweight.engine.timing import Limits
+from featherweight.errors import FeatherweightError
 from featherweight.method import Progress
 from featherweight.runtime import Artifact, Target
 
@@ -46,9 +47,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds of a call, by entrant and round."""
+    """Seconds of a call, by entrant and round.
+
+    Attributes:
+        seconds: None at all for an entrant that failed.
+        failed: Index of an entrant -> why it could not be timed.
+    """
 
     seconds: tuple[tuple[float, ...], ...]
+    failed: Mapping[int, FeatherweightError] = field(default_factory=dict)
 
     def summary(self, index: int) -> timing.Summary:
         """Median and quartiles of one entrant."""
@@ -82,29 +89,81 @@ def measure_paced(
         description: Of the bar.
 
     Raises:
-        RunnerError: A process crashed or hung.
-        FeatherweightError: What a runner told.
+        FeatherweightError: The first entrant could not be timed; others that fail are told in ``failed``.
     """
     limits = limits or Limits()
     with ExitStack() as stack:
-        runners: list[Runner] = []
-        cores: dict[str, list[int]] = {}
-        for one in entrants:
-            runner = Runner(
-                "paced",
-                {"artifact": one.artifact},
-                one.target,
-                inputs=inputs,
-                limits=limits,
-                entry=entry,
-                cores=cores.get(f"{one.target.device} {one.target.threads}", ()),
-            )
-            runners.append(stack.enter_context(runner))
-            cores.setdefault(f"{one.target.device} {one.target.threads}", _ready(runner))
-        seen: list[list[float]] = [[] for _ in runners]
-        for _ in progress.track(_percents(runners, seen, limits), description, total=100):
+        group = _Group(limits)
+        for index, one in enumerate(entrants):
+            group.enter(stack, index, one, inputs, entry)
+        for _ in progress.track(group.percents(), description, total=100):
             pass
-    return Rounds(tuple(tuple(one) for one in seen))
+    return Rounds(tuple(tuple(group.seen[index]) for index in range(len(entrants))), group.failed)
+
+
+class _Group:
+    """The processes at work, and what was seen of each."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.runners: dict[int, Runner] = {}
+        self.seen: dict[int, list[float]] = {}
+        self.failed: dict[int, FeatherweightError] = {}
+        self._cores: dict[tuple[str, int], list[int]] = {}
+
+    def enter(
+        self, stack: ExitStack, index: int, one: Entrant, inputs: Sequence[np.ndarray], entry: str
+    ) -> None:
+        """Start one process and wait until it is warm, on the cores that the others took."""
+        place = (one.target.device, one.target.threads)
+        artifacts, cores = {"artifact": one.artifact}, self._cores.get(place, ())
+        self.seen[index] = []
+        runner = Runner(
+            "paced", artifacts, one.target, inputs=inputs, limits=self.limits, entry=entry, cores=cores
+        )
+        try:
+            stack.enter_context(runner)
+            taken = _ready(runner)
+        except FeatherweightError as error:
+            self._drop(index, error)
+            return
+        self.runners[index] = runner
+        self._cores.setdefault(place, taken)
+
+    def _drop(self, index: int, error: FeatherweightError) -> None:
+        if index == 0:
+            raise error
+        self.failed[index] = error
+        self.seen[index] = []
+        self.runners.pop(index, None)
+
+    def percents(self) -> Iterator[int]:
+        """Go round after round; one item per percent that is done."""
+        draw = random.Random(0)
+        start, shown = time.monotonic(), 0
+        while True:
+            order = list(self.runners)
+            draw.shuffle(order)
+            for index in order:
+                try:
+                    self.seen[index].append(_block(self.runners[index]))
+                except FeatherweightError as error:
+                    self._drop(index, error)
+            passed = time.monotonic() - start
+            if passed >= self.limits.seconds or self._narrow(passed):
+                break
+            done = min(99, int(100 * passed / self.limits.seconds))
+            yield from range(shown, done)
+            shown = max(shown, done)
+        yield from range(shown, 100)
+
+    def _narrow(self, passed: float) -> bool:
+        """Whether every ratio to the first (alone: its latency) is known well enough; asked now and then."""
+        first = self.seen[0]
+        if len(first) < self.limits.rounds or len(first) % 5 or passed < self.limits.least_seconds:
+            return False
+        others = [[first, self.seen[index]] for index in self.runners if index] or [[first]]
+        return all(timing.half_width(timing.compared(pair)) <= self.limits.precision for pair in others)
 
 
 def _ready(runner: Runner) -> list[int]:
@@ -115,31 +174,10 @@ def _ready(runner: Runner) -> list[int]:
     raise runner.failure()
 
 
-def _percents(runners: Sequence[Runner], seen: list[list[float]], limits: Limits) -> Iterator[int]:
-    """Fill ``seen`` round by round; one item per percent that is done."""
-    order, draw = list(range(len(runners))), random.Random(0)
-    start, shown = time.monotonic(), 0
-    while True:
-        draw.shuffle(order)
-        for index in order:
-            runners[index].send({"block": len(seen[index])}, ())
-            frame = runners[index].receive()
-            if frame is None:
-                raise runners[index].failure()
-            seen[index].append(float(frame[0]["seconds"]))
-        passed = time.monotonic() - start
-        if passed >= limits.seconds or _narrow(seen, limits, passed):
-            break
-        done = min(99, int(100 * passed / limits.seconds))
-        yield from range(shown, done)
-        shown = max(shown, done)
-    yield from range(shown, 100)
-
-
-def _narrow(seen: list[list[float]], limits: Limits, passed: float) -> bool:
-    """Whether every ratio to the first (alone: its latency) is known well enough; looked at now and then."""
-    rounds = len(seen[0])
-    if rounds < limits.rounds or rounds % 5 or passed < limits.least_seconds:
-        return False
-    others = [[seen[0], one] for one in seen[1:]] or [seen]
-    return all(timing.half_width(timing.compared(pair)) <= limits.precision for pair in others)
+def _block(runner: Runner) -> float:
+    """Seconds of a call, over the next block."""
+    runner.send({"block": True}, ())
+    frame = runner.receive()
+    if frame is None:
+        raise runner.failure()
+    return float(frame[0]["seconds"])

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,7 @@ class Job:
     inputs: int
     entry: str
     limits: timing.Limits
+    options: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], folder: Path) -> Job:
@@ -42,7 +43,12 @@ class Job:
             for name, described in data["artifacts"].items()
         }
         target, limits = Target(**data["target"]), timing.Limits(**data["limits"])
-        return cls(data["kind"], folder, target, artifacts, data["inputs"], data["entry"], limits)
+        options = data.get("options", {})
+        return cls(data["kind"], folder, target, artifacts, data["inputs"], data["entry"], limits, options)
+
+    def target_of(self, role: str) -> Target:
+        """The target with the options of one artifact's session."""
+        return replace(self.target, options=self.options[role]) if role in self.options else self.target
 
     def runtime(self) -> Runtime:
         """The runtime, with its package imported."""
@@ -92,7 +98,7 @@ def latency(job: Job, answers: BinaryIO) -> dict[str, Any]:
     """Time the twin (where there is one) and the artifact in one process, in turn."""
     runtime, inputs = job.runtime(), job.arguments()
     names = [name for name in ("twin", "artifact") if name in job.artifacts]
-    sessions = {name: runtime.open(job.artifacts[name], job.target) for name in names}
+    sessions = {name: runtime.open(job.artifacts[name], job.target_of(name)) for name in names}
     calls = {name: _call(session, inputs, job.entry) for name, session in sessions.items()}
     seen = timing.interleave(
         list(calls.values()), job.limits, lambda done: frames.send(answers, {"done": min(done, 1.0)})

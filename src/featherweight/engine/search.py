@@ -14,7 +14,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -36,7 +36,7 @@ from featherweight.engine.verdict import (
     violations,
 )
 from featherweight.errors import BudgetError, OutputError
-from featherweight.holes import Hole, canonical
+from featherweight.holes import Choice, Hole, canonical
 from featherweight.outcome import AXES, Budget, Measurement, Preference, Trial
 from featherweight.recipe import Recipe
 
@@ -55,6 +55,7 @@ __all__ = [
 
 Ended = Literal["trials", "time", "exhausted"]
 _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
+_RUNTIME = "runtime"  # what Optuna calls the draw; those of holes begin with a step's number
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
@@ -71,6 +72,7 @@ class Candidate:
     Attributes:
         number: Counts the trials from 0.
         recipe: As far as it is filled.
+        runtime: Which one it is for, where the search has several.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Candidate:
     ) -> None:
         self.number = number
         self.recipe = recipe
+        self.runtime = ""
         self.draws: list[Draw] = []
         self.proposal = proposal
         self._search = search
@@ -87,6 +90,12 @@ class Candidate:
     def point(self) -> Point:
         """What tells this candidate from others: its holes and their values, in order."""
         return tuple(draw.key for draw in self.draws)
+
+    def place(self, runtimes: Choice, runtime: str | None) -> None:
+        """Draw the runtime before any hole of the recipe; the first candidates are given theirs."""
+        self._search.tried.enter(self.point, runtimes.size)
+        self.runtime = self._value(_RUNTIME, runtimes) if runtime is None else runtime
+        self.draws.append(Draw(_RUNTIME, runtimes, self.runtime))
 
     def fill(self, step: int, holes: Mapping[str, Hole]) -> dict[str, Any]:
         """Values for holes of one step (counted from 0), by address; the recipe takes them over.
@@ -127,6 +136,8 @@ class Search:
         confident: Hold the upper end of the drop's 95 % interval against its limit.
         seed: The same seed and answers give the same candidates.
         trials: Largest number of candidates.
+        runtimes: Names among which each candidate takes one; the first candidates take one each, with the
+            default of every hole. One or none: there is no such choice.
         deadline_s: Seconds from now after which no candidate is proposed.
         storage: A journal to go on from; without one the search is forgotten with the process.
         clock: Seconds, never going back.
@@ -146,6 +157,7 @@ class Search:
         confident: bool = False,
         seed: int = 0,
         trials: int = 20,
+        runtimes: Sequence[str] = (),
         deadline_s: float | None = None,
         storage: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -154,6 +166,7 @@ class Search:
             raise BudgetError(f"{trials} trials are none", fix="write --trials 1 or more")
         self.recipe, self.budget, self.baseline = recipe, budget, baseline
         self.prefer, self.confident, self.limit = prefer, confident, trials
+        self.runtimes = tuple(runtimes) if len(runtimes) > 1 else ()
         self._clock = clock
         self._deadline = math.inf if deadline_s is None else clock() + deadline_s
         self.trials: list[Trial] = []
@@ -226,6 +239,7 @@ class Search:
         seen = None if isinstance(outcome, Failure) else outcome
         trial = Trial(
             number=candidate.number,
+            runtime=candidate.runtime,
             recipe=candidate.recipe.to_dict(),
             state="failed" if seen is None else "rejected" if rejected else "measured",
             measurement=seen,
@@ -256,7 +270,14 @@ class Search:
 
     def _open(self, storage: Path | None, seed: int) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        space = [self.recipe.to_dict(), self.budget.model_dump(), self.prefer, self.confident, seed]
+        space: list[Any] = [
+            self.recipe.to_dict(),
+            self.budget.model_dump(),
+            self.prefer,
+            self.confident,
+            seed,
+        ]
+        space += [list(self.runtimes)] if self.runtimes else []
         name = hashlib.sha256(canonical(space).encode()).hexdigest()[:16]
         try:
             journal = None if storage is None else JournalStorage(_backend(storage))
@@ -289,10 +310,13 @@ class Search:
         return len(self._study.trials)
 
     def _candidate(self, explore: bool) -> Candidate:
-        first = self._asked == 0
+        first = self._asked < max(1, len(self.runtimes))
         proposal = None if first or explore else self._study.ask()
+        candidate = Candidate(self, self._asked, self.recipe, proposal, first)
+        if self.runtimes:
+            candidate.place(Choice(self.runtimes), self.runtimes[self._asked] if first else None)
         self._asked += 1
-        return Candidate(self, self._asked - 1, self.recipe, proposal, first)
+        return candidate
 
     def _record(self, candidate: Candidate, trial: Trial) -> None:
         proposal = candidate.proposal
