@@ -60,13 +60,13 @@ class OnnxRuntime(Runtime):
 
         if not isinstance(fmt, IntQuant) or fmt.width != 8:
             raise TargetError(
-                f"onnxruntime cannot store {fmt.bits:g}-bit integers here",
+                f"{self.name} cannot store {fmt.bits:g}-bit integers here",
                 fix="use int8 for weights and activations",
             )
         if role == "activation":
             if isinstance(fmt.granularity, PerChannel):
                 raise TargetError(
-                    "onnxruntime has no kernels for activations per channel",
+                    f"{self.name} has no kernels for activations per channel",
                     fix="use granularity: per_tensor for activations",
                 )
             positive = fmt.symmetric and bool(
@@ -76,7 +76,7 @@ class OnnxRuntime(Runtime):
         if not fmt.symmetric:
             if isinstance(fmt.granularity, PerChannel):
                 raise TargetError(
-                    "onnxruntime has no kernels for asymmetric weights per channel",
+                    f"{self.name} has no kernels for asymmetric weights per channel",
                     fix="use symmetric weights, or granularity: per_tensor",
                 )
             return replace(fmt, signed=False, headroom=0)
@@ -86,7 +86,7 @@ class OnnxRuntime(Runtime):
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.exchange.export import to_onnx, write
         from featherweight.graph import trace
-        from featherweight.runtimes._qdq import store_formats
+        from featherweight.runtimes._qdq import Dialect, store_formats
 
         files: dict[str, str] = {}
         written: list[str] = []
@@ -96,7 +96,8 @@ class OnnxRuntime(Runtime):
             present = {*graph.values, *read}  # an entry may leave layers of others alone
             formats = {name: fmts for name, fmts in model.formats.items() if name in present}
             export = to_onnx(model, entry, keep=formats)
-            store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role))
+            dialect = Dialect(runtime=self.name)
+            store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role), dialect)
             files[entry] = "model.onnx" if entry == "forward" else f"model.{entry}.onnx"
             written += write(export.model, out / files[entry])
         return Artifact(self.name, out, tuple(written), files)
