@@ -210,7 +210,7 @@ class TestFailure:
         self, make: Make, target: Target, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         killed = iter(range(9))
-        monkeypatch.setattr("featherweight.engine.jobs._kernel_kills", lambda: next(killed))
+        monkeypatch.setattr("featherweight.engine.devices.kernel_kills", lambda: next(killed))
         with (
             pytest.raises(RunnerError, match="SIGKILL: memory ran out"),
             Served(make("a", call="kill"), target) as served,

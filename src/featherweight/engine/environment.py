@@ -1,41 +1,19 @@
-"""Describes the machine that the numbers come from."""
+"""Describes the machine that the numbers come from: this one, or a target's device."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
-import psutil
-
+from featherweight.engine.devices import address
+from featherweight.engine.machine import machine, versions
 from featherweight.outcome import Environment
-from featherweight.plugins import find_runtime
-from featherweight.runtime import Target, cpu_flags
+from featherweight.plugins import find_runtime, runtime_names
+from featherweight.runtime import Target
 
-# Those that decide which integer and half-precision kernels run.
-_TELLING = (
-    "sse4_2",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx512_bf16",
-    "avx512_fp16",
-    "avx_vnni",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "asimdhp",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-    "sve2",
-)
+_MAKERS = ("featherweight", "torch")  # made the artifact, here
 
 
 def describe(target: Target) -> Environment:
@@ -43,36 +21,64 @@ def describe(target: Target) -> Environment:
 
     Packages are asked for their versions by their metadata; none is imported.
     """
-    flags = cpu_flags()
-    packages = ("featherweight", "torch", "numpy", *find_runtime(target.runtime).packages)
-    return Environment(
-        cpu=_cpu(),
-        isa=target.resolved().isa,
-        flags=[flag for flag in _TELLING if flag in flags],
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        threads=target.threads,
-        memory_bytes=psutil.virtual_memory().total,
-        platform=platform.platform(),
-        python=platform.python_version(),
-        versions={name: version for name in packages if (version := _version(name)) is not None},
-    )
+    packages = (*_MAKERS, "numpy", *find_runtime(target.runtime).packages)
+    told = {**machine(), "isa": target.resolved().isa, "versions": versions(packages)}
+    return Environment(**told, threads=target.threads)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def describe_device(target: Target) -> Environment:
+    """The machine that a target's device is; the versions of what made the artifact are those here.
+
+    Raises:
+        TargetError: The device is none that jobs can be sent to.
+        DeviceError: It cannot be reached, or lacks what a runner needs.
+    """
+    if address(target).kind == "local":
+        return describe(target)
+    seen = _asked(target.device, address(target).options, target.runtime)
+    packages = ("numpy", *find_runtime(target.runtime).packages)
+    there = {name: seen["versions"][name] for name in packages if name in seen["versions"]}
+    told = {
+        **seen["machine"],
+        "isa": target.isa or seen["machine"]["isa"],
+        "versions": {**versions(_MAKERS), **there},
+    }
+    return Environment(**told, threads=target.threads)
 
 
-def _cpu() -> str:
-    """The processor's name as the kernel gives it, else as the platform does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "Hardware"):
-            return value.strip()
-    return platform.processor() or platform.machine()
+def resolve(target: Target) -> Target:
+    """The same target with its device's instruction set filled in.
+
+    Raises:
+        DeviceError: It cannot be asked.
+    """
+    if target.isa or address(target).kind == "local":
+        return target.resolved()
+    return replace(target, isa=describe_device(target).isa)
+
+
+def installed_on(target: Target, runtimes: Iterable[str]) -> list[str]:
+    """Which of these runtimes a target's device has, in their order.
+
+    Raises:
+        DeviceError: It cannot be asked.
+    """
+    if address(target).kind == "local":
+        return [name for name in runtimes if find_runtime(name).installed()]
+    there = _asked(target.device, address(target).options, target.runtime)["runtimes"]
+    return [name for name in runtimes if name in there]
+
+
+@cache
+def _asked(device: str, options: tuple[tuple[str, str], ...], runtime: str) -> dict[str, Any]:
+    """What a device says of itself, of every runtime and of their packages; asked once."""
+    from featherweight.engine.jobs import Runner, run_job
+    from featherweight.method import Silent  # it imports torch
+
+    known = {name: find_runtime(name) for name in runtime_names()}
+    asked = {
+        "packages": sorted({"numpy", *(name for one in known.values() for name in one.packages)}),
+        "modules": {name: one.module for name, one in known.items()},
+    }
+    runner = Runner("describe", {}, Target(runtime, device=device, options=dict(options)), asked=asked)
+    return run_job(runner, Silent(), "describe")

@@ -1,7 +1,7 @@
 """Jobs for the runner: a folder with what it needs, the process that works on it, and what it says.
 
 The engine never opens an artifact itself, so a crash, a leak or the threads of a runtime cannot
-touch the run.
+touch the run. Where that process is, is the business of ``devices.py``.
 """
 
 from __future__ import annotations
@@ -16,29 +16,27 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from featherweight import errors
-from featherweight.engine import frames
+from featherweight.engine import devices, frames
 from featherweight.engine.store import sweep
 from featherweight.engine.timing import Limits
-from featherweight.errors import DataError, FeatherweightError, MachineError, RunnerError, TargetError
+from featherweight.errors import DataError, DeviceError, FeatherweightError, MachineError, RunnerError
 from featherweight.runtime import Artifact, Target
 
 if TYPE_CHECKING:
     from featherweight.method import Progress
 
-Kind = Literal["latency", "memory", "serve", "profile", "paced", "values", "kernels"]
+Kind = Literal["latency", "memory", "serve", "profile", "paced", "values", "kernels", "describe"]
 
-_RUNNER = Path(__file__).with_name("runner.py")
 _SOURCE = Path(__file__).parents[2]
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _TAIL = 1500
 _GRACE_S = 10.0
 _PREFIX = "featherweight-job-"  # and behind it the process's number: what a killed one left is swept
@@ -61,6 +59,8 @@ class Runner:
         limits: Travel to the runner, but for ``timeout_s``: the silence after which it is killed.
         entry: The entry that is called.
         cores: Those that it shall take; none: it looks for idle ones.
+        options: Role -> options of its session, where they are not the target's.
+        asked: What a job of the kind 'describe' shall tell.
 
     Raises:
         TargetError: The device is none that jobs can be sent to.
@@ -77,14 +77,16 @@ class Runner:
         limits: Limits | None = None,
         entry: str = "forward",
         cores: Sequence[int] = (),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
-        if target.device != "local":
-            raise TargetError(
-                f"device '{target.device}' is not known", fix="the device that works is 'local'"
-            )
+        devices.address(target)
         for i, array in enumerate(inputs):
             if array.dtype.kind == "O":
                 raise DataError(f"input {i} holds Python objects", fix="give numbers or text")
+        self.device = target.device
+        self._target = target
+        self._artifacts = dict(artifacts)
         self._limits = limits or Limits()
         self._inputs = tuple(inputs)
         self._job = {
@@ -100,6 +102,8 @@ class Runner:
             "inputs": len(inputs),
             "entry": entry,
             "cores": list(cores),
+            "options": {role: dict(given) for role, given in (options or {}).items()},
+            "asked": dict(asked or {}),
             "limits": asdict(self._limits),
         }
         self._doing = f"{kind} of {', '.join(str(a.folder) for a in artifacts.values())} on {target.runtime}"
@@ -113,36 +117,26 @@ class Runner:
             for i, array in enumerate(self._inputs):
                 np.save(self.folder / f"input{i}.npy", array, allow_pickle=False)
             (self.folder / "job.json").write_text(json.dumps(self._job))
-        self._kills = _kernel_kills()
-        # No proxies, no user settings: the same environment for everyone.
-        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        environment |= {"HOME": str(self.folder), "TMPDIR": str(self.folder), "LC_ALL": "C.UTF-8"}
-        with (self.folder / "stderr.txt").open("wb") as words:
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-X", "faulthandler", str(_RUNNER), str(self.folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=words,
-                cwd=self.folder,
-                env=environment,
-                start_new_session=True,
-            )
+        work = devices.Work(self._job, self._target, self._artifacts, self.folder, self._limits.timeout_s)
+        self._silent = False
+        try:
+            self.link = devices.connect(work)
+        except BaseException:
+            self._kept.cleanup()
+            raise
+        self.process = self.link.process
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(BrokenPipeError):
-                cast(BinaryIO, pipe).close()
+        self.link.close()
         self._kept.cleanup()
 
     def kill(self) -> None:
         """End the process and whatever it started."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.link.kill()
 
     def send(self, header: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> None:
         """Hand one frame over.
@@ -152,7 +146,7 @@ class Runner:
         """
         with self._watched():
             try:
-                frames.send(cast(BinaryIO, self.process.stdin), header, arrays)
+                frames.send(self.link.requests, header, arrays)
             except BrokenPipeError as error:
                 raise self.failure() from error
 
@@ -164,7 +158,7 @@ class Runner:
         """
         with self._watched():
             try:
-                frame = frames.receive(cast(BinaryIO, self.process.stdout))
+                frame = frames.receive(self.link.answers)
             except (EOFError, ValueError) as error:
                 raise self.failure() from error
         if frame is None and self._silent:
@@ -179,7 +173,7 @@ class Runner:
             FeatherweightError: The error that it told, if it is one of ours.
         """
         try:
-            code = self.process.wait(_GRACE_S)
+            code = self.link.wait(_GRACE_S)
             result = json.loads((self.folder / "result.json").read_text())
         except (subprocess.TimeoutExpired, OSError, ValueError) as error:
             raise self.failure() from error
@@ -205,13 +199,19 @@ class Runner:
     def failure(self) -> FeatherweightError:
         """What went wrong with the process, which is ended."""
         try:
-            code: int | None = self.process.wait(_GRACE_S)
+            code: int | None = self.link.wait(_GRACE_S)
+        except devices.ConnectionLost as error:
+            if not self._silent:
+                return error
+            code = None
         except subprocess.TimeoutExpired:
             code = None
             self.kill()
         told = None if self._silent else self._told()
-        words = (self.folder / "stderr.txt").read_text(errors="replace").strip()[-_TAIL:]
+        words = self._last_words()
         where = self._doing + (f"; its last words:\n{words}" if words else "; it said nothing")
+        if told is not None and (better := self.link.explain(told)) is not None:
+            return better
         if told is not None and told["type"] != "MemoryError":
             known = getattr(errors, told["type"], None)
             if isinstance(known, type) and issubclass(known, FeatherweightError):
@@ -234,11 +234,21 @@ class Runner:
                 where=where,
                 fix="close other programs, or use a smaller batch or model",
             )
+        free = self.link.free_bytes()
+        if free is not None and free < _SPARE:
+            return DeviceError(f"the disk of '{self.device}' is full", fix="free some space there")
         if shutil.disk_usage(self.folder).free < _SPARE:
             return MachineError(
                 "the disk is full", where=tempfile.gettempdir(), fix="free space there, or set TMPDIR"
             )
         return RunnerError(what, where=where, fix="exclude this runtime or the layers that it cannot run")
+
+    def _last_words(self) -> str:
+        """The end of what the runner and its runtime printed."""
+        try:
+            return (self.folder / "stderr.txt").read_text(errors="replace").strip()[-_TAIL:]
+        except OSError:  # they are with a device that is gone
+            return ""
 
     def _told(self) -> dict[str, Any] | None:
         """The error that the runner left in words, if it got that far."""
@@ -252,21 +262,26 @@ class Runner:
     def _lacked_memory(self, code: int, words: str) -> bool:
         """Whether the kernel's counter moved, or the process said so before it gave up."""
         if code == -signal.SIGKILL:
-            return _kernel_kills() != self._kills
+            return self.link.lacked_memory()
         return any(sign in words for sign in _NO_MEMORY)
 
 
 def run_job(runner: Runner, progress: Progress, description: str) -> dict[str, Any]:
-    """Let a runner work to its end under a bar; its result.
+    """Let a runner work to its end under a bar; its result. It starts again when its connection is lost.
 
     Raises:
         RunnerError: It crashed, hung, or left no result.
+        DeviceError: Its device was lost, again and again.
         FeatherweightError: The error that it told, if it is one of ours.
     """
-    with runner:
-        for _ in progress.track(_percents(runner), description, total=100):
-            pass
-        return runner.result()
+
+    def work() -> dict[str, Any]:
+        with runner:
+            for _ in progress.track(_percents(runner), description, total=100):
+                pass
+            return runner.result()
+
+    return devices.retried(work, runner.device)
 
 
 def _percents(runner: Runner) -> Iterator[int]:
@@ -290,8 +305,13 @@ class Served:
 
     def __init__(self, artifact: Artifact, target: Target, limits: Limits | None = None) -> None:
         self._runner = Runner("serve", {"artifact": artifact}, target, limits=limits)
+        self._opened = False
 
     def __enter__(self) -> Served:
+        devices.retried(self._open, self._runner.device)
+        return self
+
+    def _open(self) -> None:
         self._runner.__enter__()
         try:
             if self._runner.receive() is None:
@@ -299,21 +319,40 @@ class Served:
         except BaseException:
             self._runner.__exit__(None, None, None)
             raise
-        return self
+        self._opened = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._runner.__exit__(kind, error, trace)
+        self._close()
+
+    def _close(self) -> None:
+        if self._opened:
+            self._opened = False
+            self._runner.__exit__(None, None, None)
 
     def run(self, *inputs: np.ndarray, entry: str = "forward") -> tuple[np.ndarray, ...]:
-        """Call the session.
+        """Call the session, in a new process where the connection to the last one is lost.
 
         Raises:
             DataError: An input is not made of plain numbers or text.
             CallRefused: The session refused the inputs.
             RunnerError: The process died or hangs.
+            DeviceError: Its device was lost, again and again.
         """
+
+        def call() -> tuple[np.ndarray, ...]:
+            if not self._opened:
+                self._open()
+            try:
+                return self._call(inputs, entry)
+            except devices.ConnectionLost:
+                self._close()
+                raise
+
+        return devices.retried(call, self._runner.device)
+
+    def _call(self, inputs: Sequence[np.ndarray], entry: str) -> tuple[np.ndarray, ...]:
         try:
             self._runner.send({"entry": entry}, [np.asarray(x) for x in inputs])
         except TypeError as error:
@@ -345,12 +384,3 @@ def disk_room(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise MachineError("the disk is full", where=str(folder), fix="free some space there") from error
-
-
-def _kernel_kills() -> int | None:
-    """How many processes the kernel has killed for want of memory since it started."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

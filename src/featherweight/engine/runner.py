@@ -38,7 +38,8 @@ def main(folder: Path) -> int:
         threading.Thread(target=_end_with, args=(requests,), daemon=True).start()
     try:
         look_s = _LOOK_S if job["kind"] in ("latency", "paced") else 0.0
-        cores = pin(job["target"]["threads"], look_s, job.get("cores") or ())
+        describes = job["kind"] == "describe"  # all cores that there are
+        cores = [] if describes else pin(job["target"]["threads"], look_s, job.get("cores") or ())
         from featherweight.engine import frames, phases  # numpy is imported once the cores are taken
 
         result = phases.run(job, folder, requests, answers)

@@ -1,0 +1,204 @@
+"""A second machine on the loopback address: its own sshd, its own user, a Python with numpy and one runtime.
+
+``from board import board, board_sshd`` gives a test module both fixtures; ``board.device`` is the target's device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import files
+from pathlib import Path
+
+import pytest
+
+USER = "fwboard"
+PACKAGES = ("numpy", "onnxruntime")
+_SSHD = "/usr/sbin/sshd"
+
+
+@dataclass(frozen=True)
+class Board:
+    """The machine.
+
+    Attributes:
+        folder: Everything of it.
+        port: Where its sshd listens.
+    """
+
+    folder: Path
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"ssh:{USER}@127.0.0.1:{self.port}"
+
+    @property
+    def python(self) -> Path:
+        """The Python that has numpy and the runtime."""
+        return self.folder / "python" / "bin" / "python3"
+
+    @property
+    def device(self) -> str:
+        """For ``Target.device``."""
+        return f"{self.address}?python={self.python}"
+
+    @property
+    def home(self) -> Path:
+        return self.folder / "home"
+
+    @property
+    def cache(self) -> Path:
+        return self.home / ".cache" / "featherweight-runner"
+
+    @property
+    def ssh(self) -> str:
+        """The command that knows its key and nothing of the user's."""
+        return f"ssh -F {self.folder / 'ssh_config'}"
+
+    def run(self, *command: str) -> str:
+        """What a command prints for the board's user, in an empty environment."""
+        done = subprocess.run(
+            command,
+            user=USER,
+            group=USER,
+            extra_groups=[],
+            env={},
+            cwd=self.home,
+            text=True,
+            capture_output=True,
+        )
+        return (done.stdout + done.stderr).strip()
+
+    def processes(self) -> list[str]:
+        """Command lines of what its user runs."""
+        uid, found = pwd.getpwnam(USER).pw_uid, []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if folder.stat().st_uid == uid:
+                    found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
+
+    def idle(self, seconds: float = 5.0) -> bool:
+        """Whether all processes of its user end soon."""
+        end = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < end:
+            time.sleep(0.02)
+        return not self.processes()
+
+
+@pytest.fixture(scope="session")
+def board_sshd() -> Iterator[Board]:
+    """The machine, switched on for the whole run of the tests."""
+    if os.geteuid() != 0 or not Path(_SSHD).exists():
+        pytest.skip("a second user needs root, and the board an sshd")
+    folder = Path(tempfile.mkdtemp(prefix="featherweight-board-"))
+    folder.chmod(0o755)
+    home = folder / "home"
+    _call("useradd", "--system", "--user-group", "-m", "-d", str(home), "-s", "/bin/sh", "-p", "*", USER)
+    try:
+        _install_python(folder / "python")
+        with _sshd(folder) as port:
+            yield Board(folder, port)
+    finally:
+        _call("userdel", USER)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def board(board_sshd: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
+    """The machine, as ssh finds it in this test; nothing is in its cache."""
+    from featherweight.engine import devices, environment
+
+    monkeypatch.setenv("FEATHERWEIGHT_SSH", board_sshd.ssh)
+    monkeypatch.setattr(devices, "PAUSES_S", (0.05, 0.1))
+    environment._asked.cache_clear()
+    shutil.rmtree(board_sshd.home / ".cache", ignore_errors=True)
+    return board_sshd
+
+
+def _install_python(place: Path) -> None:
+    """This Python's standard library and interpreter, with nothing else than a runner may need."""
+    library = Path(sysconfig.get_path("stdlib"))
+    there = place / "lib" / library.name
+    unwanted = shutil.ignore_patterns("site-packages", "dist-packages", "test", "__pycache__", "ensurepip")
+    shutil.copytree(library, there, ignore=unwanted, copy_function=_link, symlinks=True)
+    (place / "bin").mkdir()
+    interpreter, python = place / "bin" / "python", place / "bin" / "python3"
+    shutil.copy(Path(sys.executable).resolve(), interpreter)
+    # Where this Python's own library lies, the board's user may have no access.
+    python.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={place / "lib"} exec {interpreter} "$@"\n')
+    python.chmod(0o755)
+    for shared in Path(sysconfig.get_config_var("LIBDIR")).glob("libpython3*.so*"):
+        _link(str(shared), str(place / "lib" / shared.name))
+    asked = [str(python), "-I", "-c", "import site; print(site.getsitepackages()[0])"]
+    packages = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
+    for name in PACKAGES:
+        for file in files(name) or ():
+            source, target = Path(str(file.locate())), packages / file
+            if ".." in file.parts or "__pycache__" in file.parts:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(str(source), str(target))
+
+
+def _link(source: str, target: str) -> str:
+    """A second name for a file, where the disk is the same."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+@contextlib.contextmanager
+def _sshd(folder: Path) -> Iterator[int]:
+    """Its port, while it runs; with its own host key, and one key that may log in."""
+    for name in ("host", "login"):
+        _call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(folder / name))
+    (folder / "authorized").write_text((folder / "login.pub").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+    (folder / "sshd_config").write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {folder / 'host'}\nPidFile none\nUsePAM no\n"
+        f"AuthorizedKeysFile {folder / 'authorized'}\nStrictModes no\nAllowUsers {USER}\n"
+        "PasswordAuthentication no\nKbdInteractiveAuthentication no\nMaxStartups 100\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"Host *\n IdentityFile {folder / 'login'}\n IdentitiesOnly yes\n IdentityAgent none\n"
+        f" UserKnownHostsFile {folder / 'known'}\n GlobalKnownHostsFile /dev/null\n StrictHostKeyChecking yes\n"
+    )
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    with (folder / "sshd.log").open("wb") as log:
+        process = subprocess.Popen([_SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
+    try:
+        _wait_for(port, process, folder / "sshd.log")
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + 10
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"sshd did not start: {log.read_text()}")
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
