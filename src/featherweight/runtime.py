@@ -16,11 +16,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from featherweight.errors import MissingRuntime, TargetError
 
 if TYPE_CHECKING:
+    from typing import Self
+
     import numpy as np
 
     from featherweight.formats import TensorFormat
