@@ -1,0 +1,117 @@
+"""An opened ``.tflite``: any batch size, the original's types, threads and options of the target.
+
+Part of ``litert.py``; imports numpy and ``ai_edge_litert`` only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featherweight.errors import TargetError, nearest
+from featherweight.runtime import Artifact, Target
+
+RESOLVERS = ("AUTO", "BUILTIN", "BUILTIN_REF", "BUILTIN_WITHOUT_DEFAULT_DELEGATES")
+_FLAGS = {
+    "preserve_all_tensors": "experimental_preserve_all_tensors",
+    "disable_delegate_clustering": "experimental_disable_delegate_clustering",
+    "latest_features": "experimental_default_delegate_latest_features",
+    "disable_node_fusion": "experimental_disable_delegate_node_fusion",
+}
+
+
+def interpreter(path: Path, target: Target, **more: Any) -> Any:
+    """An interpreter with the target's threads and options.
+
+    Raises:
+        TargetError: An option that it does not have.
+    """
+    import warnings
+
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    arguments: dict[str, Any] = {"num_threads": target.threads}
+    for name, value in target.options.items():
+        if name == "threads" and isinstance(value, int) and value >= 1:
+            arguments["num_threads"] = min(value, target.threads)
+        elif name == "resolver" and value in RESOLVERS:
+            arguments["experimental_op_resolver_type"] = OpResolverType[value]
+        elif name in _FLAGS and isinstance(value, bool):
+            arguments[_FLAGS[name]] = value
+        elif name in ("threads", "resolver", *_FLAGS):
+            known = {"threads": "a number of at least 1", "resolver": f"one of {', '.join(RESOLVERS)}"}
+            raise TargetError(
+                f"litert's option '{name}' cannot be {value!r}",
+                fix=f"give it {known.get(name, 'true or false')}",
+            )
+        else:
+            fix = nearest(name, {"threads", "resolver", *_FLAGS})
+            raise TargetError(f"litert has no option '{name}'", fix=fix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that keeping all tensors takes memory
+        return Interpreter(str(path), **(arguments | more))
+
+
+class LiteRTSession:
+    """Opened files, by entry."""
+
+    def __init__(self, artifact: Artifact, target: Target) -> None:
+        told = artifact.details["entries"]
+        self._entries = {
+            entry: _Entry(interpreter(artifact.folder / file, target), told[entry])
+            for entry, file in artifact.entries.items()
+        }
+
+    def __call__(self, *inputs: np.ndarray, entry: str = "forward") -> tuple[np.ndarray, ...]:
+        return self._entries[entry](inputs)
+
+
+class _Entry:
+    def __init__(self, runner: Any, told: Mapping[str, Any]) -> None:
+        self._runner = runner
+        self._batched = told["batched"]
+        self._batches = told["batches"]
+        self._types = [np.dtype(dtype) for _, dtype in told["outputs"]]
+        self._inputs = runner.get_input_details()
+        self._outputs = [detail["index"] for detail in runner.get_output_details()]
+        self._shapes = [tuple(int(size) for size in detail["shape"]) for detail in self._inputs]
+        runner.allocate_tensors()
+
+    def __call__(self, inputs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        rows = self._rows(inputs)
+        if rows == 1 or not self._batched:
+            return self._run(inputs, 1)
+        if self._batches:
+            return self._run(inputs, rows)
+        answers = [
+            self._run([x[row : row + 1] if i in self._batched else x for i, x in enumerate(inputs)], 1)
+            for row in range(rows)
+        ]
+        return tuple(np.concatenate(parts) for parts in zip(*answers, strict=True))
+
+    def _rows(self, inputs: tuple[np.ndarray, ...]) -> int:
+        if len(inputs) != len(self._inputs):
+            raise ValueError(f"it takes {len(self._inputs)} inputs, not {len(inputs)}")
+        for i, (x, shape) in enumerate(zip(inputs, self._shapes, strict=True)):
+            wanted = (x.shape[0], *shape[1:]) if i in self._batched and x.ndim else shape
+            if x.shape != wanted:
+                raise ValueError(f"input {i} is of shape {x.shape}, the file takes {wanted}")
+        return inputs[self._batched[0]].shape[0] if self._batched else 1
+
+    def _run(self, inputs: Any, rows: int) -> tuple[np.ndarray, ...]:
+        runner, changed = self._runner, False
+        for detail, x in zip(self._inputs, inputs, strict=True):
+            if self._batched and detail["shape"][0] != x.shape[0]:
+                runner.resize_tensor_input(detail["index"], x.shape)
+                changed = True
+        if changed:
+            runner.allocate_tensors()
+            self._inputs = runner.get_input_details()
+        for detail, x in zip(self._inputs, inputs, strict=True):
+            runner.set_tensor(detail["index"], np.ascontiguousarray(x, detail["dtype"]))
+        runner.invoke()
+        found = (runner.get_tensor(index) for index in self._outputs)
+        return tuple(y.astype(kind, copy=False) for y, kind in zip(found, self._types, strict=True))
