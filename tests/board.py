@@ -1,6 +1,6 @@
 """A second machine on the loopback address: its own sshd, its own user, a Python with numpy and one runtime.
 
-``from board import board, board_sshd`` gives a test module both fixtures; ``board.device`` is the target's device.
+``from board import board, board_sshd`` gives a test module both fixtures; ``board.device`` is the device.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Board:
             cwd=self.home,
             text=True,
             capture_output=True,
+            check=False,
         )
         return (done.stdout + done.stderr).strip()
 
@@ -178,7 +179,8 @@ def _sshd(folder: Path) -> Iterator[int]:
     )
     (folder / "ssh_config").write_text(
         f"Host *\n IdentityFile {folder / 'login'}\n IdentitiesOnly yes\n IdentityAgent none\n"
-        f" UserKnownHostsFile {folder / 'known'}\n GlobalKnownHostsFile /dev/null\n StrictHostKeyChecking yes\n"
+        f" UserKnownHostsFile {folder / 'known'}\n GlobalKnownHostsFile /dev/null\n"
+        " StrictHostKeyChecking yes\n"
     )
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     with (folder / "sshd.log").open("wb") as log:

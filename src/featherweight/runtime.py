@@ -321,15 +321,19 @@ class Runtime(ABC):
 
 def host_isa() -> str:
     """The instruction set of this machine, as far as integer kernels care."""
-    machine = platform.machine().lower()
-    flags = cpu_flags()
+    return isa_of(platform.machine(), cpu_flags())
+
+
+def isa_of(machine: str, flags: frozenset[str]) -> str:
+    """The instruction set of a machine, by the name of its architecture and its processor's features."""
+    machine = machine.lower()
     if machine in ("x86_64", "amd64"):
         if "avx512_vnni" in flags or "avx_vnni" in flags:
             return "vnni"
         if "avx512bw" in flags:
             return "avx512"
         return "avx2" if "avx2" in flags else "generic"
-    if machine in ("aarch64", "arm64"):
+    if machine in ("aarch64", "arm64", "arm64-v8a"):
         return "armv8.2-dotprod" if "asimddp" in flags else "armv8"
     return "generic"
 
@@ -340,7 +344,12 @@ def cpu_flags() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
-    for line in text.splitlines():
+    return flags_in(text)
+
+
+def flags_in(cpuinfo: str) -> frozenset[str]:
+    """Feature flags of the first processor in the text of /proc/cpuinfo."""
+    for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
             return frozenset(value.split())
