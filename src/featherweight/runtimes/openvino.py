@@ -1,0 +1,249 @@
+"""OpenVINO on CPU: one IR (``model.xml`` with ``model.bin``) per entry, read from our ONNX with Q/DQ pairs.
+
+What its kernels ask for (measured): **unsigned** 8-bit activations, signed symmetric weights per channel,
+biases left in float, since they are added behind the integers, and no rounding between a convolution and the
+sum, clamp or activation that is fused into it. Matrices of weights alone may have 8 or 4 bits per channel or
+group; the plugin keeps them so in memory (``FullyConnectedCompressed``). On x86 without VNNI the ``u8s8`` kernels
+add pairs in 16 bits and saturate, so weights leave one bit unused.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import TargetError
+from featherweight.runtime import Artifact, Json, Kernel, Role, Runtime, Session, Signature, Stored, Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from featherweight.exchange.export import OnnxExport
+    from featherweight.formats import TensorFormat
+    from featherweight.graph import Graph
+    from featherweight.model import Model
+
+_INTEGER = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear"})
+_STORED = _INTEGER | {"embedding"}
+_ACTIVATIONS_ONLY = frozenset({"add", "mul", "cat", "matmul", "bmm", "adaptive_avg_pool2d", "avg_pool2d"})
+_PASSED_THROUGH = frozenset(
+    {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze"}
+)
+_CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+_SATURATING = frozenset({"avx2", "avx512", "generic"})
+
+
+class OpenVino(Runtime):
+    """Intel's OpenVINO, CPU plugin."""
+
+    extra = "openvino"
+    packages = ("openvino",)
+    module = "openvino"
+    float_outputs = _INTEGER | {"matmul", "bmm", "add", "mul"}
+    joined = frozenset({"add"})
+
+    def supports(
+        self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
+    ) -> bool:
+        from featherweight.formats import FloatCast, PerGroup
+
+        if weight is None and activation is None:
+            return True
+        if isinstance(weight, FloatCast):
+            return activation is None and weight.dtype == "float16" and op in _STORED
+        if activation is not None and activation.bits != 8:
+            return False
+        if weight is None:
+            return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
+        if isinstance(getattr(weight, "granularity", None), PerGroup):
+            return activation is None and op == "linear" and weight.bits in (4, 8)
+        return op in _INTEGER and weight.bits in ((4, 8) if activation is None else (8,))
+
+    def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
+        from featherweight.formats import FloatCast, IntQuant, PerGroup, PerTensor
+
+        if isinstance(fmt, FloatCast) and fmt.dtype == "float16" and role == "weight":
+            return fmt
+        widths = (8,) if role == "activation" else (4, 8)
+        if not isinstance(fmt, IntQuant) or fmt.width not in widths:
+            raise TargetError(
+                f"openvino cannot store {fmt.bits:g} bits of this kind for a {role} here",
+                fix="use int8, or int4 or float16 for weights alone",
+            )
+        if role == "activation":
+            if not isinstance(fmt.granularity, PerTensor):
+                raise TargetError(
+                    "openvino has no kernels for activations per channel",
+                    fix="use granularity: per_tensor for activations",
+                )
+            positive = fmt.symmetric and bool((fmt.low >= 0).all())
+            return replace(fmt, signed=False, symmetric=fmt.symmetric and not positive, headroom=0)
+        if not fmt.symmetric:
+            return replace(fmt, signed=False, headroom=0)
+        grouped = isinstance(fmt.granularity, PerGroup) or fmt.width == 4  # executed in float
+        saturating = target.resolved().isa in _SATURATING and not grouped
+        return replace(fmt, signed=True, headroom=1 if saturating else 0)
+
+    def lower(self, model: Model, target: Target, out: Path) -> Artifact:
+        files: dict[str, str] = {}
+        values: dict[str, dict[str, str]] = {}
+        for entry in model.entries:
+            files[entry] = "model.xml" if entry == "forward" else f"model.{entry}.xml"
+            values[entry] = self._convert(model, entry, target, out / files[entry])
+        written = [name for file in files.values() for name in (file, file.removesuffix("xml") + "bin")]
+        artifact = Artifact(self.name, out, tuple(written), files, {"values": values})
+        self._check_stored(artifact, model)
+        return artifact
+
+    def _convert(self, model: Model, entry: str, target: Target, path: Path) -> dict[str, str]:
+        """Write one entry; returns traced value -> tensor in the file."""
+        from featherweight.exchange.export import to_onnx, write
+        from featherweight.graph import trace
+        from featherweight.runtimes._child import convert
+        from featherweight.runtimes._qdq import Dialect, store_formats
+
+        graph = trace(model, entry)
+        read = (name for node in graph for name in node.parameters.values())
+        present = {*graph.values, *read}  # an entry may leave layers of others alone
+        formats = {name: fmts for name, fmts in model.formats.items() if name in present}
+        export = to_onnx(model, entry, keep={*formats, *_watched(graph)})
+        dialect = Dialect(self.name, integer_biases=False, guard_floats=False, whole_blocks=True)
+        store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role), dialect)
+        weights, constants = _name_weights(export.model.graph), _biases(export.model.graph)
+        tensors = _name_values(export)
+        with tempfile.TemporaryDirectory(prefix="featherweight-openvino-") as folder:
+            write(export.model, Path(folder) / "model.onnx")
+            kept = convert(
+                self.name,
+                "featherweight.runtimes._openvino_convert:convert",
+                {
+                    "source": str(Path(folder) / "model.onnx"),
+                    "target": str(path.resolve()),
+                    "weights": weights,
+                    "constants": constants,
+                    "keep": sorted(set(tensors.values())),
+                },
+            )
+        return {value: tensor for value, tensor in tensors.items() if tensor in kept}
+
+    def _check_stored(self, artifact: Artifact, model: Model) -> None:
+        """A weight that silently stayed float would be the worst of results."""
+        from featherweight.formats import FloatCast, IntQuant
+
+        stored = self.stored(artifact)
+        for name, chain in model.formats.items():
+            if name not in model.parameters:
+                continue
+            fmt = chain[-1]
+            wanted = {f"int{fmt.width}", f"uint{fmt.width}"} if isinstance(fmt, IntQuant) else set()
+            wanted |= {"float16"} if isinstance(fmt, FloatCast) else set()
+            found = stored[name].dtype if name in stored else "nothing of that name"
+            if found not in wanted:
+                raise TargetError(
+                    f"openvino stored {found} for '{name}', not {sorted(wanted)[0]}",
+                    fix="exclude its layer under where",
+                )
+
+    def open(self, artifact: Artifact, target: Target) -> Session:
+        from featherweight.runtimes._openvino_session import Session as Opened
+
+        return Opened(artifact, target)
+
+    def stored(self, artifact: Artifact) -> Mapping[str, Stored]:
+        from featherweight.runtimes._openvino_file import constants
+
+        found: dict[str, Stored] = {}
+        for file in artifact.entries.values():
+            found |= constants(artifact.folder / file)
+        return found
+
+    def tunings(self, target: Target) -> Sequence[Mapping[str, Json]]:
+        from featherweight.runtimes._openvino_file import has_efficiency_cores
+
+        sets: list[Mapping[str, Json]] = [
+            {"INFERENCE_NUM_THREADS": threads} for threads in (target.threads // 2,) if threads
+        ]
+        if target.threads > 1:
+            sets += [{"TBB_PARTITIONER": "STATIC"}, {"ENABLE_CPU_PINNING": False}]
+            sets += [{"SCHEDULING_CORE_TYPE": "PCORE_ONLY"}] if has_efficiency_cores() else []
+        return [*sets, {"CPU_DENORMALS_OPTIMIZATION": True}]
+
+    def values(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Mapping[str, np.ndarray]:
+        from featherweight.runtimes._openvino_session import inner_values
+
+        return inner_values(artifact, target, inputs, artifact.details["values"][entry], entry=entry)
+
+    def kernels(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Sequence[Kernel]:
+        from featherweight.runtimes._openvino_session import executed
+
+        return executed(artifact, target, inputs, entry=entry)
+
+    def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
+        from featherweight.runtimes._openvino_loaders import loaders
+
+        return loaders(artifact, target, signature)
+
+
+PLUGIN = OpenVino
+
+
+def _watched(graph: Graph) -> set[str]:
+    """Values whose tensors are looked up: results of layers, but not those that the next layer absorbs."""
+    found: set[str] = set()
+    for node in graph:
+        for name in node.outputs:
+            readers = graph.consumers[name]
+            absorbed = any(reader.op == "batch_norm" for reader in readers)
+            if "/" not in name and not absorbed and (readers or name in graph.outputs):
+                found.add(name)
+    return found
+
+
+def _name_weights(graph: ir.Graph) -> dict[str, str]:
+    """Tensor that restores a stored weight -> the weight's name."""
+    found: dict[str, str] = {}
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if (
+            node.op_type in ("DequantizeLinear", "Cast")
+            and source is not None
+            and source.const_value is not None
+        ):
+            node.outputs[0].name = f"{source.name}.restored"
+            found[f"{source.name}.restored"] = str(source.name)
+    return found
+
+
+def _biases(graph: ir.Graph) -> dict[str, str]:
+    """Tensor that a convolution or matrix product with a bias makes -> the bias' name."""
+    layers = (node for node in graph if node.op_type in ("Conv", "ConvTranspose", "Gemm"))
+    return {
+        str(node.outputs[0].name): str(bias.name)
+        for node in layers
+        for bias in node.inputs[2:3]
+        if bias is not None and bias.const_value is not None
+    }
+
+
+def _name_values(export: OnnxExport) -> dict[str, str]:
+    """Traced value -> tensor; of a value that is rounded, the one behind the rounding."""
+    found: dict[str, str] = {}
+    for name, value in export.values.items():
+        if value.const_value is not None:
+            continue
+        tensor: Any = value
+        for use in value.uses():
+            if use.node.op_type == "QuantizeLinear":
+                tensor = next(iter(use.node.outputs[0].uses())).node.outputs[0]
+        if tensor.name is None:
+            tensor.name = f"{name}.rounded"
+        found[name] = tensor.name
+    return found
