@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 - defines torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, export
 
@@ -97,9 +97,9 @@ def quantized_program(
         unlifted = program.module(check_guards=False)
         rewrite(unlifted)
         unlifted.graph.lint()
-        unlifted.recompile()
-        program = _export(unlifted, how, batch)
-    return QuantizedProgram(program, writer.tensors, writer.grids)
+        program = _export(_bare(unlifted), how, batch)
+    held = {name: parameter for name, parameter in writer.tensors.items() if name in program.state_dict}
+    return QuantizedProgram(program, held, writer.grids)
 
 
 class _Writer:
@@ -343,6 +343,12 @@ class _Writer:
         reader.args = (real, *reader.args[1:])
 
 
+def _bare(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with no tensors but those that it reads."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    return fx.GraphModule({name: operator.attrgetter(name)(module) for name in read}, module.graph)
+
+
 def _present(graph: Graph, model: Model) -> dict[str, tuple[TensorFormat, ...]]:
     """Formats of what this entry reads or makes; another entry's are passed by."""
     read = {name for node in graph for name in node.parameters.values()}
@@ -359,7 +365,7 @@ def _is_dequantized(node: Any) -> bool:
 
 def _limits(node: fx.Node) -> tuple[float, float] | None:
     """Between what an operator clamps; None: it does something else."""
-    given = (*node.args[1:], *(None,) * 2)
+    given: tuple[Any, ...] = (*node.args[1:], *(None,) * 2)
     if node.target is _ATEN.relu.default:
         return 0.0, float("inf")
     if node.target is _ATEN.relu6.default:

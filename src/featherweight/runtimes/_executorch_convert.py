@@ -1,0 +1,25 @@
+"""The converter's side of ``executorch.py``: a saved program becomes a .pte file. Runs in a child process."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+
+def convert(program: str, out: str) -> None:
+    """Delegate what XNNPACK takes, plan memory, write the file.
+
+    Args:
+        program: A file of ``torch.export.save``; sizes are fixed.
+        out: The .pte file to write.
+    """
+    warnings.simplefilter("ignore")
+    logging.getLogger("executorch").setLevel(logging.ERROR)
+    import torch
+    import torch.ao.quantization.fx._decomposed  # noqa: F401, RUF100 - the program's operators
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    edge = to_edge_transform_and_lower(torch.export.load(program), partitioner=[XnnpackPartitioner()])
+    Path(out).write_bytes(edge.to_executorch().buffer)
