@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel
 
 from featherweight.formats import TensorFormat
+from featherweight.graph import Graph, Node
 from featherweight.model import Model
 from featherweight.recipe import Hole, Where
 from featherweight.runtime import Role, Target
@@ -34,6 +35,15 @@ class Supports(Protocol):
     @property
     def one_grid(self) -> frozenset[str]:
         """Operators whose integer inputs and output must share one scale and zero point."""
+        ...
+
+    @property
+    def joined(self) -> frozenset[str]:
+        """Operators that become part of the integer layer which alone makes one of their inputs."""
+        ...
+
+    def integers_pay(self, node: Node, graph: Graph) -> bool:
+        """Whether a layer with weights is faster in integers than in float."""
         ...
 
     @property

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from featherweight.formats import TensorFormat
+    from featherweight.graph import Graph, Node
     from featherweight.model import Model
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
@@ -190,6 +191,8 @@ class Runtime(ABC):
         module: The import that must be there.
         float_outputs: Operators whose integer kernels can return float values.
         one_grid: Operators whose integer inputs and output must share one scale and zero point.
+        joined: Operators that become part of the integer layer which alone makes one of their inputs: that
+            input is never stored, so it stays unrounded.
         fixed_ranges: Operator -> the only real range that its integer output can have.
         unmeasured: Why nothing here can run its artifacts; '' for a runtime that is measured.
     """
@@ -199,6 +202,7 @@ class Runtime(ABC):
     module: ClassVar[str]
     float_outputs: ClassVar[frozenset[str]] = frozenset()
     one_grid: ClassVar[frozenset[str]] = frozenset()
+    joined: ClassVar[frozenset[str]] = frozenset()
     fixed_ranges: ClassVar[Mapping[str, tuple[float, float]]] = {}
     unmeasured: ClassVar[str] = ""
     _name = ""
@@ -244,6 +248,10 @@ class Runtime(ABC):
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
         """Whether the operator really runs in these formats here, faster or smaller for it."""
+
+    def integers_pay(self, node: Node, graph: Graph, target: Target) -> bool:
+        """Whether a layer with weights is faster in integers than in float here; asked where it can be both."""
+        return True
 
     @abstractmethod
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:

@@ -16,6 +16,7 @@ from featherweight.engine.store import Store, digest, sources_digest
 from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.exchange.key import root_key
 from featherweight.formats import TensorFormat, decode, encode
+from featherweight.graph import Graph, Node
 from featherweight.method import Context, Method, Progress, Silent
 from featherweight.model import Edit, Model, Remove, SetAttr
 from featherweight.plugins import find_runtime
@@ -38,6 +39,13 @@ class TargetSupports:
     @property
     def one_grid(self) -> frozenset[str]:
         return self.runtime.one_grid
+
+    @property
+    def joined(self) -> frozenset[str]:
+        return self.runtime.joined
+
+    def integers_pay(self, node: Node, graph: Graph) -> bool:
+        return self.runtime.integers_pay(node, graph, self.target)
 
     @property
     def fixed_ranges(self) -> Mapping[str, tuple[float, float]]:

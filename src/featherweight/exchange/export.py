@@ -81,11 +81,23 @@ class OnnxExport:
 
     Attributes:
         model: To be edited further and saved.
-        values: Traced value or parameter name -> the value in the graph that holds it.
+        values: Asked name of a traced value or parameter -> the value in the graph that holds it.
+        inside: Traced values that are in the graph under any name, in order; those that operators of
+            ONNX swallowed are missing.
     """
 
     model: ir.Model
     values: Mapping[str, ir.Value]
+    inside: dict[str, ir.Value]
+
+    def names(self) -> dict[str, str]:
+        """Traced value -> its name in the graph as it is now."""
+        present = {id(value) for node in self.model.graph for value in node.outputs}
+        return {
+            name: value.name
+            for name, value in self.inside.items()
+            if value.name is not None and id(value) in present
+        }
 
 
 class _Program(ExportedProgram):
@@ -122,12 +134,14 @@ def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) ->
             fix="exclude its layer under where",
         )
     _fold_transposes(exported, [value for name, value in values.items() if name not in keep])
+    inside = _inside(exported, graph, values)
     _name(exported, model, entry)
     _drop_zero_biases(exported)
     _strip(exported)
     restored = opaque.restore(exported)
     exported.metadata_props.update(model.origin.metadata)
-    return OnnxExport(exported, {name: restored.get(values[name], values[name]) for name in keep})
+    kept = {name: restored.get(values[name], values[name]) for name in keep}
+    return OnnxExport(exported, kept, {name: restored.get(value, value) for name, value in inside.items()})
 
 
 def write(model: ir.Model, path: Path) -> list[str]:
@@ -348,6 +362,18 @@ def _unmark(model: ir.Model) -> dict[str, ir.Value]:
         model.graph.remove(node, safe=True)
     model.opset_imports.pop(_DOMAIN, None)
     return found
+
+
+def _inside(exported: ir.Model, graph: Graph, marked: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """Traced values by the names that torch.onnx gives them: those of the program's nodes."""
+    by_name = {value.name: value for node in exported.graph for value in node.outputs}
+    found = {}
+    for name, value in graph.values.items():
+        here = marked.get(name, by_name.get(value.fx_name))
+        if here is not None and here.producer() is not None:
+            found[name] = here
+    found |= {name: exported.graph.outputs[index] for index, name in enumerate(graph.outputs)}
+    return {name: found[name] for name in graph.values if name in found}
 
 
 def _fold_transposes(exported: ir.Model, constants: list[ir.Value]) -> None:

@@ -131,8 +131,11 @@ class Quantize(Method, frozen=True, extra="forbid"):
             axis = _WEIGHTED.get(node.op)
             parameter = node.parameters.get("weight")
             if axis is not None and parameter is not None and parameter not in held:
-                fits = context.supports(node.op, weight, activation) and _divides(weight, graph, parameter)
+                pays = activation is None or context.supports.integers_pay(node, graph)
+                fits = context.supports(node.op, weight, activation if pays else None)
+                fits = fits and _divides(weight, graph, parameter)
                 weights |= {parameter: axis} if fits else {}
+                fits = fits and pays
             else:
                 plain = activation is not None and node.op in _ARITHMETIC and _floats(graph, node)
                 plain = plain and not _is_masking(graph, node)
@@ -303,13 +306,15 @@ def _integer_values(
     """
     picked = {node.name for node in chosen}
     wanted: dict[str, None] = {}
+    joined = {_joined_input(graph, node, chosen, context) for node in chosen}
     for node in chosen:
         for name in node.inputs:
-            wanted[name] = None
+            if name not in joined:
+                wanted[name] = None
         end = _behind_clamps(graph, node, context, activation)
         readers = graph.consumers[end]
         integers = [reader for reader in readers if _reaches(graph, reader, picked)]
-        if integers or node.op not in context.supports.float_outputs:
+        if end not in joined and (integers or node.op not in context.supports.float_outputs):
             wanted[end] = None
     values: dict[str, str] = {}
     for name in wanted:
@@ -327,6 +332,19 @@ def _integer_values(
         for link in chain if integral or len(chain) > 1 else [name]:
             values[link] = source
     return values
+
+
+def _joined_input(graph: Graph, node: Node, chosen: list[Node], context: Context) -> str | None:
+    """The input of a sum that is added inside the integer layer which makes it, for this sum alone."""
+    if node.op not in context.supports.joined:
+        return None
+    layers = {one.name for one in chosen if one.op in _WEIGHTED}
+    for name in node.inputs:
+        maker = graph.producer.get(name)
+        alone = len(graph.consumers[name]) == 1 and name not in graph.outputs
+        if alone and maker is not None and maker.name in layers:
+            return name
+    return None
 
 
 def _reaches(graph: Graph, reader: Node, picked: set[str]) -> bool:

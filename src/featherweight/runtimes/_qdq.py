@@ -133,6 +133,7 @@ class _Writer:
 
     def __init__(self, export: OnnxExport, dialect: Dialect) -> None:
         self.dialect = dialect
+        self.inside = export.inside
         self.graph = export.model.graph
         self.opsets = export.model.opset_imports
         self._inputs: dict[int, np.ndarray] = {}  # dequantized activation -> its scale
@@ -177,6 +178,7 @@ class _Writer:
                 output.type, output.shape = value.type, value.shape
                 output.name, value.name = value.name, f"{name}.float"
                 self.graph.outputs[index] = output
+        self.inside |= {traced: output for traced, held in self.inside.items() if held is value}
         self._done[id(value)] = name
         self._done[id(output)] = name
         self._inputs[id(output)] = scale.numpy()
