@@ -16,13 +16,21 @@ from xml.etree import ElementTree
 from featherweight.errors import TargetError
 from featherweight.runtimes._openvino_session import silent
 
-_PASSING = frozenset({"Convert", "Subtract", "Multiply", "Reshape"})
+_PASSING = frozenset({"Convert", "Subtract", "Multiply", "Reshape", "Transpose"})
+_WEIGHT_OF = {
+    "Convolution": 1,
+    "GroupConvolution": 1,
+    "ConvolutionBackpropData": 1,
+    "GroupConvolutionBackpropData": 1,
+    "MatMul": 1,
+    "Gather": 0,
+}
 
 
 def convert(
     source: str,
     target: str,
-    weights: Mapping[str, str],
+    weights: Mapping[str, tuple[str, str]],
     constants: Mapping[str, str],
     keep: Collection[str],
 ) -> list[str]:
@@ -31,7 +39,7 @@ def convert(
     Args:
         source: The ONNX file.
         target: The IR's XML file.
-        weights: Tensor that holds a restored weight -> the weight's name.
+        weights: Weight -> the tensor that holds it restored, and one that a layer makes with it.
         constants: Tensor that ends a layer -> the name of the constant that is added there.
         keep: Tensors whose names stay in the file.
 
@@ -43,10 +51,10 @@ def convert(
 
     model = ov.convert_model(source)
     tensors = {name: output for node in model.get_ops() for output in node.outputs() for name in output.names}
-    for tensor, name in weights.items():
-        if tensor not in tensors:
+    for name, (restored, made) in weights.items():
+        found = tensors.get(restored) or _read_by(tensors.get(made))
+        if found is None or not _name_weight(found, name):
             raise TargetError(f"openvino's reader lost '{name}'", fix="exclude its layer under where")
-        _name_weight(tensors[tensor], name)
     for tensor, name in constants.items():
         if tensor in tensors:
             _name_constant(tensors[tensor].get_node(), name)
@@ -64,22 +72,33 @@ def convert(
     return sorted(set(keep) & set(tensors))
 
 
-def _name_weight(restored: Any, name: str) -> None:
-    """Find the constant behind a restored weight; one that was half precision becomes it again."""
+def _read_by(made: Any) -> Any:
+    """The weight that the layer reads which makes a tensor, perhaps behind a sum with its bias."""
+    node = None if made is None else made.get_node()
+    while node is not None and node.get_type_name() == "Add":
+        node = node.input_value(0).get_node()
+    place = None if node is None else _WEIGHT_OF.get(node.get_type_name())
+    return None if node is None or place is None else node.input_value(place)
+
+
+def _name_weight(restored: Any, name: str) -> bool:
+    """Name the constant behind a restored weight; one that was half precision becomes it again."""
     import numpy as np
     import openvino as ov
     from openvino import opset13 as ops
 
     node = restored.get_node()
-    if node.get_type_name() == "Constant":
-        half = ops.constant(node.data.astype(np.float16), name=name)
-        back = ops.convert(half, ov.Type.f32)
-        for user in list(restored.get_target_inputs()):
-            user.replace_source_output(back.output(0))
-        return
     while node.get_type_name() in _PASSING:
         node = node.input_value(0).get_node()
-    node.set_friendly_name(name)
+    if node.get_type_name() != "Constant":
+        return False
+    if node.get_element_type() == ov.Type.f32:
+        half = ops.constant(node.data.astype(np.float16), name=name)
+        back = ops.convert(half, "f32")
+        for user in list(node.output(0).get_target_inputs()):
+            user.replace_source_output(back.output(0))
+    node.set_friendly_name(name if node.get_element_type() != ov.Type.f32 else f"{name}.single")
+    return True
 
 
 def _name_constant(last: Any, name: str) -> None:

@@ -1,8 +1,8 @@
 """Runs IR files on OpenVINO's CPU plugin; imports numpy and OpenVINO alone.
 
-Part of ``openvino.py``. A file takes any batch, but what is compiled for one shape runs faster (by some 15 % on
-small networks), so a session compiles anew, which takes tenths of a second, for each of the first shapes that
-it is given.
+Part of ``openvino.py``. A file takes any batch, but what is compiled for one shape runs faster (by some 15 %
+on small networks), so a session compiles anew, which takes tenths of a second, for each of the first shapes
+that it is given.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _DTYPES = {
     "i32": "int32",
     "i64": "int64",
 }
+_STILL = frozenset({"Const", "Input", "Output"})
 _WEIGHTED = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
 
 
@@ -137,7 +138,7 @@ def inner_values(
 
 @dataclass(frozen=True)
 class _Step:
-    """A node that the plugin executed."""
+    """A node that the plugin executes, with its time in each call."""
 
     op: str
     primitive: str
@@ -145,21 +146,31 @@ class _Step:
 
 
 def executed(artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str) -> list[Kernel]:
-    """What the CPU plugin runs for a call, each with the time that its own counters tell."""
+    """What the CPU plugin runs for a call, each with the time that its own counters tell.
+
+    They count whole microseconds, and call a node that took less one that did not run; which nodes there are
+    tells the runtime model.
+    """
     timed = {**target.options, "PERF_COUNT": True}
     session = Session(artifact, Target(target.runtime, target.isa, target.threads, options=timed))
     arrays = [np.require(array, requirements=["C", "W"]) for array in inputs]
+    session(*arrays, entry=entry)
     request = session.request(entry, arrays)
     steps: dict[str, _Step] = {}
+    for node in request.get_compiled_model().get_runtime_model().get_ordered_ops():
+        told = node.get_rt_info()
+        op, primitive = (told[key].astype(str) for key in ("layerType", "primitiveType"))
+        if op not in _STILL and not primitive.startswith("unknown"):
+            steps[node.get_friendly_name()] = _Step(op, primitive, [])
     for call in range(_WARM_UP + _CALLS):
         session(*arrays, entry=entry)
-        if call < _WARM_UP:
-            continue
-        for info in request.get_profiling_info():
-            if info.status != info.Status.EXECUTED:
+        for info in request.get_profiling_info() if call >= _WARM_UP else ():
+            step = steps.get(info.node_name)
+            if step is None:
                 continue
-            step = steps.setdefault(info.node_name, _Step(info.node_type, info.exec_type, []))
             step.seconds.append(info.real_time.total_seconds())
+            primitive = info.exec_type if step.primitive.startswith("undef") else step.primitive
+            steps[info.node_name] = _Step(info.node_type, primitive, step.seconds)
     integers = any(step.primitive.endswith("_I8") for step in steps.values())
     return [_kernel(name, step, integers) for name, step in steps.items()]
 
@@ -170,8 +181,9 @@ def _kernel(name: str, step: _Step, integers: bool) -> Kernel:
     if step.primitive.startswith("ref"):
         note = "a reference kernel: the plugin has no fast one for it"
     elif integers and dtype == "float32" and _op(step) in _WEIGHTED and "Compressed" not in step.op:
-        note = "float among integers: its weight or its input has no integer format"
-    return Kernel(name, step.op, dtype, not note, float(np.median(step.seconds)), note)
+        note = "float among integers: it has no integer kernel, or its weight or input no format"
+    seconds = float(np.mean(step.seconds)) if step.seconds else None
+    return Kernel(name, step.op, dtype, not note, seconds, note)
 
 
 def _op(step: _Step) -> str:

@@ -3,8 +3,8 @@
 What its kernels ask for (measured): **unsigned** 8-bit activations, signed symmetric weights per channel,
 biases left in float, since they are added behind the integers, and no rounding between a convolution and the
 sum, clamp or activation that is fused into it. Matrices of weights alone may have 8 or 4 bits per channel or
-group; the plugin keeps them so in memory (``FullyConnectedCompressed``). On x86 without VNNI the ``u8s8`` kernels
-add pairs in 16 bits and saturate, so weights leave one bit unused.
+group; the plugin keeps them so in memory (``FullyConnectedCompressed``). On x86 without VNNI the ``u8s8``
+kernels add pairs in 16 bits and saturate, so weights leave one bit unused.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from featherweight.graph import Graph
     from featherweight.model import Model
 
-_INTEGER = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear"})
-_STORED = _INTEGER | {"embedding"}
-_ACTIVATIONS_ONLY = frozenset({"add", "mul", "cat", "matmul", "bmm", "adaptive_avg_pool2d", "avg_pool2d"})
+_INTEGER = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear"})
+_STORED = _INTEGER | {"conv_transpose1d", "embedding"}
+_ACTIVATIONS_ONLY = frozenset({"add", "mul", "cat", "adaptive_avg_pool2d", "avg_pool2d"})  # matmul: float
 _PASSED_THROUGH = frozenset(
     {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze"}
 )
@@ -43,7 +43,7 @@ class OpenVino(Runtime):
     extra = "openvino"
     packages = ("openvino",)
     module = "openvino"
-    float_outputs = _INTEGER | {"matmul", "bmm", "add", "mul"}
+    float_outputs = _INTEGER | (_ACTIVATIONS_ONLY - {"cat"})
     joined = frozenset({"add"})
 
     def supports(
@@ -207,9 +207,9 @@ def _watched(graph: Graph) -> set[str]:
     return found
 
 
-def _name_weights(graph: ir.Graph) -> dict[str, str]:
-    """Tensor that restores a stored weight -> the weight's name."""
-    found: dict[str, str] = {}
+def _name_weights(graph: ir.Graph) -> dict[str, tuple[str, str]]:
+    """Stored weight -> the tensor that restores it, and one that is made with it."""
+    found: dict[str, tuple[str, str]] = {}
     for node in graph:
         source = node.inputs[0] if node.inputs else None
         if (
@@ -217,8 +217,13 @@ def _name_weights(graph: ir.Graph) -> dict[str, str]:
             and source is not None
             and source.const_value is not None
         ):
-            node.outputs[0].name = f"{source.name}.restored"
-            found[f"{source.name}.restored"] = str(source.name)
+            restored = node.outputs[0]
+            restored.name = f"{source.name}.restored"
+            reader = next(iter(restored.uses())).node
+            made = reader.outputs[0]
+            if made.name is None:
+                made.name = f"{source.name}.used"
+            found[str(source.name)] = (restored.name, made.name)
     return found
 
 
