@@ -1,0 +1,339 @@
+"""Stores formats in ncnn's layers: int8 convolutions and linear layers, weights in blocks, half precision.
+
+Symmetric signed integers; a scale in ncnn is what a real value is *multiplied* by (127 / largest)::
+
+    q = clamp(round(x * scale), -127, 127)
+
+A convolution whose readers are all integer convolutions hands over integers (``int8_scale_term`` above 100);
+what several integer layers read is quantized once. Weights alone become integers in ``Gemm``, in blocks
+of 32, 64 or 128 along the inputs (``quantize_term`` = 100 * bits + code of the block size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from featherweight.errors import TargetError
+from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup, PerTensor, TensorFormat
+from featherweight.runtimes._ncnn_file import Layer, array, listed
+from featherweight.runtimes._ncnn_match import Match
+from featherweight.tools.simulate import project
+
+STATIC = frozenset({"conv2d", "linear"})  # operators with kernels for integer activations
+BLOCKS = {32: 0, 64: 1, 128: 2}
+_CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
+_LINEAR = ("InnerProduct", "Gemm")
+_ACTIVATIONS = {1: "ReLU", 2: "ReLU", 3: "Clip", 4: "Sigmoid", 5: "Mish", 6: "HardSwish"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers that are being rewritten, and all that is known of them.
+
+    Attributes:
+        layers: In the order of the file.
+        found: Names of their tensors and blobs.
+        formats: Realised, by parameter or traced value.
+        parameters: The model's own tensors.
+        shapes: Blob -> its shape for one example.
+        outputs: Blobs that the network returns.
+    """
+
+    layers: list[Layer]
+    found: Match
+    formats: Mapping[str, tuple[TensorFormat, ...]]
+    parameters: Mapping[str, torch.Tensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    outputs: Sequence[str]
+
+
+def store(network: Network) -> dict[str, float]:
+    """Rewrite the layers in place; returns blob -> the size of one step, for blobs that hold integers.
+
+    Raises:
+        TargetError: A format is on a tensor that ncnn cannot hold in it.
+    """
+    done: set[str] = set()
+    steps: dict[str, float] = {}  # blob -> step that its integer readers want
+    for layer in list(network.layers):
+        for role, name in network.found.parameters.get(layer.name, {}).items():
+            chain = network.formats.get(name)
+            if chain is None:
+                continue
+            done.add(name)
+            if isinstance(chain[-1], FloatCast):
+                _half(layer, role, name, chain, network)
+            elif role == "weight" and layer.name in network.found.nodes:
+                _integers(layer, name, network, steps)
+            else:
+                raise _refusal(name, layer)
+    lost = [name for name in network.formats if name in network.parameters and name not in done]
+    if lost:
+        raise TargetError(
+            f"ncnn has no layer that holds '{lost[0]}' as integers or half floats",
+            fix="exclude its layer under where",
+        )
+    return {**_hand_over(network, steps), **_quantize_once(network, steps)}
+
+
+def _refusal(name: str, layer: Layer) -> TargetError:
+    return TargetError(
+        f"ncnn's {layer.type} cannot store '{name}' as asked", fix="exclude its layer under where"
+    )
+
+
+def _half(layer: Layer, role: str, name: str, chain: tuple[TensorFormat, ...], network: Network) -> None:
+    from featherweight.runtimes._ncnn_file import slots
+
+    if not any(slot.role == role and slot.tagged for slot in slots(layer)):
+        raise TargetError(
+            f"ncnn stores '{name}' as float32 alone", fix="cast only the weights of layers that multiply"
+        )
+    held = torch.from_numpy(np.array(layer.tensors[role]))
+    layer.tensors[role] = project(held, chain).numpy().astype(np.float16)
+
+
+# ---- integers
+
+
+def _integers(layer: Layer, name: str, network: Network, steps: dict[str, float]) -> None:
+    chain = network.formats[name]
+    fmt = chain[-1]
+    if not isinstance(fmt, IntQuant):
+        raise _refusal(name, layer)
+    weight = project(network.parameters[name].detach(), chain[:-1])
+    node = network.found.nodes[layer.name]
+    read = network.formats.get(node.inputs[0], ())
+    if not read:
+        _weight_only(layer, name, weight, fmt, network)
+        return
+    asked = read[-1]
+    if not isinstance(asked, IntQuant) or isinstance(fmt.granularity, PerGroup) or fmt.width != 8:
+        raise _refusal(name, layer)
+    step = float(asked.grid()[0])
+    _static(layer, fmt, weight, step, network)
+    steps[layer.inputs[0]] = step
+
+
+def _static(layer: Layer, fmt: IntQuant, weight: torch.Tensor, step: float, network: Network) -> None:
+    outputs = len(weight)
+    scale = fmt.grid()[0].expand(outputs).double().numpy() * network.found.factors[layer.name]
+    integers = fmt.quantize(weight).numpy().astype(np.int8).reshape(-1)
+    if layer.type == "Gemm":
+        _to_inner_product(layer, network)
+    if layer.type == "ConvolutionDepthWise":
+        if layer.integer(7) != outputs:
+            _split_groups(layer, integers, 1 / scale, 1 / step, network)
+            return
+        layer.params[8] = "1"
+    else:
+        layer.params[8] = "2"
+    layer.tensors |= {
+        "weight": integers,
+        "weight_scale": (1 / scale).astype(np.float32),
+        "input_scale": np.array([1 / step], np.float32),
+    }
+
+
+def _to_inner_product(layer: Layer, network: Network) -> None:
+    """Static scales are InnerProduct's alone; it takes a matrix row by row, as Gemm does."""
+    shape = network.shapes[layer.inputs[0]]
+    if len(shape) > 2:
+        raise TargetError(
+            f"ncnn has no integer kernel for a linear layer that reads {shape}", fix="exclude it under where"
+        )
+    outputs, width = layer.integer(8), layer.integer(9)
+    layer.type = "InnerProduct"
+    layer.params = {0: str(outputs), 1: str(int("bias" in layer.tensors)), 2: str(outputs * width)}
+
+
+def _split_groups(
+    layer: Layer, integers: np.ndarray, scales: np.ndarray, input_scale: float, network: Network
+) -> None:
+    """ncnn has one weight scale a group: a convolution per group has one a channel."""
+    groups, outputs = layer.integer(7), layer.integer(0)
+    each = outputs // groups
+    own = {key: value for key, value in layer.params.items() if key != 7}
+    own |= {0: str(each), 6: str(layer.integer(6) // groups), 8: "2"}
+    parts = [f"{layer.outputs[0]}.in{g}" for g in range(groups)]
+    made = [f"{layer.outputs[0]}.out{g}" for g in range(groups)]
+    cut = Layer(
+        "Slice", f"{layer.name}.slice", layer.inputs, parts, {listed(0): array([-233] * groups), 1: "0"}
+    )
+    new = [cut]
+    named = network.found.parameters.pop(layer.name)
+    for g in range(groups):
+        rows = slice(g * each, (g + 1) * each)
+        tensors = {
+            "weight": integers.reshape(groups, -1)[g],
+            **({"bias": layer.tensors["bias"][rows]} if "bias" in layer.tensors else {}),
+            "weight_scale": scales[rows].astype(np.float32),
+            "input_scale": np.array([input_scale], np.float32),
+        }
+        new.append(Layer("Convolution", f"{layer.name}.{g}", [parts[g]], [made[g]], own, tensors))
+        network.found.parameters[f"{layer.name}.{g}"] = dict(named)
+    new.append(Layer("Concat", f"{layer.name}.concat", made, layer.outputs, {0: "0"}))
+    place = network.layers.index(layer)
+    network.layers[place : place + 1] = new
+
+
+def _weight_only(layer: Layer, name: str, weight: torch.Tensor, fmt: IntQuant, network: Network) -> None:
+    if layer.type not in _LINEAR or weight.dim() != 2 or fmt.width not in (4, 6, 8):
+        raise TargetError(
+            f"ncnn stores '{name}' as integers only if its input is an integer too",
+            fix="quantize activations as well, or exclude its layer under where",
+        )
+    outputs, width = weight.shape
+    block = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else max(BLOCKS)
+    blocks = -(-width // block)
+    scale = fmt.grid()[0]
+    if not isinstance(fmt.granularity, PerGroup):
+        scale = scale.reshape(-1, 1).expand(outputs, blocks)
+    factor = network.found.factors[layer.name].reshape(-1, 1)
+    integers = fmt.quantize(weight).numpy()
+    _to_block_gemm(layer, outputs, width, 100 * fmt.width + BLOCKS[block], network)
+    layer.tensors |= {
+        "weight": packed(integers, fmt.width),
+        "weight_scale": (1 / (scale.double().numpy() * factor)).astype(np.float32).reshape(-1),
+    }
+
+
+def packed(integers: np.ndarray, width: int) -> np.ndarray:
+    """Rows of integers, each row's lowest bits first, in whole bytes."""
+    bits = (integers[..., None] >> np.arange(width)) & 1
+    rows = bits.reshape(len(integers), -1).astype(np.uint8)
+    whole: np.ndarray = np.packbits(rows, axis=1, bitorder="little")
+    return whole.reshape(-1).view(np.int8)
+
+
+def unpacked(data: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray:
+    """The integers of :func:`packed`."""
+    rows = np.unpackbits(data.view(np.uint8).reshape(shape[0], -1), axis=1, bitorder="little")
+    bits = rows[:, : shape[1] * width].reshape(*shape, width).astype(np.int64)
+    low: np.ndarray = (bits << np.arange(width)).sum(-1)
+    signed: np.ndarray = low - ((low >> (width - 1)) << width)
+    return signed
+
+
+def _to_block_gemm(layer: Layer, outputs: int, width: int, term: int, network: Network) -> None:
+    """Turn a linear layer into the Gemm that has weights in blocks, with the same shapes around it."""
+    place = network.layers.index(layer)
+    shape = network.shapes[layer.inputs[0]]
+    before: list[Layer] = []
+    after: list[Layer] = []
+    if layer.type == "InnerProduct":
+        if len(shape) > 2:
+            flat = f"{layer.inputs[0]}.flat"
+            before = [Layer("Reshape", f"{layer.name}.flat", layer.inputs, [flat], {0: "-1"})]
+            layer.inputs = [flat]
+        after = _behind(layer, outputs, one_row=len(shape) != 2)
+    layer.type = "Gemm"
+    bias = "bias" in layer.tensors
+    numbers = {2: 0, 3: 1, 4: 0, 5: 1, 6: 1, 7: 0, 8: outputs, 9: width, 10: 4 if bias else -1, 18: term}
+    layer.params = {key: str(value) for key, value in numbers.items()}
+    network.layers[place : place + 1] = [*before, layer, *after]
+
+
+def _behind(layer: Layer, outputs: int, *, one_row: bool) -> list[Layer]:
+    """The activation that InnerProduct had inside, and the shape that it gave."""
+    kind = layer.integer(9)
+    given = layer.params.get(listed(10), "0").split(",")[1:]
+    chain: list[tuple[str, dict[int, str]]] = []
+    if one_row:
+        chain.append(("Reshape", {0: str(outputs)}))
+    if kind:
+        chain.append((_ACTIVATIONS[kind], dict(enumerate(given))))
+    made: list[Layer] = []
+    last = layer.outputs[0]
+    blobs = [f"{last}.{index}" for index in range(len(chain))]
+    for index, (type_, params) in enumerate(chain):
+        end = last if index == len(chain) - 1 else blobs[index + 1]
+        made.append(Layer(type_, f"{layer.name}.{index}", [blobs[index]], [end], params))
+    if chain:
+        layer.outputs = [blobs[0]]
+    return made
+
+
+# ---- where integers travel
+
+
+def _hand_over(network: Network, steps: Mapping[str, float]) -> dict[str, float]:
+    """Let a convolution make the integers that all of its readers want."""
+    found: dict[str, float] = {}
+    for layer in network.layers:
+        blob = layer.outputs[0] if layer.outputs else ""
+        readers = [other for other in network.layers if blob in other.inputs]
+        integer = layer.type in _CONVOLUTIONS and layer.integer(8) in (1, 2)
+        if not integer or not readers or blob in network.outputs:
+            continue
+        if all(other.type in _CONVOLUTIONS and other.integer(8) for other in readers) and blob in steps:
+            layer.params[8] = str(layer.integer(8) + 100)
+            layer.tensors["output_scale"] = np.array([1 / steps[blob]], np.float32)
+            found[blob] = steps[blob]
+    return found
+
+
+def _quantize_once(network: Network, steps: Mapping[str, float]) -> dict[str, float]:
+    """Quantize what several integer layers read in a layer of its own."""
+    found: dict[str, float] = {}
+    for blob, step in steps.items():
+        maker = next((layer for layer in network.layers if blob in layer.outputs), None)
+        readers = [
+            other for other in network.layers
+            if blob in other.inputs and other.integer(8) and other.type in (*_CONVOLUTIONS, "InnerProduct")
+        ]  # fmt: skip
+        if maker is None or len(readers) < 2 or "output_scale" in maker.tensors:
+            continue
+        integers = f"{blob}.int8"
+        scale = {"scale": np.array([1 / step], np.float32)}
+        layer = Layer("Quantize", integers, [blob], [integers], {0: "1"}, scale)
+        network.layers.insert(network.layers.index(maker) + 1, layer)
+        for other in readers:
+            other.inputs = [integers]
+        found[integers] = step
+    return found
+
+
+# ---- what can be stored
+
+
+def realise(fmt: TensorFormat, role: str) -> TensorFormat:
+    """The grid that is stored, or the error that says what can be."""
+    if isinstance(fmt, FloatCast):
+        if fmt.dtype == "float16" and role == "weight":
+            return fmt
+        raise TargetError(f"ncnn stores no {role}s as {fmt.dtype}", fix="cast weights to float16")
+    if not isinstance(fmt, IntQuant):
+        raise TargetError(f"ncnn cannot store {type(fmt).__name__}", fix="use int8, or float16 for weights")
+    if role == "activation":
+        if fmt.width != 8 or not isinstance(fmt.granularity, PerTensor):
+            raise TargetError(
+                f"ncnn has no kernels for {fmt.bits:g}-bit activations {_shared(fmt)}",
+                fix="use int8 per tensor for activations",
+            )
+        return replace(fmt, signed=True, symmetric=True, headroom=0, readers=STATIC)
+    if fmt.width not in (4, 6, 8):
+        raise TargetError(
+            f"ncnn stores no {fmt.bits:g}-bit weights", fix="use int8, or int4 for weights alone"
+        )
+    if not fmt.symmetric:
+        raise TargetError(
+            "ncnn has no zero points: asymmetric weights cannot be stored", fix="use symmetric weights"
+        )
+    if isinstance(fmt.granularity, PerChannel) and fmt.granularity.axis != 0:
+        raise TargetError("ncnn's weights have scales on axis 0 alone", fix="exclude transposed convolutions")
+    group = fmt.granularity
+    if isinstance(group, PerGroup) and (group.axis != 1 or group.size not in BLOCKS):
+        raise TargetError(
+            f"ncnn has no weights in groups of {group.size} along axis {group.axis}",
+            fix="use groups of 32, 64 or 128 along axis 1",
+        )
+    return replace(fmt, signed=True, headroom=0)
+
+
+def _shared(fmt: IntQuant) -> str:
+    return {PerTensor: "per tensor", PerChannel: "per channel", PerGroup: "per group"}[type(fmt.granularity)]
