@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from featherweight.errors import TargetError
 from featherweight.runtime import Artifact, Json, Kernel, Role, Runtime, Session, Signature, Stored, Target
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from featherweight.exchange.export import OnnxExport
     from featherweight.formats import TensorFormat
-    from featherweight.graph import Graph
     from featherweight.model import Model
 
 _INTEGER = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear"})
@@ -110,7 +109,7 @@ class OpenVino(Runtime):
         read = (name for node in graph for name in node.parameters.values())
         present = {*graph.values, *read}  # an entry may leave layers of others alone
         formats = {name: fmts for name, fmts in model.formats.items() if name in present}
-        export = to_onnx(model, entry, keep={*formats, *_watched(graph)})
+        export = to_onnx(model, entry, keep=formats)
         dialect = Dialect(self.name, integer_biases=False, guard_floats=False, whole_blocks=True)
         store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role), dialect)
         weights, constants = _name_weights(export.model.graph), _biases(export.model.graph)
@@ -195,18 +194,6 @@ class OpenVino(Runtime):
 PLUGIN = OpenVino
 
 
-def _watched(graph: Graph) -> set[str]:
-    """Values whose tensors are looked up: results of layers, but not those that the next layer absorbs."""
-    found: set[str] = set()
-    for node in graph:
-        for name in node.outputs:
-            readers = graph.consumers[name]
-            absorbed = any(reader.op == "batch_norm" for reader in readers)
-            if "/" not in name and not absorbed and (readers or name in graph.outputs):
-                found.add(name)
-    return found
-
-
 def _name_weights(graph: ir.Graph) -> dict[str, tuple[str, str]]:
     """Stored weight -> the tensor that restores it, and one that is made with it."""
     found: dict[str, tuple[str, str]] = {}
@@ -240,15 +227,7 @@ def _biases(graph: ir.Graph) -> dict[str, str]:
 
 def _name_values(export: OnnxExport) -> dict[str, str]:
     """Traced value -> tensor; of a value that is rounded, the one behind the rounding."""
-    found: dict[str, str] = {}
-    for name, value in export.values.items():
-        if value.const_value is not None:
-            continue
-        tensor: Any = value
-        for use in value.uses():
-            if use.node.op_type == "QuantizeLinear":
-                tensor = next(iter(use.node.outputs[0].uses())).node.outputs[0]
-        if tensor.name is None:
-            tensor.name = f"{name}.rounded"
-        found[name] = tensor.name
-    return found
+    for name, value in export.inside.items():
+        if value.name is None:
+            value.name = f"{name}.rounded"
+    return export.names()
