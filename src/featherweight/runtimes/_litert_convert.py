@@ -40,7 +40,7 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
 
     Returns:
         ``values``: traced value -> tensor; ``channels_last``: which of them are stored so;
-        ``batches``: the file takes any batch size at once.
+        ``batches``: the file takes any batch size at once; ``types`` of its inputs.
     """
     import torch
 
@@ -65,12 +65,17 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
     lost = sorted(set(formats) - set(found) - set(parameters))
     if lost:
         raise TargetError(f"litert's converter lost '{lost[0]}'", fix="exclude its layer under where")
-    store_formats(graph, parameters, grids)
+    store_formats(graph, parameters, grids, dynamic=asked["dynamic"])
     batches = asked["batched"] != [] and _open_batch(graph)
     content = graph.finish()
     Path(out).write_bytes(content)
     batches = batches and _takes_batches(content, examples, asked["batched"])
-    return {"values": names, "channels_last": sorted(channels_last), "batches": batches}
+    return {
+        "values": names,
+        "channels_last": sorted(channels_last),
+        "batches": batches,
+        "types": [graph.dtype(tensor) for tensor in graph.inputs],
+    }
 
 
 # ---- lowering

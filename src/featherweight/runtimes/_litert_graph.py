@@ -144,6 +144,20 @@ class FlatGraph:
         self.graph.tensors[tensor].buffer = len(self.model.buffers) - 1
         return tensor
 
+    def share_in_groups(self, tensor: int, scales: int, size: int) -> None:
+        """Let runs of so many elements in a matrix's rows share a scale; ``scales`` is a float16 constant."""
+        schema = _schema()
+        made, details = schema.QuantizationParametersT(), schema.BlockwiseQuantizationT()
+        details.scales, details.zeroPoints, details.blockSize = scales, ABSENT, size
+        made.detailsType, made.details = schema.QuantizationDetails.BlockwiseQuantization, details
+        self.graph.tensors[tensor].quantization = made
+
+    def scales_of(self, tensor: int) -> int:
+        """The constant that holds the scales of a constant's groups; ``ABSENT``: it has none."""
+        found = self.graph.tensors[tensor].quantization
+        scales = getattr(None if found is None else found.details, "scales", None)
+        return ABSENT if scales is None else int(scales)
+
     def retype(self, tensor: int, dtype: str, grid: Grid | None) -> None:
         """Give a tensor that is no constant another type."""
         found = self.graph.tensors[tensor]
@@ -231,7 +245,11 @@ class FlatGraph:
         for operator in self.operators:
             used |= dict.fromkeys(int(i) for i in (*operator.inputs, *operator.outputs) if i >= 0)
         used |= dict.fromkeys(self.outputs)
+        grouped = {tensor: scales for tensor in used if (scales := self.scales_of(tensor)) != ABSENT}
+        used |= dict.fromkeys(grouped.values())
         numbers = {old: new for new, old in enumerate(used)} | {ABSENT: ABSENT}
+        for tensor, scales in grouped.items():
+            graph.tensors[tensor].quantization.details.scales = numbers[scales]
         graph.tensors = [graph.tensors[old] for old in used]
         graph.inputs = [numbers[index] for index in self.inputs]
         graph.outputs = [numbers[index] for index in self.outputs]

@@ -5,7 +5,8 @@ Part of ``litert.py``; imports numpy and ``ai_edge_litert`` only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,25 @@ from featherweight.errors import TargetError, nearest
 from featherweight.runtime import Artifact, Target
 
 RESOLVERS = ("AUTO", "BUILTIN", "BUILTIN_REF", "BUILTIN_WITHOUT_DEFAULT_DELEGATES")
+DYNAMIC = (
+    "dynamic"  # of lowering: weights alone in integers run on kernels that round activations as they come
+)
 _FLAGS = {
     "preserve_all_tensors": "experimental_preserve_all_tensors",
     "disable_delegate_clustering": "experimental_disable_delegate_clustering",
     "latest_features": "experimental_default_delegate_latest_features",
     "disable_node_fusion": "experimental_disable_delegate_node_fusion",
 }
+_KNOWN = {"threads", "resolver", DYNAMIC, *_FLAGS}
 
 
-def interpreter(path: Path, target: Target, **more: Any) -> Any:
-    """An interpreter with the target's threads and options.
+def settings(target: Target) -> dict[str, Any]:
+    """The interpreter's arguments for the target's threads and options.
 
     Raises:
-        TargetError: An option that it does not have.
+        TargetError: An option that there is not, or a value that it cannot have.
     """
-    import warnings
-
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    from ai_edge_litert.interpreter import OpResolverType
 
     arguments: dict[str, Any] = {"num_threads": target.threads}
     for name, value in target.options.items():
@@ -41,18 +44,26 @@ def interpreter(path: Path, target: Target, **more: Any) -> Any:
             arguments["experimental_op_resolver_type"] = OpResolverType[value]
         elif name in _FLAGS and isinstance(value, bool):
             arguments[_FLAGS[name]] = value
-        elif name in ("threads", "resolver", *_FLAGS):
-            known = {"threads": "a number of at least 1", "resolver": f"one of {', '.join(RESOLVERS)}"}
+        elif name == DYNAMIC and isinstance(value, bool):
+            continue
+        elif name in _KNOWN:
+            words = {"threads": "a number of at least 1", "resolver": f"one of {', '.join(RESOLVERS)}"}
             raise TargetError(
                 f"litert's option '{name}' cannot be {value!r}",
-                fix=f"give it {known.get(name, 'true or false')}",
+                fix=f"give it {words.get(name, 'true or false')}",
             )
         else:
-            fix = nearest(name, {"threads", "resolver", *_FLAGS})
-            raise TargetError(f"litert has no option '{name}'", fix=fix)
+            raise TargetError(f"litert has no option '{name}'", fix=nearest(name, _KNOWN))
+    return arguments
+
+
+def interpreter(path: Path, target: Target, **more: Any) -> Any:
+    """An interpreter with the target's threads and options."""
+    from ai_edge_litert.interpreter import Interpreter
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that keeping all tensors takes memory
-        return Interpreter(str(path), **(arguments | more))
+        return Interpreter(str(path), **(settings(target) | more))
 
 
 class LiteRTSession:
@@ -61,7 +72,7 @@ class LiteRTSession:
     def __init__(self, artifact: Artifact, target: Target) -> None:
         told = artifact.details["entries"]
         self._entries = {
-            entry: _Entry(interpreter(artifact.folder / file, target), told[entry])
+            entry: Entry(interpreter(artifact.folder / file, target), told[entry])
             for entry, file in artifact.entries.items()
         }
 
@@ -69,10 +80,12 @@ class LiteRTSession:
         return self._entries[entry](inputs)
 
 
-class _Entry:
+class Entry:
+    """One opened file, and what was told of it when it was made."""
+
     def __init__(self, runner: Any, told: Mapping[str, Any]) -> None:
         self._runner = runner
-        self._batched = told["batched"]
+        self.batched = told["batched"]
         self._batches = told["batches"]
         self._types = [np.dtype(dtype) for _, dtype in told["outputs"]]
         self._inputs = runner.get_input_details()
@@ -80,14 +93,15 @@ class _Entry:
         self._shapes = [tuple(int(size) for size in detail["shape"]) for detail in self._inputs]
         runner.allocate_tensors()
 
-    def __call__(self, inputs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    def __call__(
+        self, inputs: tuple[np.ndarray, ...], watch: Callable[[Any], None] | None = None
+    ) -> tuple[np.ndarray, ...]:
+        """Flat outputs; ``watch`` is called with the interpreter after each of its runs."""
         rows = self._rows(inputs)
-        if rows == 1 or not self._batched:
-            return self._run(inputs, 1)
-        if self._batches:
-            return self._run(inputs, rows)
+        if rows == 1 or not self.batched or self._batches:
+            return self._run(inputs, watch)
         answers = [
-            self._run([x[row : row + 1] if i in self._batched else x for i, x in enumerate(inputs)], 1)
+            self._run([x[row : row + 1] if i in self.batched else x for i, x in enumerate(inputs)], watch)
             for row in range(rows)
         ]
         return tuple(np.concatenate(parts) for parts in zip(*answers, strict=True))
@@ -96,15 +110,17 @@ class _Entry:
         if len(inputs) != len(self._inputs):
             raise ValueError(f"it takes {len(self._inputs)} inputs, not {len(inputs)}")
         for i, (x, shape) in enumerate(zip(inputs, self._shapes, strict=True)):
-            wanted = (x.shape[0], *shape[1:]) if i in self._batched and x.ndim else shape
+            wanted = (x.shape[0], *shape[1:]) if i in self.batched and x.ndim else shape
             if x.shape != wanted:
                 raise ValueError(f"input {i} is of shape {x.shape}, the file takes {wanted}")
-        return inputs[self._batched[0]].shape[0] if self._batched else 1
+        return inputs[self.batched[0]].shape[0] if self.batched else 1
 
-    def _run(self, inputs: Any, rows: int) -> tuple[np.ndarray, ...]:
+    def _run(
+        self, inputs: Sequence[np.ndarray], watch: Callable[[Any], None] | None
+    ) -> tuple[np.ndarray, ...]:
         runner, changed = self._runner, False
         for detail, x in zip(self._inputs, inputs, strict=True):
-            if self._batched and detail["shape"][0] != x.shape[0]:
+            if self.batched and detail["shape"][0] != x.shape[0]:
                 runner.resize_tensor_input(detail["index"], x.shape)
                 changed = True
         if changed:
@@ -113,5 +129,7 @@ class _Entry:
         for detail, x in zip(self._inputs, inputs, strict=True):
             runner.set_tensor(detail["index"], np.ascontiguousarray(x, detail["dtype"]))
         runner.invoke()
+        if watch is not None:
+            watch(runner)
         found = (runner.get_tensor(index) for index in self._outputs)
         return tuple(y.astype(kind, copy=False) for y, kind in zip(found, self._types, strict=True))

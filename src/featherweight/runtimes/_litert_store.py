@@ -43,7 +43,11 @@ class Parameter:
 
 
 def store_formats(
-    graph: FlatGraph, parameters: Mapping[str, Parameter], formats: Mapping[int, TensorFormat]
+    graph: FlatGraph,
+    parameters: Mapping[str, Parameter],
+    formats: Mapping[int, TensorFormat],
+    *,
+    dynamic: bool = False,
 ) -> None:
     """Turn formats into stored types, in place.
 
@@ -51,12 +55,15 @@ def store_formats(
         graph: A float graph.
         parameters: By name; one with a format must be found among the graph's constants.
         formats: Of activations, by tensor.
+        dynamic: See :class:`Weights`.
 
     Raises:
         TargetError: A parameter with a format is no constant of the graph any more.
     """
     grids = {tensor: _grid(fmt) for tensor, fmt in formats.items()}
-    weights = Weights(graph, {name: (one.values, one.format) for name, one in parameters.items()})
+    weights = Weights(
+        graph, {name: (one.values, one.format) for name, one in parameters.items()}, dynamic=dynamic
+    )
     writer = _Writer(graph, weights, grids)
     writer.spread()
     integer = [operator for operator in graph.operators if writer.is_integer(operator)]

@@ -33,13 +33,19 @@ class Weights:
     Args:
         graph: A float graph.
         parameters: Values and format by name.
+        dynamic: Matrices of 8-bit integers alone go to kernels that round activations as they come.
     """
 
     def __init__(
-        self, graph: FlatGraph, parameters: Mapping[str, tuple[np.ndarray, TensorFormat | None]]
+        self,
+        graph: FlatGraph,
+        parameters: Mapping[str, tuple[np.ndarray, TensorFormat | None]],
+        *,
+        dynamic: bool = False,
     ) -> None:
         self.graph = graph
         self.parameters = parameters
+        self.dynamic = dynamic
         self.names: dict[int, str] = {}  # constant -> parameter
         self._exact: set[int] = set()
         self._stored: dict[int, str] = {}  # constant that was written -> parameter
@@ -99,15 +105,28 @@ class Weights:
     # ---- storing
 
     def store_floats(self, operators: list[Any]) -> None:
-        """Constants of float operators whose parameter has a format: stored short, restored when loaded."""
+        """Constants of float operators whose parameter has a format.
+
+        They are stored short and restored when the file is loaded; but 4 bits, and with ``dynamic`` also 8,
+        are read as they are by matrix kernels, which round each row of activations as it comes.
+        """
         from featherweight.formats import FloatCast, IntQuant
 
         done: dict[int, int] = {}
+        whole: dict[int, int] = {}
         for operator in operators:
             for tensor in dict.fromkeys(int(index) for index in operator.inputs):
                 name = self.names.get(tensor)
                 fmt = self.parameters[name][1] if name is not None else None
                 if name is None or fmt is None or (isinstance(fmt, IntQuant) and tensor not in self._exact):
+                    continue
+                matrix = self.graph.kind(operator) == "FULLY_CONNECTED" and isinstance(fmt, IntQuant)
+                if matrix and (self.dynamic or fmt.width < 8):  # type: ignore[attr-defined]
+                    if tensor not in whole:
+                        whole[tensor] = self._whole(name, self.graph.constant(tensor), fmt)
+                    self.graph.read_instead(tensor, whole[tensor], [operator])
+                    continue
+                if isinstance(fmt, IntQuant) and fmt.width < 8:
                     continue
                 if tensor not in done:
                     values = self.graph.constant(tensor)
@@ -123,6 +142,30 @@ class Weights:
                     done[tensor] = restored
                     self._missing.discard(name)
                 self.graph.read_instead(tensor, done[tensor], [operator])
+
+    def _whole(self, name: str, values: np.ndarray, fmt: Any) -> int:
+        """A matrix as integers, 4-bit ones packed in pairs."""
+        from featherweight.formats import PerGroup
+
+        grouped = isinstance(fmt.granularity, PerGroup) and fmt.granularity.size < values.shape[1]
+        if grouped and values.shape[1] % fmt.granularity.size:
+            raise TargetError(
+                f"litert cannot store '{name}' in groups of {fmt.granularity.size}: its rows have"
+                f" {values.shape[1]} elements",
+                fix=f"exclude '{name.removesuffix('.weight')}' under where, or granularity: per_channel",
+            )
+        integers, grid = _grouped(values, fmt) if grouped else _integers(values, fmt, 0)
+        dtype = "int8" if fmt.width == 8 else "int4"
+        packed = integers if fmt.width == 8 else _packed(integers)
+        stored = self.graph.add_constant(
+            name, packed, None if grouped else grid, dtype=dtype, shape=values.shape
+        )
+        if grouped:
+            scales = self.graph.add_constant(f"{name}.scales", _half(grid.scale))
+            self.graph.share_in_groups(stored, scales, fmt.granularity.size)
+        self._stored[stored] = name
+        self._missing.discard(name)
+        return stored
 
     def store_integers(self, operators: list[Any], grids: Mapping[int, Grid]) -> None:
         """Weights and biases of integer operators.
@@ -163,8 +206,10 @@ class Weights:
         kind = self.graph.kind(operator)
         source = float(grids[int(operator.inputs[_DATA.get(kind, 0)])].scale[0])
         made = float(grids[int(operator.outputs[0])].scale[0])
-        least: np.ndarray = np.abs(self._bias_values(operator)) / (source * _BIAS_LIMIT)
-        return np.maximum(least, _SMALLEST * made / source)
+        needed: np.ndarray = np.maximum(
+            np.abs(self._bias_values(operator)) / (source * _BIAS_LIMIT), _SMALLEST * made / source
+        )
+        return needed
 
     def _bias(self, operator: Any, name: str, grids: Mapping[int, Grid], weight: Grid) -> int:
         kind = self.graph.kind(operator)
@@ -252,6 +297,21 @@ def _integers(values: np.ndarray, fmt: Any, axis: int) -> tuple[np.ndarray, Grid
     steps = np.rint(values / scale.reshape(shape))
     integers = np.clip(steps, fmt.quant_min, fmt.quant_max).astype(np.int8)
     return integers, Grid(np.array(scale), np.zeros(channels, np.int64), axis)
+
+
+def _grouped(values: np.ndarray, fmt: Any) -> tuple[np.ndarray, Grid]:
+    """The stored integers of a matrix whose rows share scales in groups, and the scales."""
+    scale = fmt.grid()[0].numpy().astype(np.float32)
+    steps = np.rint(values / np.repeat(scale, fmt.granularity.size, 1))
+    integers = np.clip(steps, fmt.quant_min, fmt.quant_max).astype(np.int8)
+    return integers, Grid(scale, np.zeros(scale.shape, np.int64))
+
+
+def _packed(integers: np.ndarray) -> np.ndarray:
+    """Pairs of 4-bit integers in bytes, the first one low."""
+    nibbles = integers.reshape(-1).view(np.uint8) & 15
+    nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
+    return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def _widen(integers: np.ndarray, grid: Grid, smallest: np.ndarray) -> tuple[np.ndarray, Grid]:

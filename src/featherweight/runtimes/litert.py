@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from featherweight.errors import TargetError
-from featherweight.runtime import Artifact, Json, Role, Runtime, Session, Stored, Target
+from featherweight.runtime import Artifact, Json, Kernel, Role, Runtime, Session, Signature, Stored, Target
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from featherweight.formats import TensorFormat
     from featherweight.graph import Graph
     from featherweight.model import Model
@@ -66,8 +68,10 @@ class LiteRT(Runtime):
                 self.realise(fmt, target, role)  # type: ignore[arg-type]
             except TargetError:
                 return False
+        if isinstance(weight, IntQuant) and weight.width < 8:
+            return op == "linear" and activation is None
         if weight is not None:
-            return op in _WEIGHTED and isinstance(weight, IntQuant)
+            return op in _WEIGHTED
         return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
@@ -75,10 +79,17 @@ class LiteRT(Runtime):
 
         if isinstance(fmt, FloatCast) and role == "weight" and fmt.dtype == "float16":
             return fmt
-        if not isinstance(fmt, IntQuant) or fmt.width != 8 or isinstance(fmt.granularity, PerGroup):
+        grouped = isinstance(fmt, IntQuant) and isinstance(fmt.granularity, PerGroup)
+        widths = {"activation": (8,), "weight": (4,) if grouped else (4, 8)}
+        if not isinstance(fmt, IntQuant) or fmt.width not in widths[role]:
             raise TargetError(
                 f"litert cannot store {_words(fmt)} here",
-                fix="use int8 for weights and activations, or float16 for weights",
+                fix="use int8 for weights and activations, or int4 or float16 for weights alone",
+            )
+        if isinstance(fmt.granularity, PerGroup) and (fmt.granularity.axis != 1 or fmt.granularity.size % 32):
+            raise TargetError(
+                f"litert has no kernels for {_words(fmt)} of {fmt.granularity.size}",
+                fix="use groups of 32, 64 or 128 elements along the rows",
             )
         if role == "activation":
             if isinstance(fmt.granularity, PerChannel):
@@ -89,9 +100,7 @@ class LiteRT(Runtime):
             positive = fmt.symmetric and bool((fmt.low >= 0).all())
             return replace(fmt, signed=True, symmetric=fmt.symmetric and not positive, headroom=0)
         if not fmt.symmetric:
-            raise TargetError(
-                "litert has no kernels for asymmetric weights of 8 bits", fix="use symmetric weights"
-            )
+            raise TargetError("litert has no kernels for asymmetric weights", fix="use symmetric weights")
         return replace(fmt, signed=True, headroom=0)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
@@ -130,7 +139,7 @@ class LiteRT(Runtime):
         return {
             **told,
             "batched": batched,
-            "inputs": list(model.entries[entry].input_names),
+            "shapes": {name: list(graph.values[name].shape) for name in told["values"]},
             "outputs": [
                 [name, str(value.dtype).removeprefix("torch.")]
                 for name, value in zip(model.entries[entry].output_names, outputs, strict=True)
@@ -164,6 +173,7 @@ class LiteRT(Runtime):
             "outputs": list(model.entries[entry].output_names),
             "parameters": parameters,
             "formats": {name: encode(fmt) for name, fmt in formats.items()},
+            "dynamic": bool(target.options.get("dynamic", False)),
             "marks": {graph.values[name].fx_name: name for name in sorted(marks)},
             "values": {value.fx_name: name for name, value in graph.values.items()},
         }
@@ -187,6 +197,25 @@ class LiteRT(Runtime):
 
     def tunings(self, target: Target) -> Sequence[Mapping[str, Json]]:
         return [{"threads": count} for count in range(1, target.threads)]
+
+    def values(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Mapping[str, np.ndarray]:
+        from featherweight.runtimes._litert_look import values
+
+        return values(artifact, target, inputs, entry)
+
+    def kernels(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Sequence[Kernel]:
+        from featherweight.runtimes._litert_look import kernels
+
+        return kernels(artifact, target, inputs, entry)
+
+    def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
+        from featherweight.runtimes._litert_loaders import loaders
+
+        return loaders(artifact, target, signature)
 
 
 PLUGIN = LiteRT
