@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
@@ -108,7 +108,7 @@ def board_sshd() -> Iterator[Board]:
     home = folder / "home"
     _call("useradd", "--system", "--user-group", "-m", "-d", str(home), "-s", "/bin/sh", "-p", "*", USER)
     try:
-        _install_python(folder / "python")
+        install_python(folder / "python", PACKAGES)
         with _sshd(folder) as port:
             yield Board(folder, port)
     finally:
@@ -128,8 +128,8 @@ def board(board_sshd: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
     return board_sshd
 
 
-def _install_python(place: Path) -> None:
-    """This Python's standard library and interpreter, with nothing else than a runner may need."""
+def install_python(place: Path, packages: Sequence[str] = ()) -> Path:
+    """This Python's standard library and interpreter, with these packages and nothing else."""
     library = Path(sysconfig.get_path("stdlib"))
     there = place / "lib" / library.name
     unwanted = shutil.ignore_patterns("site-packages", "dist-packages", "test", "__pycache__", "ensurepip")
@@ -143,14 +143,16 @@ def _install_python(place: Path) -> None:
     for shared in Path(sysconfig.get_config_var("LIBDIR")).glob("libpython3*.so*"):
         _link(str(shared), str(place / "lib" / shared.name))
     asked = [str(python), "-I", "-c", "import site; print(site.getsitepackages()[0])"]
-    packages = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
-    for name in PACKAGES:
+    site = Path(subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip())
+    site.mkdir(parents=True, exist_ok=True)
+    for name in packages:
         for file in files(name) or ():
-            source, target = Path(str(file.locate())), packages / file
+            source, target = Path(str(file.locate())), site / file
             if ".." in file.parts or "__pycache__" in file.parts:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             _link(str(source), str(target))
+    return site
 
 
 def _link(source: str, target: str) -> str:
@@ -171,7 +173,7 @@ def _sshd(folder: Path) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
+    (folder / "known").write_text(f"board {(folder / 'host.pub').read_text()}")
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {folder / 'host'}\nPidFile none\nUsePAM no\n"
         f"AuthorizedKeysFile {folder / 'authorized'}\nStrictModes no\nAllowUsers {USER}\n"
@@ -180,7 +182,7 @@ def _sshd(folder: Path) -> Iterator[int]:
     (folder / "ssh_config").write_text(
         f"Host *\n IdentityFile {folder / 'login'}\n IdentitiesOnly yes\n IdentityAgent none\n"
         f" UserKnownHostsFile {folder / 'known'}\n GlobalKnownHostsFile /dev/null\n"
-        " StrictHostKeyChecking yes\n"
+        " StrictHostKeyChecking yes\n HostKeyAlias board\n"
     )
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     with (folder / "sshd.log").open("wb") as log:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from board import board as board  # fixtures: a second machine on the loopback address
+from board import board_sshd as board_sshd
 from featherweight.runtime import Artifact, Target
 
 Make = Callable[..., Artifact]

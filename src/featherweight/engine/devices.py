@@ -91,6 +91,8 @@ def address(target: Target) -> Address:
 
 def for_runtime(target: Target) -> Target:
     """The target as the runtime sees it where it runs: local, without the device's options."""
+    if target.device == "local":
+        return target
     options = {key: value for key, value in target.options.items() if key not in OWN_OPTIONS}
     return replace(target, device="local", options=options)
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
-_ROOTS = ("featherweight", "featherweight.engine.runner", "featherweight.engine.phases")
+_ROOTS = ("featherweight.engine.runner", "featherweight.engine.phases")
 _HEAVY = frozenset({"torch", "onnx", "onnx_ir", "onnxscript", "pydantic", "psutil"})
 
 
@@ -39,7 +39,7 @@ def bundle(runtime: str) -> tuple[str, bytes]:
 def modules(runtime: str) -> list[str]:
     """Names of the modules, sorted."""
     found: dict[str, None] = {}
-    waiting = [*_ROOTS, f"featherweight.runtimes.{runtime}"]
+    waiting = ["featherweight", *_ROOTS, "featherweight.runtimes", f"featherweight.runtimes.{runtime}"]
     while waiting:
         name = waiting.pop()
         if name in found or _file(name) is None:

@@ -110,7 +110,22 @@ class SshLink:
     # ---- Link
 
     def wait(self, seconds: float) -> int:
-        self.process.wait(seconds)
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self.kill()
+
+        alarm = threading.Timer(max(seconds, self._work.timeout_s), give_up)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            while self.answers.read(_PART):  # behind the last frame: how it ended, and what it left
+                pass
+        finally:
+            alarm.cancel()
+        if late.is_set():
+            raise subprocess.TimeoutExpired(self.process.args, seconds)
         if self.over is None:
             raise self._lost()
         return int(self.over["code"])
