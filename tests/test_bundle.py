@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 
-from featherweight.bundle import loader, model_card
+from featherweight.bundle import loaders, model_card
 from featherweight.model import Entry
 from featherweight.outcome import ClassChange
+from featherweight.plugins import find_runtime
 from featherweight.runtime import Artifact, Target
-from sample_results import bare_result, chosen, full_result, hostile_result, missed_result
+from sample_results import bare_result, full_result, hostile_result, missed_result
 
 ENTRY = Entry(
     example_inputs=(torch.zeros(2, 3, 4), torch.zeros(2, 5, dtype=torch.int64)),
@@ -59,8 +60,12 @@ def run(folder: Path, text: str) -> str:
     return done.stdout.strip()
 
 
+ORT = find_runtime("onnxruntime")
+
+
 def test_load_py_runs_the_artifact(tmp_path: Path) -> None:
-    text = loader(full_result(), artifact(tmp_path), Target(threads=1), ENTRY)
+    origin = full_result().examples["origin"]
+    text = loaders(ORT, artifact(tmp_path), Target(threads=1), ENTRY, origin)["load.py"]
     assert run(tmp_path, text) == "(1, 3, 4) (1, 5)"
     lines = [line for line in text.splitlines() if line]
     assert len(lines) <= 12
@@ -71,25 +76,20 @@ def test_load_py_runs_the_artifact(tmp_path: Path) -> None:
 
 
 def test_load_py_repeats_the_options_of_the_measurement(tmp_path: Path) -> None:
-    target = Target(threads=2, options={"enable_cpu_mem_arena": False})
-    text = loader(bare_result(), artifact(tmp_path), target, ENTRY)
+    options = {"enable_cpu_mem_arena": False, "graph_optimization_level": "ORT_ENABLE_EXTENDED"}
+    text = loaders(ORT, artifact(tmp_path), Target(threads=2, options=options), ENTRY)["load.py"]
     assert "intra_op_num_threads, options.inter_op_num_threads = 2, 1" in text
-    assert "setattr(options, 'enable_cpu_mem_arena', False)" in text
+    assert "options.enable_cpu_mem_arena = False" in text
+    assert "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED" in text
     run(tmp_path, text)
-
-
-def test_load_py_of_another_runtime_opens_it_through_featherweight(tmp_path: Path) -> None:
-    made = artifact(tmp_path, "other")
-    text = loader(full_result(chosen=chosen(runtime="other")), made, Target(runtime="other"), ENTRY)
-    text = text.replace("'other'", "'onnxruntime'")  # a runtime that is there
-    assert run(tmp_path, text) == "(1, 3, 4) (1, 5)"
 
 
 def test_hostile_text_stays_a_comment(tmp_path: Path) -> None:
     origin = {"image_size": [4, 4], "layout": "N\nimport os; os.abort()"}
-    text = loader(full_result(examples={"origin": origin}), artifact(tmp_path), Target(), ENTRY)
-    assert not any(line.startswith("import os") for line in text.splitlines())
-    run(tmp_path, text)
+    texts = loaders(ORT, artifact(tmp_path), Target(), ENTRY, origin)
+    for text in texts.values():
+        assert not any(line.startswith("import os") for line in text.splitlines())
+    run(tmp_path, texts["load.py"])
 
 
 def test_the_card_has_front_matter_and_every_part() -> None:

@@ -18,27 +18,39 @@ from featherweight import bundle
 from featherweight import report as reports
 from featherweight.data import Data
 from featherweight.engine.catalog import doctor, methods, runtimes
+from featherweight.engine.compare import compare_artifacts
+from featherweight.engine.delivered import ABOUT, delivered, described
 from featherweight.engine.environment import describe
-from featherweight.engine.evaluate import Scales
-from featherweight.engine.files import as_artifact, load_examples, weigh_files
+from featherweight.engine.files import load_examples, weigh_files
 from featherweight.engine.fit import Fit, Fitted, Question
 from featherweight.engine.inspect import inspect_model
+from featherweight.engine.lanes import make_lanes
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
 from featherweight.engine.run import Run, write_model
 from featherweight.engine.sources import follow, load_original, load_sources, scoring_code, several_entries
 from featherweight.engine.store import Store, digest, told_as_machine_error
+from featherweight.engine.targets import fit_targets, known_isa
 from featherweight.engine.template import template
 from featherweight.engine.timing import Limits
-from featherweight.errors import BudgetError, DataError, LoadError, OutputError, TargetError, nearest
+from featherweight.errors import (
+    BudgetError,
+    DataError,
+    FeatherweightError,
+    LoadError,
+    OutputError,
+    TargetError,
+    nearest,
+)
 from featherweight.method import Progress, Silent
 from featherweight.outcome import Budget, Preference, Result
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
-from featherweight.runtime import Target
+from featherweight.runtime import Artifact, Target
 from featherweight.tools.costs import totals
 
 __all__ = [
     "apply",
+    "compare",
     "demo",
     "doctor",
     "fit",
@@ -64,11 +76,14 @@ def fit(
     prefer: Preference = "balanced",
     confident: bool = False,
     runtime: str = "onnxruntime",
+    device: str = "local",
+    isa: str = "",
     recipe: str | Recipe | None = None,
     trials: int | None = None,
     time_limit: float = 600.0,
     limits: Limits | None = None,
     threads: int = 1,
+    tune: bool = True,
     seed: int = 0,
     image_size: str | None = None,
     mean: str | None = None,
@@ -89,12 +104,16 @@ def fit(
         budget: The limits; none by default.
         prefer: What is best among artifacts within the budget.
         confident: The upper end of the drop's 95 % interval must be within its limit.
-        runtime: Which runtime will load the artifact.
+        runtime: Which runtime will load the artifact; several with commas, or ``any``: all that are
+            installed; then the fastest is found by measuring.
+        device: Where it is measured: ``local``, ``ssh:[user@]host[:port]`` or ``adb:serial``.
+        isa: Instruction set that decides integer ranges; '' is the device's.
         recipe: A YAML file or a recipe; with holes it is searched; None searches the template.
         trials: Artifacts to measure at most; 8 by default, 1 without holes.
         time_limit: No trial starts after so many seconds; one always does.
         limits: How long and how well to measure.
         threads: Cores that the runtime may use.
+        tune: Measure the chosen artifact with those of the runtime's options that are fastest for it.
         seed: The only source of randomness.
         image_size: For a folder of images.
         mean: For a folder of images.
@@ -114,8 +133,9 @@ def fit(
     """
     place, shown = Path(out), progress or Silent()
     check_output(place)
-    target = _target(runtime, threads)
+    targets = fit_targets(runtime, threads, device, isa)
     question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
+    question = replace(question, tune=tune)
     sources = load_sources(
         model,
         weights=weights,
@@ -133,39 +153,41 @@ def fit(
     for note in sources.notes:
         shown.note(f"note: {note}")
     store = Store()
-    run = Run(sources.model, sources.data, target, store, seed=seed, progress=shown)
+    runs = [Run(sources.model, sources.data, one, store, seed=seed, progress=shown) for one in targets]
     limits = limits or Limits()
     name = Path(model.rpartition(":")[2] or model).stem
-    key = _run_key(run, question, limits, name)
+    key = _run_key(runs, question, limits, name)
     check_other_run(place, force, key)
     kept = store.get("runs", key)
     if kept is None:
-        follow(run.original)
-        if not question.searches:  # what is wrong with its steps shows before anything is measured
-            run.apply(question.recipe)
-        fitted = Fit(run, Scales(run, limits), question).answer()
+        follow(sources.model)
+        if not question.searches and len(runs) == 1:  # what is wrong shows before anything is measured
+            runs[0].apply(question.recipe)
+        left_out: dict[str, FeatherweightError] = {}
+        lanes = make_lanes(runs, limits, failures=left_out)
+        fitted = Fit(lanes, question, left_out).answer()
         fitted = replace(fitted, result=fitted.result.model_copy(update={"run": key}))
         if not fitted.finished:
-            write_folder(place, lambda folder: _deliver(folder, fitted, run, name))
+            write_folder(place, lambda folder: _deliver(folder, fitted, name))
             return fitted.result
-        kept = store.put("runs", key, lambda folder: _deliver(folder, fitted, run, name))
+        kept = store.put("runs", key, lambda folder: _deliver(folder, fitted, name))
         store.trim()
     delivered = kept
     write_folder(place, lambda folder: _copy(delivered, folder))
     return Result.model_validate_json((delivered / MARK).read_text(encoding="utf-8"))
 
 
-def _target(runtime: str, threads: int) -> Target:
+def _target(runtime: str, threads: int, isa: str = "") -> Target:
     """This machine through a runtime that is installed.
 
     Raises:
         PluginError: There is no such runtime.
         MissingRuntime: It is not installed.
-        TargetError: The machine has fewer cores.
+        TargetError: The machine has fewer cores, or there is no such instruction set.
     """
     find_runtime(runtime).require()
     _cores(threads)
-    return Target(runtime=runtime, threads=threads).resolved()
+    return Target(runtime=runtime, isa=known_isa(isa), threads=threads).resolved()
 
 
 def _cores(threads: int) -> None:
@@ -206,9 +228,9 @@ def _question(
     )
 
 
-def _run_key(run: Run, question: Question, limits: Limits, name: str) -> str:
-    """What makes two runs the same: model, data, question, target, machine, code, and names in the texts."""
-    environment = describe(run.target)
+def _run_key(runs: Sequence[Run], question: Question, limits: Limits, name: str) -> str:
+    """What makes two runs the same: model, data, question, targets, machine, code, and names in the texts."""
+    run = runs[0]
     return digest(
         run.original.key,
         run.data.fingerprint,
@@ -217,31 +239,45 @@ def _run_key(run: Run, question: Question, limits: Limits, name: str) -> str:
         [name, run.data.origin, run.data.class_names, run.data.notes],
         question.budget.model_dump(),
         [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
-        question.recipe.to_dict(),
-        run.target.to_json(),
+        [question.tune, question.recipe.to_dict()],
+        [[one.target.to_json(), describe(one.target).model_dump(mode="json")] for one in runs],
         asdict(limits),
         run.seed,
-        environment.model_dump(mode="json"),
         run.sources,
     )
 
 
-def _deliver(folder: Path, fitted: Fitted, run: Run, name: str) -> None:
+def _deliver(folder: Path, fitted: Fitted, name: str) -> None:
     """Fill the folder that the user gets."""
-    result, artifact = fitted.result, fitted.weighed.artifact
-    for name in artifact.files:
-        shutil.copy2(artifact.folder / name, folder / name)
+    result, artifact, run = fitted.result, fitted.weighed.artifact, fitted.lane.run
+    target = replace(run.target, options=result.chosen.options or {})
+    _copy_artifact(artifact, folder)
     (folder / "recipe.yaml").write_text(Recipe.from_dict(result.recipe).to_yaml(), encoding="utf-8")
     (folder / "model_card.md").write_text(bundle.model_card(result, name=name), encoding="utf-8")
-    entry = run.original.entries["forward"]
-    (folder / "load.py").write_text(bundle.loader(result, artifact, run.target, entry), encoding="utf-8")
     (folder / "report.html").write_text(reports.render(result), encoding="utf-8")
+    entry = run.original.entries["forward"]
+    for file, text in bundle.loaders(
+        run.runtime, artifact, target, entry, result.examples.get("origin")
+    ).items():
+        (folder / file).write_text(text, encoding="utf-8")
+    about = described(artifact, run.runtime, target)
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     (folder / MARK).write_text(result.to_json(), encoding="utf-8")
 
 
+def _copy_artifact(artifact: Artifact, folder: Path) -> None:
+    """Its files, which may lie in folders of their own."""
+    for name in artifact.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(artifact.folder / name, folder / name)
+
+
 def _copy(source: Path, folder: Path) -> None:
-    for file in source.iterdir():  # one by one: copytree would hide what went wrong, such as a full disk
-        shutil.copy2(file, folder / file.name)
+    for file in source.rglob("*"):  # one by one: copytree would hide what went wrong, such as a full disk
+        if file.is_file():
+            place = folder / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place)
 
 
 def apply(
@@ -308,6 +344,7 @@ def lower(
     mean: str | None = None,
     std: str | None = None,
     runtime: str = "onnxruntime",
+    isa: str = "",
     threads: int = 1,
     seed: int = 0,
     force: bool = False,
@@ -327,7 +364,7 @@ def lower(
     place = Path(out)
     check_output(place)
     check_other_run(place, force)
-    target = _target(runtime, threads)
+    target = _target(runtime, threads, isa)
     steps = None if recipe is None else _filled(recipe)
     run = _run(
         model, data, target, seed, progress,
@@ -344,17 +381,63 @@ def lower(
         "bytes": artifact.bytes,
         "sha256": artifact.sha256,
         "bytes_by_type": stored,
+        "unmeasured": run.runtime.unmeasured,
     }
 
     def write(folder: Path) -> None:
-        for name in artifact.files:
-            shutil.copy2(artifact.folder / name, folder / name)
+        _copy_artifact(artifact, folder)
         if steps is not None:
             (folder / "recipe.yaml").write_text(steps.to_yaml(), encoding="utf-8")
-        (folder / "artifact.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        about = {**summary, **described(artifact, run.runtime, target)}
+        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        entry = run.original.entries.get("forward") or next(iter(run.original.entries.values()))
+        origin = run.data.origin if data is not None else None
+        for file, text in bundle.loaders(run.runtime, artifact, target, entry, origin).items():
+            (folder / file).write_text(text, encoding="utf-8")
 
     write_folder(place, write)
     return {"out": str(place), **summary}
+
+
+def compare(
+    first: str | Path,
+    second: str | Path,
+    *,
+    data: str | Data | None = None,
+    inputs: Sequence[str] = (),
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    below: float = 30.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Where two artifacts of one network part: values inside both on the same inputs, layer by layer.
+
+    Args:
+        first: A folder that :func:`fit` or :func:`lower` wrote; it is the reference.
+        second: Another one, for any runtime.
+        data: Examples; without it ``inputs`` says what the artifacts take.
+        inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
+        image_size: For a folder of images.
+        mean: For a folder of images.
+        std: For a folder of images.
+        below: Decibels under which two values count as different.
+        seed: Of random inputs.
+        progress: Where long work says how far it is.
+
+    Returns:
+        The values that both show, in order, with their signal-to-noise ratio, and the first one below.
+
+    Raises:
+        UserError: The input is at fault, or a runtime shows nothing of its inside.
+    """
+    examples = load_examples(
+        data, metric=None, inputs=inputs, image_size=image_size, mean=mean, std=std, seed=seed
+    )
+    return compare_artifacts(
+        delivered(first), delivered(second), examples, below=below, progress=progress or Silent()
+    )
 
 
 def _filled(recipe: str | Recipe) -> Recipe:
@@ -392,23 +475,25 @@ def measure(
     mean: str | None = None,
     std: str | None = None,
     runtime: str = "onnxruntime",
+    device: str = "local",
     threads: int = 1,
     limits: Limits | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Weigh a file that a runtime loads: latency in turn with its twin, memory, quality when data is given.
+    """Weigh what a runtime loads: latency in turn with its twin, memory, quality when data is given.
 
     Args:
-        artifact: The file.
-        twin: The file to compare with, usually the original lowered by :func:`lower`.
+        artifact: A folder that :func:`fit` or :func:`lower` wrote, or a file.
+        twin: What to compare with, usually the original lowered by :func:`lower`.
         data: Examples; without it ``inputs`` says what the file takes, and quality is not measured.
         metric: What scores outputs.
         inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
         image_size: For a folder of images.
         mean: For a folder of images.
         std: For a folder of images.
-        runtime: Which runtime loads the files.
+        runtime: Which runtime loads a file; a folder says so itself.
+        device: Where it is measured.
         threads: Cores that the runtime may use.
         limits: How long and how well to measure.
         seed: Of random inputs and of the bootstrap.
@@ -422,8 +507,15 @@ def measure(
         UserError: The input is at fault.
         RunnerError: The runtime crashed or hangs.
     """
-    target = _target(runtime, threads)
-    weighed, other = as_artifact(artifact, runtime), None if twin is None else as_artifact(twin, runtime)
+    given = [delivered(path, runtime) for path in (artifact, twin) if path is not None]
+    target = fit_targets(given[0].artifact.runtime, threads, device, given[0].target.isa)[0]
+    target = replace(target, options=given[0].target.options)
+    weighed, other = given[0].artifact, given[1].artifact if len(given) > 1 else None
+    if other is not None and other.runtime != weighed.runtime:
+        raise TargetError(
+            f"'{artifact}' is for {weighed.runtime} and '{twin}' for {other.runtime}",
+            fix=f"lower the twin for {weighed.runtime}",
+        )
     return weigh_files(
         weighed,
         other,

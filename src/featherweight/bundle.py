@@ -1,4 +1,4 @@
-"""What travels beside an artifact: the model card and ``load.py``, both pure text.
+"""What travels beside an artifact: the model card and programs that load it, all pure text.
 
 They leave the user's machine, so neither holds a path, an example or a host's name:
 whatever looks like a path is cut down to its last part.
@@ -7,16 +7,17 @@ whatever looks like a path is cut down to its last part.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featherweight import figures
+from featherweight.runtime import Signature
 from featherweight.summary import before_after, blockers, doubts, gains, verdict
 
 if TYPE_CHECKING:
     from featherweight.model import Entry
     from featherweight.outcome import Result
-    from featherweight.runtime import Artifact, Target
+    from featherweight.runtime import Artifact, Runtime, Target
 
 _ABSOLUTE = re.compile(r"~?[\\/]|\.{1,2}[\\/]|[A-Za-z]:[\\/]")
 # The folders of a path inside a sentence, where a blank ends it.
@@ -59,69 +60,51 @@ def model_card(result: Result, *, name: str = "model") -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def loader(result: Result, artifact: Artifact, target: Target, entry: Entry) -> str:
-    """The text of ``load.py``: opens the artifact as it was measured and runs it once on zeros.
-
-    An ONNX Runtime artifact needs numpy and onnxruntime only; other runtimes are opened
-    through featherweight.
+def loaders(
+    runtime: Runtime, artifact: Artifact, target: Target, entry: Entry, origin: Any = None
+) -> dict[str, str]:
+    """Programs that open the artifact as it was measured and run it once on zeros: file name -> text.
 
     Args:
-        result: What was handed back.
-        artifact: The files that lie beside ``load.py``.
+        runtime: Whose artifact it is; it writes them.
+        artifact: The files that lie beside them.
         target: Threads and options that it was measured with.
         entry: Names, shapes and types of its inputs.
+        origin: What was done to the examples before the network saw them.
     """
-    arrays, shapes = _arrays(entry)
-    prepare = _preparation(result.examples.get("origin"))
-    comments = [f"# {' '.join(_public(text).split())}" for text in (shapes, prepare) if text]
-    file = artifact.entries.get("forward") or next(iter(artifact.entries.values()))
-    if artifact.runtime == "onnxruntime":
-        head = [
-            f'"""Runs {file} with ONNX Runtime {result.environment.versions.get("onnxruntime", "")}'.rstrip()
-            + '."""',
-            "from pathlib import Path",
-            "",
-            "import numpy as np",
-            "import onnxruntime",
-            "",
-            "options = onnxruntime.SessionOptions()",
-            f"options.intra_op_num_threads, options.inter_op_num_threads = {target.threads}, 1",
-            *(f"setattr(options, {option!r}, {value!r})" for option, value in target.options.items()),
-            f"model = Path(__file__).with_name({file!r})",
-            'session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])',
-        ]
-        feed = ", ".join(f"{name!r}: {array}" for name, array in zip(entry.input_names, arrays, strict=True))
-        call = f"outputs = session.run(None, {{{feed}}})"
-    else:
-        head = [
-            f'"""Runs {file} with featherweight\'s runtime {artifact.runtime}."""',
-            "from pathlib import Path",
-            "",
-            "import numpy as np",
-            "from featherweight.plugins import find_runtime",
-            "from featherweight.runtime import Artifact, Target",
-            "",
-            f"files, entries = {tuple(artifact.files)!r}, {dict(artifact.entries)!r}",
-            f"artifact = Artifact({artifact.runtime!r}, Path(__file__).parent, files, entries)",
-            f"options = {dict(target.options)!r}",
-            f"target = Target({target.runtime!r}, {target.isa!r}, {target.threads}, options=options)",
-            f"session = find_runtime({artifact.runtime!r}).open(artifact, target)",
-        ]
-        call = f"outputs = session({', '.join(arrays)})"
-    return "\n".join([*head, *comments, call, "print(*(output.shape for output in outputs))"]) + "\n"
+    prepare = _preparation(origin)
+    comments = [" ".join(_public(text).split()) for text in (_shapes(entry), prepare) if text]
+    texts = runtime.loaders(artifact, target, signature(entry))
+    return {name: _commented(name, text, comments) for name, text in texts.items()}
 
 
-def _arrays(entry: Entry) -> tuple[list[str], str]:
-    """An expression that makes each input, and all of them in words: 'x: float32 (batch, 3, 32, 32)'."""
-    arrays, words = [], []
+def _commented(name: str, text: str, comments: Sequence[str]) -> str:
+    """A program with what its inputs mean in front, behind its docstring."""
+    if not name.endswith(".py"):
+        return "".join(f"// {line}\n" for line in comments) + text
+    lines = text.splitlines(keepends=True)
+    at = 1 if lines and lines[0].startswith('"""') and lines[0].rstrip().endswith('"""') else 0
+    return "".join([*lines[:at], *(f"# {line}\n" for line in comments), *lines[at:]])
+
+
+def signature(entry: Entry) -> Signature:
+    """What a loader has to know of an entry."""
+    inputs = []
     for name, example in zip(entry.input_names, entry.example_inputs, strict=True):
         free = entry.dynamic_axes.get(name, {})
         shape = tuple(1 if axis == 0 and axis in free else size for axis, size in enumerate(example.shape))
+        inputs.append((name, str(example.dtype).removeprefix("torch."), shape))
+    return Signature(tuple(inputs), tuple(entry.output_names))
+
+
+def _shapes(entry: Entry) -> str:
+    """All inputs in words: 'x: float32 (batch, 3, 32, 32)'."""
+    words = []
+    for name, example in zip(entry.input_names, entry.example_inputs, strict=True):
+        free = entry.dynamic_axes.get(name, {})
         named = ", ".join(free.get(axis, str(size)) for axis, size in enumerate(example.shape))
-        dtype = str(example.dtype).removeprefix("torch.")
-        arrays.append(f"np.zeros({shape!r}, {dtype!r})")
-        words.append(f"{name}: {dtype} ({named})")
-    return arrays, "; ".join(words)
+        words.append(f"{name}: {str(example.dtype).removeprefix('torch.')} ({named})")
+    return "; ".join(words)
 
 
 def _preparation(origin: Any) -> str:

@@ -132,6 +132,36 @@ RuntimeOption = Annotated[
         "--runtime", metavar="NAME", help="What will load the artifact; see: featherweight runtimes."
     ),
 ]
+RuntimesOption = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="NAMES",
+        help="What will load the artifact: one name, several with commas, or 'any': the fastest of all that "
+        "are installed, found by measuring.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="Where it is measured: local, ssh:[user@]host[:port], or adb:serial (experimental).",
+    ),
+]
+IsaOption = Annotated[
+    str,
+    typer.Option(
+        "--target-isa",
+        metavar="ISA",
+        show_default="the device's",
+        help="Instruction set that integer ranges follow from: avx2, avx512, vnni, armv8, armv8.2-dotprod, "
+        "generic.",
+    ),
+]
+Batch = Annotated[
+    int, typer.Option("--batch", metavar="N", min=1, help="Examples per call of the throughput.")
+]
 Threads = Annotated[
     int, typer.Option("--threads", metavar="N", min=1, help="Cores that the runtime may use.")
 ]
@@ -220,7 +250,9 @@ def fit(
             help="The upper end of the drop's 95% interval must keep the limit, not the estimate.",
         ),
     ] = False,
-    runtime: RuntimeOption = "onnxruntime",
+    runtime: RuntimesOption = "onnxruntime",
+    device: DeviceOption = "local",
+    isa: IsaOption = "",
     recipe: RecipeOption = None,
     trials: Annotated[
         int | None,
@@ -239,7 +271,11 @@ def fit(
         ),
     ] = "10m",
     measure_time: MeasureTime = "20s",
+    batch: Batch = 1,
     threads: Threads = 1,
+    tune: Annotated[
+        bool, typer.Option("--tune/--no-tune", help="Measure which of the runtime's options are fastest.")
+    ] = True,
     seed: Seed = 0,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -252,10 +288,10 @@ def fit(
 ) -> None:
     """Find the best artifact of MODEL within a budget.
 
-    Writes to --out: the artifact, recipe.yaml, result.json, report.html,
-    model_card.md and load.py. Without --recipe, folding and 8-bit quantization
-    with several settings are tried. Running again resumes; a finished run is
-    read from the store. Ctrl-C hands back the best so far.
+    Writes to --out: the artifact, recipe.yaml, result.json, report.html, model_card.md,
+    artifact.json and programs that load it (load.py, load.cpp ...). Without --recipe, folding
+    and 8-bit quantization with several settings are tried. Running again resumes; a finished
+    run is read from the store. Ctrl-C hands back the best so far.
 
     \b
     Examples:
@@ -263,6 +299,8 @@ def fit(
         --max-drop 0.5% --max-size 350KB --out fitted
       featherweight fit model.onnx --data photos/ --image-size 224 --max-latency 5ms --out fitted
       featherweight fit net.py:net --input 3x32x32 --recipe int8.yaml --out fitted
+      featherweight fit net.py:net --data data.npz --runtime any --prefer latency --out fitted
+      featherweight fit net.py:net --data data.npz --device ssh:pi@board --max-latency 20ms --out fitted
     """
     from featherweight import api
     from featherweight.outcome import parse_time
@@ -278,11 +316,14 @@ def fit(
             prefer=prefer.value,
             confident=confident,
             runtime=runtime,
+            device=device,
+            isa=isa,
             recipe=recipe,
             trials=trials,
             time_limit=parse_time(time, "--time"),
-            limits=_limits(measure_time),
+            limits=_limits(measure_time, batch),
             threads=threads,
+            tune=tune,
             seed=seed,
             image_size=image_size,
             mean=mean,
@@ -362,6 +403,7 @@ def lower(
     mean: Mean = None,
     std: Std = None,
     runtime: RuntimeOption = "onnxruntime",
+    isa: IsaOption = "",
     threads: Threads = 1,
     seed: Seed = 0,
     force: Force = False,
@@ -372,7 +414,7 @@ def lower(
     """Write MODEL's artifact, as it is or after a recipe.
 
     Writes to --out: the files that the runtime loads, artifact.json (their digest and what is stored
-    in which type) and, where one was given, recipe.yaml. Nothing is measured.
+    in which type), programs that load it and, where one was given, recipe.yaml. Nothing is measured.
 
     \b
     Example: the twin that 'featherweight measure' compares with
@@ -392,6 +434,7 @@ def lower(
             mean=mean,
             std=std,
             runtime=runtime,
+            isa=isa,
             threads=threads,
             seed=seed,
             force=force,
@@ -402,15 +445,70 @@ def lower(
 
 
 @app.command()
+def compare(
+    first: Annotated[
+        Path,
+        typer.Argument(
+            metavar="A", show_default=False, help="A folder that fit or lower wrote: the reference."
+        ),
+    ],
+    second: Annotated[
+        Path, typer.Argument(metavar="B", show_default=False, help="Another one, for any runtime.")
+    ],
+    data: DataOption = None,
+    inputs: Inputs = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    below: Annotated[
+        float,
+        typer.Option("--below", metavar="DB", help="Decibels under which two values count as different."),
+    ] = 30.0,
+    seed: Seed = 0,
+    quiet: NoBars = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the first layer at which two artifacts of one network part.
+
+    Runs both on the first example and compares the values inside, layer by layer: the
+    signal-to-noise ratio of B's against A's, in decibels, and what each layer loses of it.
+
+    \b
+    Examples:
+      featherweight compare twin fitted --data data.npz
+      featherweight compare onnxruntime openvino --input 3x224x224 --json
+    """
+    from featherweight import api
+
+    with Bars(quiet) as progress:
+        summary = api.compare(
+            first,
+            second,
+            data=data,
+            inputs=inputs or (),
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            below=below,
+            seed=seed,
+            progress=progress,
+        )
+    terminal.print_comparison(summary, as_json)
+
+
+@app.command()
 def measure(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", show_default=False, help="A file that the runtime loads.")
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT",
+            show_default=False,
+            help="A folder that fit or lower wrote, or a file that the runtime loads.",
+        ),
     ],
     twin: Annotated[
         Path | None,
-        typer.Option(
-            "--twin", metavar="FILE", help="The file to compare with: the original, written by lower."
-        ),
+        typer.Option("--twin", metavar="PATH", help="What to compare with: the original, written by lower."),
     ] = None,
     data: DataOption = None,
     metric: Metric = None,
@@ -419,7 +517,9 @@ def measure(
     mean: Mean = None,
     std: Std = None,
     runtime: RuntimeOption = "onnxruntime",
+    device: DeviceOption = "local",
     measure_time: MeasureTime = "20s",
+    batch: Batch = 1,
     threads: Threads = 1,
     seed: Seed = 0,
     quiet: NoBars = False,
@@ -448,7 +548,8 @@ def measure(
             mean=mean,
             std=std,
             runtime=runtime,
-            limits=_limits(measure_time),
+            device=device,
+            limits=_limits(measure_time, batch),
             threads=threads,
             seed=seed,
             progress=progress,
@@ -637,11 +738,11 @@ def _budget(drop: str | None, size: str | None, latency: str | None, memory: str
     )
 
 
-def _limits(measure_time: str) -> Limits:
+def _limits(measure_time: str, batch: int = 1) -> Limits:
     from featherweight.engine.timing import Limits
     from featherweight.outcome import parse_time
 
-    return Limits(seconds=parse_time(measure_time, "--measure-time"))
+    return Limits(seconds=parse_time(measure_time, "--measure-time"), batch=batch)
 
 
 def _show_result(result: Result, out: Path, quiet: bool, as_json: bool) -> None:

@@ -140,7 +140,7 @@ class Chosen(Measurement):
     artifact: str
     runtime: str
     sha256: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] | None = None
 
 
 class Violation(_Record):

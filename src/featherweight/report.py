@@ -15,7 +15,18 @@ from featherweight import figures
 from featherweight.charts import KINDS, kind, pareto_plots, vega
 from featherweight.figures import MISSING, on_axis, quotient, scale_of, seconds, size
 from featherweight.outcome import AXES, Axis, Measurement, Result, Trial
-from featherweight.summary import before_after, blockers, broken_axes, choice, doubts, gains, verdict_parts
+from featherweight.summary import (
+    RUNTIME_HEADERS,
+    before_after,
+    blockers,
+    broken_axes,
+    choice,
+    doubts,
+    gains,
+    runtime_cells,
+    slow_kernels,
+    verdict_parts,
+)
 from featherweight.summary import explain as explain
 from featherweight.summary import terminal_table as terminal_table
 
@@ -57,6 +68,9 @@ def render(result: Result) -> str:
         recipe=yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
         most_bytes=max([layer.bytes_before for layer in result.layers] + [1]),
         classes=_class_cells(result),
+        runtime_headers=RUNTIME_HEADERS,
+        runtimes=[runtime_cells(row) for row in result.runtimes],
+        slow=slow_kernels(result),
         examples=list(_flat(result.examples)),
     )
 

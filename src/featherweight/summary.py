@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from featherweight import figures
 from featherweight.figures import MISSING, Scale, on_axis, quotient, scale_of, size
-from featherweight.outcome import AXES, Axis, Measurement, Result, Trial
+from featherweight.outcome import AXES, Axis, KernelRow, Measurement, Result, RuntimeRow, Trial
 
 _FACTORS = {
     "balanced": "product of latency ratio and size ratio",
@@ -39,6 +39,41 @@ class Row:
     def seen(self) -> bool:
         """Whether anything measured it."""
         return (self.before, self.after) != (MISSING, MISSING)
+
+
+RUNTIME_HEADERS = (
+    *("runtime", "size fp32", "latency fp32", "fp32 error", "size", "latency", "/ its fp32"),
+    *("agreement", "SQNR", "to simulation", ""),
+)
+
+
+def runtime_cells(row: RuntimeRow) -> list[str]:
+    """One runtime of a search under ``RUNTIME_HEADERS``; latencies against the original on the first one."""
+    told = "chosen" if row.chosen else row.reason
+    return [
+        row.runtime,
+        size(row.twin_bytes),
+        _between(row.twin_ratio, row.twin_ratio_ci95),
+        MISSING if row.float_error is None else f"{row.float_error:.1e}",
+        size(row.bytes),
+        _between(row.latency_ratio, row.latency_ratio_ci95),
+        _between(row.own_ratio, row.own_ratio_ci95),
+        figures.percent(row.agreement),
+        figures.decibel(row.sqnr_db),
+        figures.decibel(row.parity_db),
+        told,
+    ]
+
+
+def _between(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return figures.ratio(value)
+    return f"{figures.ratio(value)} {figures.interval(interval)}"
+
+
+def slow_kernels(result: Result) -> list[KernelRow]:
+    """Steps of a call that were not fused, or not handed to fast kernels, the costliest first."""
+    return [row for row in result.kernels if not row.fast]
 
 
 def before_after(result: Result) -> list[Row]:

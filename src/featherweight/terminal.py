@@ -106,6 +106,7 @@ def print_summary(summary: dict[str, Any], as_json: bool) -> None:
 def print_result(result: Result, out: Path, as_json: bool) -> None:
     """Before and after, and the verdict in words."""
     from featherweight.report import explain, terminal_table
+    from featherweight.summary import RUNTIME_HEADERS, runtime_cells
 
     if as_json:
         sys.stdout.write(result.to_json())
@@ -113,7 +114,40 @@ def print_result(result: Result, out: Path, as_json: bool) -> None:
     print_table(["", "before", "after", "change"], [list(row) for row in terminal_table(result)])
     for sentence in explain(result):
         print_text(sentence)
+    if len(result.runtimes) > 1:
+        print_table(list(RUNTIME_HEADERS), [runtime_cells(row) for row in result.runtimes])
     print_text(f"Written to {out}: open {out / 'report.html'}")
+
+
+def print_comparison(told: dict[str, Any], as_json: bool) -> None:
+    """The values that both artifacts show, and where they part."""
+    from featherweight import figures
+
+    if as_json:
+        print_json(told)
+        return
+    rows = [
+        [
+            row["value"],
+            " x ".join(map(str, row["shape"])),
+            figures.decibel(row["sqnr_db"]),
+            figures.MISSING if row["loss_db"] is None else f"{row['loss_db']:+.1f}",
+            f"{row['largest_error']:.2g}",
+        ]
+        for row in told["values"]
+    ]
+    if rows:
+        print_table(["value", "shape", "SQNR", "loss, dB", "largest error"], rows)
+    for note in told["notes"]:
+        print_text(note)
+    first, second = told["first"]["runtime"], told["second"]["runtime"]
+    print_text(f"Outputs: {figures.decibel(told['outputs_db'])} ({second} against {first})")
+    if told["parts_at"] is not None:
+        print_text(f"They part at {told['parts_at']}: the first value under {told['below_db']:g} dB")
+    elif rows:
+        print_text(f"They do not part: no value is under {told['below_db']:g} dB")
+    if told["largest_loss_at"] is not None:
+        print_text(f"Most is lost at {told['largest_loss_at']}")
 
 
 def print_measurement(told: dict[str, Any], as_json: bool) -> None:

@@ -14,8 +14,10 @@ import pytest
 from featherweight.engine import fit as fit_module
 from featherweight.engine.evaluate import Scales, Weighed
 from featherweight.engine.fit import Fit, Question
+from featherweight.engine.lanes import Lane
 from featherweight.engine.run import Run
 from featherweight.engine.template import template
+from featherweight.engine.timing import Limits
 from featherweight.errors import (
     DataError,
     LoadError,
@@ -76,6 +78,7 @@ class World:
             progress=Silent(),
             original="original",
             target=SimpleNamespace(runtime=self.runtime),
+            runtime=SimpleNamespace(version=lambda: "1"),
             warnings={"a warning of the run": None},
             apply=lambda recipe: recipe.to_dict()["steps"][-1]["quantize"]["range"],
             context=lambda: "context",
@@ -84,13 +87,19 @@ class World:
         scales = SimpleNamespace(
             twin_scored=SimpleNamespace(rows={"accuracy": np.zeros((self.examples, 1))}),
             environment=ENVIRONMENT,
+            limits=Limits(),
+            twin=SimpleNamespace(bytes=1000),
+            tuned=lambda weighed: weighed,
+            float_error=lambda: 1e-6,
+            parity=lambda model, weighed: 40.0,
+            kernels=lambda weighed: [],
             baseline=lambda weighed, indices: TWIN,
             weigh=self.weigh,
             measurement=self.measurement,
             quality=lambda weighed, indices: SimpleNamespace(classes=()),
             layers=lambda model, weighed: [],
         )
-        return Fit(cast(Run, run), cast(Scales, scales), question)
+        return Fit([Lane(cast(Run, run), cast(Scales, scales))], question)
 
     def step(self, model: Any, method: Method, number: int) -> str:
         return str(getattr(method, "range", f"{model}, folded"))
@@ -102,7 +111,10 @@ class World:
             raise figure
         artifact = SimpleNamespace(entries={"forward": "model.onnx"}, files=("model.onnx",), sha256=model)
         return SimpleNamespace(
-            artifact=artifact, timing=SimpleNamespace(notes=("a note of timing",)), key=model
+            artifact=artifact,
+            timing=SimpleNamespace(notes=("a note of timing",), ratio=0.5, ratio_ci95=(0.49, 0.51)),
+            options={},
+            key=model,
         )
 
     def measurement(self, weighed: Weighed, indices: np.ndarray | None) -> Measurement:

@@ -6,12 +6,14 @@ The original, lowered for the same target, is the twin of every artifact.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from featherweight.engine import parity
+from featherweight.engine.asked import told_kernels
 from featherweight.engine.environment import describe
 from featherweight.engine.inspect import example_call
 from featherweight.engine.jobs import CallRefused
@@ -29,24 +31,37 @@ from featherweight.engine.measure import (
 from featherweight.engine.run import Run
 from featherweight.engine.sources import scoring_code
 from featherweight.engine.store import digest
+from featherweight.engine.tune import tune
 from featherweight.errors import DataError
 from featherweight.model import Model
-from featherweight.outcome import Latency, LayerRow, Measurement
+from featherweight.outcome import KernelRow, Latency, LayerRow, Measurement
 from featherweight.runtime import Artifact
 from featherweight.tools.costs import LayerCost, layer_costs
 from featherweight.tools.simulate import layer_errors
 
+Options = Mapping[str, Any]
 _ERROR_BATCHES = 1  # of the data's batch size; the column is a guide, the artifact's score is what counts
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """One model's artifact and what was seen of it; the measurement depends on which examples count."""
+    """One model's artifact and what was seen of it; the measurement depends on which examples count.
+
+    Attributes:
+        artifact: Its files.
+        scored: Its outputs' scores.
+        timing: In turn with its twin.
+        memory: Of its session alone.
+        options: With which its session was opened.
+        twin_options: With which its twin's was.
+    """
 
     artifact: Artifact
     scored: Scored
     timing: Timing
     memory: Memory
+    options: Mapping[str, Any] = field(default_factory=dict)
+    twin_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Scales:
@@ -81,9 +96,80 @@ class Scales:
             TargetError: The runtime cannot store it.
             RunnerError: A measuring process crashed or hung.
         """
-        artifact = self.run.lower(model)
-        scored = self._score(artifact, self.twin_scored)
-        return Weighed(artifact, scored, self._time(artifact), self._memory(artifact))
+        return self._weigh(self.run.lower(model), self.run.target.options, self.run.target.options)
+
+    def _weigh(self, artifact: Artifact, options: Options, twin_options: Options) -> Weighed:
+        return Weighed(
+            artifact,
+            self._score(artifact, self.twin_scored, options),
+            self._time(artifact, options, twin_options),
+            self._memory(artifact, options),
+            options,
+            twin_options,
+        )
+
+    def tuned(self, weighed: Weighed) -> Weighed:
+        """The artifact and its twin, each weighed again with the options that are fastest for it."""
+        options, twin_options = self._tune(weighed.artifact), self._tune(self.twin)
+        if (options, twin_options) == (dict(weighed.options), dict(weighed.twin_options)):
+            return weighed
+        return self._weigh(weighed.artifact, options, twin_options)
+
+    def _tune(self, artifact: Artifact) -> dict[str, Any]:
+        run = self.run
+        sets = run.runtime.tunings(run.target)
+
+        def compute() -> dict[str, Any]:
+            return tune(
+                artifact,
+                run.target,
+                sets,
+                self.inputs(),
+                limits=self.limits,
+                entry="forward",
+                progress=run.progress,
+            )
+
+        key = self._key("options", artifact, [dict(one) for one in sets], asdict(self.limits))
+        return dict(self._kept("options", key, compute))
+
+    def float_error(self) -> float | None:
+        """Largest error of the original's artifact against PyTorch, relative to the largest output."""
+
+        def compute() -> float | None:
+            batches = parity.some_batches(self.run.data, self.inputs())
+            seen = parity.outputs_of(self.twin, self.run.target, batches, self.limits)
+            return parity.largest_error(seen, parity.simulated(self.run.original, batches))
+
+        return self._number("float", self.twin, compute)
+
+    def parity(self, model: Model, weighed: Weighed) -> float | None:
+        """SQNR of an artifact's outputs against the simulation of its formats, decibels."""
+
+        def compute() -> float | None:
+            batches = parity.some_batches(self.run.data, self.inputs())
+            where = replace(self.run.target, options=weighed.options)
+            seen = parity.outputs_of(weighed.artifact, where, batches, self.limits)
+            return parity.decibels(seen, parity.simulated(model, batches))
+
+        return self._number("parity", weighed.artifact, compute)
+
+    def _number(self, kind: str, artifact: Artifact, compute: Callable[[], float | None]) -> float | None:
+        """A figure of an artifact on calibration examples, kept as a list of one: JSON's null is a miss."""
+        key = self._key(kind, artifact, self.run.data.fingerprint)
+        kept: list[float | None] = self._kept("parity", key, lambda: [compute()])
+        return kept[0]
+
+    def kernels(self, weighed: Weighed) -> list[KernelRow]:
+        """What the runtime executes for a call, the costliest first; nothing where it does not tell."""
+
+        def compute() -> list[dict[str, Any]]:
+            where = replace(self.run.target, options=weighed.options)
+            return told_kernels(weighed.artifact, where, self.inputs(), limits=self.limits)
+
+        return [
+            KernelRow(**row) for row in self._kept("kernels", self._key("kernels", weighed.artifact), compute)
+        ]
 
     def measurement(self, weighed: Weighed, indices: np.ndarray | None = None) -> Measurement:
         """What was seen of an artifact, with the quality on these scored examples."""
@@ -107,7 +193,7 @@ class Scales:
     def baseline(self, weighed: Weighed | None, indices: np.ndarray | None = None) -> Measurement:
         """What was seen of the original; its latency in the same rounds as the artifact, else not at all."""
         timing = None if weighed is None else weighed.timing
-        memory = self._memory(self.twin)
+        memory = self._memory(self.twin, None if weighed is None else weighed.twin_options)
         metric = self.run.data.metric
         rows = self.twin_scored.rows[metric.name]
         return Measurement(
@@ -143,8 +229,9 @@ class Scales:
 
     # ---- parts, each kept under its own key
 
-    def _score(self, artifact: Artifact, original: Scored | None) -> Scored:
+    def _score(self, artifact: Artifact, original: Scored | None, options: Options | None = None) -> Scored:
         run = self.run
+        where = run.target if options is None else replace(run.target, options=options)
         key = digest(
             "scores",
             artifact.sha256,
@@ -152,7 +239,7 @@ class Scales:
             run.data.fingerprint,
             run.data.metric.name,
             scoring_code(run.data),
-            run.target.to_json(),
+            where.to_json(),
             run.runtime.version(),
             run.sources,
         )
@@ -164,14 +251,12 @@ class Scales:
                 "scores",
                 key,
                 lambda folder: _drop(
-                    score_artifact(
-                        artifact, run.target, run.data, folder, original=original, limits=self.limits
-                    )
+                    score_artifact(artifact, where, run.data, folder, original=original, limits=self.limits)
                 ),
             )
         return Scored.load(kept)
 
-    def _time(self, artifact: Artifact) -> Timing:
+    def _time(self, artifact: Artifact, options: Options, twin_options: Options) -> Timing:
         def compute() -> dict[str, Any]:
             timing = measure_latency(
                 artifact,
@@ -179,6 +264,7 @@ class Scales:
                 self.run.target,
                 self.inputs(),
                 limits=self.limits,
+                options={"artifact": options, "twin": twin_options},
                 progress=self.run.progress,
             )
             return asdict(timing) | {
@@ -186,17 +272,20 @@ class Scales:
                 "twin": None if timing.twin is None else timing.twin.model_dump(),
             }
 
-        key = self._key("latency", artifact, self.twin.sha256, asdict(self.limits))
+        both = [dict(options), dict(twin_options)]
+        key = self._key("latency", artifact, self.twin.sha256, asdict(self.limits), both)
         return _timing(self._kept("latency", key, compute))
 
-    def _memory(self, artifact: Artifact) -> Memory:
+    def _memory(self, artifact: Artifact, options: Options | None = None) -> Memory:
+        where = self.run.target if options is None else replace(self.run.target, options=options)
+
         def compute() -> dict[str, Any]:
             seen = measure_memory(
-                artifact, self.run.target, self.inputs(), limits=self.limits, progress=self.run.progress
+                artifact, where, self.inputs(), limits=self.limits, progress=self.run.progress
             )
             return asdict(seen)
 
-        return Memory(**self._kept("memory", self._key("memory", artifact), compute))
+        return Memory(**self._kept("memory", self._key("memory", artifact, dict(where.options)), compute))
 
     def _key(self, kind: str, artifact: Artifact, *more: Any) -> str:
         shapes = [list(array.shape) for array in self.inputs()]

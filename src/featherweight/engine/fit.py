@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from featherweight.engine.evaluate import Scales, Weighed
-from featherweight.engine.run import Run
+from featherweight.engine.evaluate import Weighed
+from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.search import Candidate, Failure, Search
 from featherweight.engine.template import step_holes
-from featherweight.engine.verdict import choose, excess, rejection, relaxation, violations
+from featherweight.engine.verdict import choose, excess, rejection, relaxation, score, violations
 from featherweight.errors import FeatherweightError, LoadError, RecipeError, RunnerError, TargetError
 from featherweight.model import Model
 from featherweight.outcome import (
@@ -24,12 +24,15 @@ from featherweight.outcome import (
     Preference,
     Relaxation,
     Result,
+    RuntimeRow,
     Trial,
     Violation,
 )
 from featherweight.recipe import Recipe
 
 _FINALISTS = 3
+_COMPARED = 4  # artifacts of different runtimes that are timed in turn before one is chosen
+_PARITY_DB = 30.0
 _FEWEST_TO_HALVE = 100  # below it, half of the examples says nothing
 
 
@@ -43,8 +46,9 @@ class Question:
         confident: Hold the upper end of the drop's interval against its limit.
         recipe: Steps to run; what they leave open is searched.
         open_ended: The recipe is a template, whose holes are asked of the models that reach its steps.
-        trials: Artifacts to measure at most.
+        trials: Artifacts to measure at most; each runtime gets one at least.
         time_limit: No trial starts after so many seconds.
+        tune: Measure the chosen artifact with the runtime's options that are fastest for it.
     """
 
     budget: Budget
@@ -54,6 +58,7 @@ class Question:
     open_ended: bool
     trials: int
     time_limit: float
+    tune: bool = True
 
     @property
     def searches(self) -> bool:
@@ -67,11 +72,13 @@ class Fitted:
 
     Attributes:
         result: What is handed back.
+        lane: Whose runtime it is for.
         weighed: The artifact, and what was seen of it.
         finished: The search came to its own end, so asking again would answer the same.
     """
 
     result: Result
+    lane: Lane
     weighed: Weighed
     finished: bool
 
@@ -89,26 +96,36 @@ class Fit:
     """One search. Everything that it computes is in the store, so a second one resumes.
 
     Args:
-        run: The original, its data and its target.
-        scales: What weighs artifacts.
+        lanes: The original on each runtime; the first one is what latencies are told against.
         question: What is asked.
+        left_out: Runtimes that could not take the original, and why.
     """
 
-    def __init__(self, run: Run, scales: Scales, question: Question) -> None:
-        self.run = run
-        self.scales = scales
+    def __init__(
+        self,
+        lanes: Sequence[Lane],
+        question: Question,
+        left_out: Mapping[str, FeatherweightError] | None = None,
+    ) -> None:
+        self.lanes = {lane.name: lane for lane in lanes}
+        self.first = lanes[0]
+        self.run, self.scales = self.first.run, self.first.scales
         self.question = question
-        self.weighed: dict[int, Weighed] = {}
+        self.left_out = left_out or {}
+        self.weighed: dict[int, tuple[Lane, Weighed]] = {}
+        self.direct: dict[int, Direct] = {}
+        self.trials = max(question.trials, len(lanes))
         self.selecting, self.reporting = self._halves()
-        self.baseline = scales.baseline(None, self.selecting)
+        self.baseline = self.scales.baseline(None, self.selecting)
         self.search = Search(
             question.recipe,
             question.budget,
             baseline=self.baseline,
             prefer=question.prefer,
             confident=question.confident,
-            seed=run.seed,
-            trials=question.trials,
+            seed=self.run.seed,
+            trials=self.trials,
+            runtimes=list(self.lanes),
             deadline_s=question.time_limit,
         )
 
@@ -117,7 +134,7 @@ class Fit:
         data = self.run.data
         rows = self.scales.twin_scored.rows[data.metric.name]
         splits = data.scored is not None and len(rows) == len(data.scored)  # a score may have its own rows
-        if self.question.trials == 1 or len(rows) < _FEWEST_TO_HALVE or not splits:
+        if self.trials == 1 or len(rows) < _FEWEST_TO_HALVE or not splits:
             return None, None
         return data.halves(self.run.seed)
 
@@ -162,20 +179,21 @@ class Fit:
     def _try(self, candidate: Candidate) -> FeatherweightError | None:
         """Run and weigh one candidate; the error that stopped it, if one did."""
         started = time.monotonic()
+        lane = self.lanes[candidate.runtime] if candidate.runtime else self.first
         try:
-            model = self._model(candidate)
+            model = self._model(candidate, lane)
             if model is None:
                 return None
-            weighed = self.scales.weigh(model)
-            seen = self.scales.measurement(weighed, self.selecting)
+            weighed = lane.scales.weigh(model)
+            seen = lane.measurement(weighed, self.selecting)
         except (LoadError, RecipeError, RunnerError, TargetError) as error:  # of this recipe, not of all
-            if self.question.searches:
+            if self.question.searches or len(self.lanes) > 1:
                 self.run.progress.note(f"trial {candidate.number} failed: {error.what}")
             self.search.tell(
                 candidate, Failure(_without_paths(error.what)), seconds=time.monotonic() - started
             )
             return error
-        self.weighed[candidate.number] = weighed
+        self.weighed[candidate.number] = lane, weighed
         self.search.tell(
             candidate,
             seen,
@@ -192,49 +210,55 @@ class Fit:
             return None
         return rejection(seen, self.baseline, question.budget, question.prefer)
 
-    def _model(self, candidate: Candidate) -> Model | None:
+    def _model(self, candidate: Candidate, lane: Lane) -> Model | None:
         """The candidate's model; None for a point that was tried before.
 
         A template's holes are asked of the model that reaches the step, since layers change on the way.
         """
         if not self.question.open_ended:
             self._announce(candidate)
-            return self.run.apply(candidate.recipe)
-        model, context = self.run.original, self.run.context()
+            return lane.run.apply(candidate.recipe)
+        model, context = lane.run.original, lane.run.context()
         for index, step in enumerate(candidate.recipe.steps):
             candidate.fill(index, step_holes(step.method, model, context))
             if index == len(candidate.recipe.steps) - 1:
                 if not self.search.accept(candidate):
                     return None
                 self._announce(candidate)
-            model = self.run.step(model, candidate.recipe.steps[index].build(), index + 1)
+            model = lane.run.step(model, candidate.recipe.steps[index].build(), index + 1)
         return model
 
     def _announce(self, candidate: Candidate) -> None:
         steps = " -> ".join(_told(step) for step in candidate.recipe.to_dict()["steps"])
-        self.run.progress.note(f"trial {candidate.number}: {steps or 'the original'}")
+        where = f" on {candidate.runtime}" if candidate.runtime else ""
+        self.run.progress.note(f"trial {candidate.number}{where}: {steps or 'the original'}")
 
     # ---- the choice
 
     def _choose(self, interrupted: bool) -> Fitted:
+        if len(self.lanes) > 1 and not interrupted:
+            self._compare(self._best_of_lanes())
         chosen = self._finalist()
+        if self.question.tune and not interrupted:
+            chosen = self._tuned(chosen)
         trial, seen, question = chosen.trial, chosen.seen, self.question
-        weighed = self.weighed[trial.number]
+        lane, weighed = self.weighed[trial.number]
         file = weighed.artifact.entries.get("forward", weighed.artifact.files[0])
-        recipe = Recipe.from_dict(trial.recipe)
-        layers = self.scales.layers(self.run.apply(recipe), weighed)
+        model = lane.run.apply(Recipe.from_dict(trial.recipe))
+        rows = [] if interrupted else self._runtimes(trial.number)
         result = Result(
             met=not chosen.violated,
             met_confident=not chosen.violated and not violations(question.budget, seen, confident=True),
             budget=question.budget,
             prefer=question.prefer,
             metric=self.run.data.metric.name,
-            baseline=self.scales.baseline(weighed, self.reporting),
+            baseline=self._twin(trial.number, self.reporting),
             chosen=Chosen(
                 **seen.model_dump(),
                 artifact=file,
-                runtime=self.run.target.runtime,
+                runtime=lane.name,
                 sha256=weighed.artifact.sha256,
+                options=dict(weighed.options),
             ),
             blocking=list(chosen.violated),
             relaxation=self._relaxation() if chosen.violated else None,
@@ -242,13 +266,105 @@ class Fit:
             trials=[
                 one.model_copy(update={"chosen": one.number == trial.number}) for one in self.search.trials
             ],
-            environment=self.scales.environment,
-            warnings=self._warnings(weighed, interrupted),
-            layers=layers,
-            classes=list(self.scales.quality(weighed, self.reporting).classes),
+            environment=lane.scales.environment,
+            warnings=self._warnings(lane, weighed, rows, interrupted),
+            layers=lane.scales.layers(model, weighed),
+            classes=list(lane.scales.quality(weighed, self.reporting).classes),
+            runtimes=rows,
+            kernels=[] if interrupted else lane.scales.kernels(weighed),
             examples=self._examples(),
         )
-        return Fitted(result, weighed, finished=not interrupted and self.search.ended != "time")
+        return Fitted(result, lane, weighed, finished=not interrupted and self.search.ended != "time")
+
+    def _seen(self, number: int, indices: np.ndarray | None) -> Measurement:
+        """What was seen of a trial's artifact on these scored examples."""
+        lane, weighed = self.weighed[number]
+        seen = lane.measurement(weighed, indices)
+        return self.direct[number].applied(seen) if number in self.direct else seen
+
+    def _twin(self, number: int, indices: np.ndarray | None) -> Measurement:
+        """The original that a trial's latency is told against, timed in the same rounds where it was."""
+        lane, weighed = self.weighed[number]
+        if lane is self.first and number not in self.direct:
+            return self.scales.baseline(weighed, indices)
+        twin = self.scales.baseline(None, indices)
+        return (
+            twin.model_copy(update={"latency_s": self.direct[number].twin}) if number in self.direct else twin
+        )
+
+    def _best_of_lanes(self) -> list[int]:
+        """The best trial of each runtime, the best ones first."""
+        question = self.question
+        found: list[tuple[float, tuple[float, ...], int]] = []
+        for name in self.lanes:
+            own = [trial for trial in self.search.trials if trial.runtime == name]
+            trial = choose(own, self.baseline, question.budget, question.prefer, question.confident).trial
+            if trial is not None and trial.measurement is not None:
+                broken = violations(question.budget, trial.measurement, question.confident)
+                order = score(trial.measurement, question.prefer, self.baseline)
+                found.append((sum(map(excess, broken)), order, trial.number))
+        return [number for _, _, number in sorted(found)]
+
+    def _compare(self, numbers: Sequence[int]) -> None:
+        """Time the best few of different runtimes in turn; their trials take these ratios."""
+        picked = list(numbers[:_COMPARED])
+        told = time_together(self.first, [self.weighed[number] for number in picked], self.scales.limits)
+        self.direct |= {number: one for number, one in zip(picked, told, strict=True) if one is not None}
+        for index, trial in enumerate(self.search.trials):
+            if trial.number in self.direct and trial.measurement is not None:
+                seen = self.direct[trial.number].applied(trial.measurement)
+                self.search.trials[index] = trial.model_copy(update={"measurement": seen})
+
+    def _tuned(self, chosen: _Finalist) -> _Finalist:
+        """The choice with the options that are fastest for it, measured again where they are no defaults."""
+        number = chosen.trial.number
+        lane, weighed = self.weighed[number]
+        tuned = lane.scales.tuned(weighed)
+        if tuned is weighed:
+            return chosen
+        self.weighed[number] = lane, tuned
+        if len(self.lanes) > 1:
+            self._compare([number])
+        return self._reported(chosen.trial)
+
+    def _runtimes(self, chosen: int) -> list[RuntimeRow]:
+        """One row for each runtime of the search, and for each one that was left out."""
+        best = {self.weighed[number][0].name: number for number in reversed(self._best_of_lanes())}
+        best[self.weighed[chosen][0].name] = chosen
+        rows = [self._runtime_row(lane, best.get(name), chosen) for name, lane in self.lanes.items()]
+        return rows + [
+            RuntimeRow(runtime=name, reason=_without_paths(error.what))
+            for name, error in self.left_out.items()
+        ]
+
+    def _runtime_row(self, lane: Lane, number: int | None, chosen: int) -> RuntimeRow:
+        scales = lane.scales
+        fields: dict[str, Any] = {
+            "runtime": lane.name,
+            "version": lane.run.runtime.version(),
+            "twin_bytes": scales.twin.bytes,
+            "twin_ratio": lane.handicap.median,
+            "twin_ratio_ci95": lane.handicap.ci95,
+            "float_error": scales.float_error(),
+        }
+        if number is None:
+            failed = [trial.reason for trial in self.search.trials if trial.runtime == lane.name]
+            return RuntimeRow(**fields, reason=failed[0] if failed else "no trial of it was measured")
+        weighed, seen = self.weighed[number][1], self._seen(number, self.reporting)
+        recipe = next(trial.recipe for trial in self.search.trials if trial.number == number)
+        return RuntimeRow(
+            **fields,
+            trial=number,
+            bytes=seen.bytes,
+            latency_ratio=seen.latency_ratio,
+            latency_ratio_ci95=seen.latency_ratio_ci95,
+            own_ratio=weighed.timing.ratio,
+            own_ratio_ci95=weighed.timing.ratio_ci95,
+            agreement=seen.agreement,
+            sqnr_db=seen.sqnr_db,
+            parity_db=scales.parity(lane.run.apply(Recipe.from_dict(recipe)), weighed),
+            chosen=number == chosen,
+        )
 
     def _finalist(self) -> _Finalist:
         """The best by the selecting examples that the reporting ones confirm, among the best few.
@@ -270,10 +386,10 @@ class Fit:
 
     def _reported(self, trial: Trial) -> _Finalist:
         """What the reporting examples say of a trial, and the original beside it."""
-        question, weighed = self.question, self.weighed[trial.number]
-        seen = self.scales.measurement(weighed, self.reporting)
+        question = self.question
+        seen = self._seen(trial.number, self.reporting)
         alone = [trial.model_copy(update={"measurement": seen})]
-        twin = self.scales.baseline(weighed, self.reporting)
+        twin = self._twin(trial.number, self.reporting)
         verdict = choose(alone, twin, question.budget, question.prefer, question.confident)
         return _Finalist(trial, seen, verdict.blocking)
 
@@ -283,15 +399,17 @@ class Fit:
         for trial in self.search.trials:
             seen = trial.measurement
             if seen is not None and self.reporting is not None:
-                other = self.scales.measurement(self.weighed[trial.number], self.reporting)
+                other = self._seen(trial.number, self.reporting)
                 seen = max(seen, other, key=lambda one: one.quality_drop or 0.0)
             trials.append(trial.model_copy(update={"measurement": seen}))
         return relaxation(trials, self.question.budget, self.question.confident)
 
-    def _warnings(self, weighed: Weighed, interrupted: bool) -> list[str]:
+    def _warnings(
+        self, lane: Lane, weighed: Weighed, rows: Sequence[RuntimeRow], interrupted: bool
+    ) -> list[str]:
         """What the reader of the figures should know, in the order of its weight."""
-        run, question, said = self.run, self.question, []
-        if run.target.runtime == "torch":
+        run, said = self.run, []
+        if lane.name == "torch":
             said.append(
                 "runtime torch simulates formats: the quality is that of the formats, but bytes and latency "
                 "are those of float PyTorch"
@@ -300,14 +418,19 @@ class Fit:
         if interrupted:
             said.append(f"the search was interrupted after {tried} trials")
         elif self.search.ended == "time":
-            said.append(f"the time limit ended the search after {tried} of {question.trials} trials")
+            said.append(f"the time limit ended the search after {tried} of {self.trials} trials")
         scored = len(self.scales.twin_scored.rows[run.data.metric.name])
         if tried > 1 and self.selecting is None:
             said.append(
                 f"the same {scored} examples selected among {tried} trials and report, so the drop looks "
                 f"smaller than it is; from {_FEWEST_TO_HALVE} examples on, one half reports"
             )
-        return [*said, *run.data.notes, *run.warnings, *weighed.timing.notes]
+        said += [
+            f"on {row.runtime} the outputs are {row.parity_db:.1f} dB from the simulation of the formats"
+            for row in rows
+            if row.parity_db is not None and row.parity_db < _PARITY_DB
+        ]
+        return [*said, *run.data.notes, *lane.run.warnings, *weighed.timing.notes]
 
     def _examples(self) -> dict[str, Any]:
         data = self.run.data

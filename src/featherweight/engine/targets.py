@@ -1,0 +1,82 @@
+"""Which runtimes a fit searches, and where they run."""
+
+from __future__ import annotations
+
+from featherweight.engine.environment import describe, installed_on
+from featherweight.errors import TargetError, nearest
+from featherweight.plugins import find_runtime, runtime_names
+from featherweight.runtime import ISAS, Target
+
+ANY = "any"
+_DEFAULT = "onnxruntime"
+_SIMULATED = "torch"
+
+
+def fit_targets(runtime: str, threads: int, device: str, isa: str) -> list[Target]:
+    """One target for each runtime that is asked for; the first one is what latencies are told against.
+
+    Args:
+        runtime: A name, several with commas, or ``any``: all that the device has.
+        threads: Cores that it may use.
+        device: Where it runs.
+        isa: Instruction set; '' is the device's.
+
+    Raises:
+        PluginError: There is no such runtime.
+        MissingRuntime: It is not installed here, and shall run here.
+        TargetError: Nothing can measure it, there are fewer cores, or no such instruction set.
+        DeviceError: The device cannot be reached.
+    """
+    names = _names(runtime, device)
+    isa = known_isa(isa)
+    seen = describe(Target(names[0], device=device, threads=threads))
+    if not 1 <= threads <= seen.cores:
+        raise TargetError(
+            f"{threads} threads are asked for, and {_place(device)} has {seen.cores} cores for us",
+            fix=f"--threads {seen.cores}",
+        )
+    return [Target(name, isa or seen.isa, threads, device) for name in names]
+
+
+def _place(device: str) -> str:
+    return "this machine" if device == "local" else f"'{device}'"
+
+
+def known_isa(isa: str) -> str:
+    """The name itself, if it is one.
+
+    Raises:
+        TargetError: It is none.
+    """
+    if isa and isa not in ISAS:
+        raise TargetError(f"no instruction set is called '{isa}'", fix=nearest(isa, ISAS))
+    return isa
+
+
+def _names(asked: str, device: str) -> list[str]:
+    if asked == ANY:
+        return _all(device)
+    names = list(dict.fromkeys(name.strip() for name in asked.split(",") if name.strip()))
+    if not names:
+        raise TargetError("no runtime is named", fix=f"--runtime {_DEFAULT}, or --runtime {ANY}")
+    for name in names:
+        runtime = find_runtime(name)
+        if runtime.unmeasured:
+            raise TargetError(
+                f"runtime '{name}' is {runtime.unmeasured}, so fit cannot choose for it",
+                fix=f"write its files with featherweight lower --runtime {name}",
+            )
+        if device == "local":
+            runtime.require()
+    return names
+
+
+def _all(device: str) -> list[str]:
+    """Every runtime that measures and is there; torch only simulates."""
+    measuring = [name for name in runtime_names() if name != _SIMULATED and not find_runtime(name).unmeasured]
+    there = installed_on(Target(_DEFAULT, device=device), measuring)
+    if not there:
+        raise TargetError(
+            f"{_place(device)} has no runtime", fix=f'pip install "featherweight[{_DEFAULT}]" there'
+        )
+    return sorted(there, key=lambda name: (name != _DEFAULT, name))
