@@ -40,11 +40,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor is in the ``.bin``: its role, elements, and whether a tag says how it is stored."""
+    """Where a tensor is in the ``.bin``: its role, elements, and whether a tag says how it is stored.
+
+    Without a tag it is float32, or bytes.
+    """
 
     role: str
     elements: int
     tagged: bool = False
+    raw: bool = False
 
 
 def read(param: Path, binary: Path) -> list[Layer]:
@@ -79,7 +83,7 @@ def write(layers: Sequence[Layer], param: Path, binary: Path) -> None:
                 array = np.ascontiguousarray(layer.tensors[slot.role])
                 if array.size != slot.elements:
                     raise ValueError(f"'{layer.name}' has {array.size} for {slot}")
-                out.write(_tagged(array) if slot.tagged else array.astype("<f4").tobytes())
+                out.write(_bytes(array, slot))
 
 
 def read_param(text: str) -> list[Layer]:
@@ -162,20 +166,22 @@ def slots(layer: Layer) -> list[Slot]:
 
 
 def _take(data: memoryview, offset: int, slot: Slot) -> tuple[np.ndarray, int]:
-    kind: np.dtype[Any] = np.dtype("<f4")
+    kind: np.dtype[Any] = np.dtype("i1" if slot.raw else "<f4")
     if slot.tagged:
         tag = int.from_bytes(data[offset : offset + 4], "little")
         kind = np.dtype({0: "<f4", _HALF: "<f2", _BYTE: "i1"}[tag])
         offset += 4
     end = offset + slot.elements * kind.itemsize
     taken = np.frombuffer(data[offset:end], kind)
-    return taken, end + (-(end - offset) % 4)
+    return taken, end + -(end - offset) % 4
 
 
-def _tagged(array: np.ndarray) -> bytes:
+def _bytes(array: np.ndarray, slot: Slot) -> bytes:
     tag, kind = {"float16": (_HALF, "<f2"), "int8": (_BYTE, "i1")}.get(array.dtype.name, (0, "<f4"))
+    if tag and not (slot.tagged or slot.raw):
+        raise ValueError(f"{slot} is float32, not {array.dtype}")
     data = array.astype(kind).tobytes()
-    return tag.to_bytes(4, "little") + data + bytes(-len(data) % 4)
+    return (tag.to_bytes(4, "little") if slot.tagged else b"") + data + bytes(-len(data) % 4)
 
 
 def _convolution(layer: Layer) -> list[Slot]:
@@ -211,7 +217,8 @@ def _gemm(layer: Layer) -> list[Slot]:
     blocks = block_quantized(layer.integer(18))
     found = [Slot("left", m * k, True)] if layer.integer(4) else []
     if layer.integer(5):
-        found += [Slot("weight", n * k if blocks is None else n * (-(-k * blocks[0] // 8)), True)]
+        whole = Slot("weight", n * k, True)
+        found.append(whole if blocks is None else Slot("weight", n * -(-k * blocks[0] // 8), raw=True))
     kind = layer.integer(10)
     if layer.integer(6) and kind != -1:
         found += [Slot("bias", {0: 1, 1: m, 2: m, 3: m * n, 4: n}[kind], True)]

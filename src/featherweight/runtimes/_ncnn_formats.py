@@ -20,6 +20,7 @@ import torch
 from featherweight.errors import TargetError
 from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup, PerTensor, TensorFormat
 from featherweight.runtimes._ncnn_file import Layer, array, listed
+from featherweight.runtimes._ncnn_linear import as_block_gemm, as_convolution
 from featherweight.runtimes._ncnn_match import Match
 from featherweight.tools.simulate import project
 
@@ -27,7 +28,6 @@ STATIC = frozenset({"conv2d", "linear"})  # operators with kernels for integer a
 BLOCKS = {32: 0, 64: 1, 128: 2}
 _CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
 _LINEAR = ("InnerProduct", "Gemm")
-_ACTIVATIONS = {1: "ReLU", 2: "ReLU", 3: "Clip", 4: "Sigmoid", 5: "Mish", 6: "HardSwish"}
 
 
 @dataclass(frozen=True)
@@ -116,39 +116,24 @@ def _integers(layer: Layer, name: str, network: Network, steps: dict[str, float]
         raise _refusal(name, layer)
     step = float(asked.grid()[0])
     _static(layer, fmt, weight, step, network)
-    steps[layer.inputs[0]] = step
+    steps[layer.inputs[0]] = step  # of the blob as the integer layer reads it
 
 
 def _static(layer: Layer, fmt: IntQuant, weight: torch.Tensor, step: float, network: Network) -> None:
     outputs = len(weight)
     scale = fmt.grid()[0].expand(outputs).double().numpy() * network.found.factors[layer.name]
     integers = fmt.quantize(weight).numpy().astype(np.int8).reshape(-1)
-    if layer.type == "Gemm":
-        _to_inner_product(layer, network)
-    if layer.type == "ConvolutionDepthWise":
-        if layer.integer(7) != outputs:
-            _split_groups(layer, integers, 1 / scale, 1 / step, network)
-            return
-        layer.params[8] = "1"
-    else:
-        layer.params[8] = "2"
+    if layer.type == "ConvolutionDepthWise" and layer.integer(7) != outputs:
+        _split_groups(layer, integers, 1 / scale, 1 / step, network)
+        return
+    if layer.type in _LINEAR:
+        as_convolution(layer, outputs, weight.numel() // outputs, network.layers, network.shapes)
+    layer.params[8] = "1" if layer.type == "ConvolutionDepthWise" else "2"
     layer.tensors |= {
         "weight": integers,
         "weight_scale": (1 / scale).astype(np.float32),
         "input_scale": np.array([1 / step], np.float32),
     }
-
-
-def _to_inner_product(layer: Layer, network: Network) -> None:
-    """Static scales are InnerProduct's alone; it takes a matrix row by row, as Gemm does."""
-    shape = network.shapes[layer.inputs[0]]
-    if len(shape) > 2:
-        raise TargetError(
-            f"ncnn has no integer kernel for a linear layer that reads {shape}", fix="exclude it under where"
-        )
-    outputs, width = layer.integer(8), layer.integer(9)
-    layer.type = "InnerProduct"
-    layer.params = {0: str(outputs), 1: str(int("bias" in layer.tensors)), 2: str(outputs * width)}
 
 
 def _split_groups(
@@ -195,7 +180,8 @@ def _weight_only(layer: Layer, name: str, weight: torch.Tensor, fmt: IntQuant, n
         scale = scale.reshape(-1, 1).expand(outputs, blocks)
     factor = network.found.factors[layer.name].reshape(-1, 1)
     integers = fmt.quantize(weight).numpy()
-    _to_block_gemm(layer, outputs, width, 100 * fmt.width + BLOCKS[block], network)
+    term = 100 * fmt.width + BLOCKS[block]
+    as_block_gemm(layer, outputs, width, term, network.layers, network.shapes)
     layer.tensors |= {
         "weight": packed(integers, fmt.width),
         "weight_scale": (1 / (scale.double().numpy() * factor)).astype(np.float32).reshape(-1),
@@ -217,45 +203,6 @@ def unpacked(data: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray
     low: np.ndarray = (bits << np.arange(width)).sum(-1)
     signed: np.ndarray = low - ((low >> (width - 1)) << width)
     return signed
-
-
-def _to_block_gemm(layer: Layer, outputs: int, width: int, term: int, network: Network) -> None:
-    """Turn a linear layer into the Gemm that has weights in blocks, with the same shapes around it."""
-    place = network.layers.index(layer)
-    shape = network.shapes[layer.inputs[0]]
-    before: list[Layer] = []
-    after: list[Layer] = []
-    if layer.type == "InnerProduct":
-        if len(shape) > 2:
-            flat = f"{layer.inputs[0]}.flat"
-            before = [Layer("Reshape", f"{layer.name}.flat", layer.inputs, [flat], {0: "-1"})]
-            layer.inputs = [flat]
-        after = _behind(layer, outputs, one_row=len(shape) != 2)
-    layer.type = "Gemm"
-    bias = "bias" in layer.tensors
-    numbers = {2: 0, 3: 1, 4: 0, 5: 1, 6: 1, 7: 0, 8: outputs, 9: width, 10: 4 if bias else -1, 18: term}
-    layer.params = {key: str(value) for key, value in numbers.items()}
-    network.layers[place : place + 1] = [*before, layer, *after]
-
-
-def _behind(layer: Layer, outputs: int, *, one_row: bool) -> list[Layer]:
-    """The activation that InnerProduct had inside, and the shape that it gave."""
-    kind = layer.integer(9)
-    given = layer.params.get(listed(10), "0").split(",")[1:]
-    chain: list[tuple[str, dict[int, str]]] = []
-    if one_row:
-        chain.append(("Reshape", {0: str(outputs)}))
-    if kind:
-        chain.append((_ACTIVATIONS[kind], dict(enumerate(given))))
-    made: list[Layer] = []
-    last = layer.outputs[0]
-    blobs = [f"{last}.{index}" for index in range(len(chain))]
-    for index, (type_, params) in enumerate(chain):
-        end = last if index == len(chain) - 1 else blobs[index + 1]
-        made.append(Layer(type_, f"{layer.name}.{index}", [blobs[index]], [end], params))
-    if chain:
-        layer.outputs = [blobs[0]]
-    return made
 
 
 # ---- where integers travel

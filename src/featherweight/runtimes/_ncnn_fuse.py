@@ -10,12 +10,24 @@ _MEAN = "3"
 
 
 def fuse(layers: list[Layer], shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
-    """Means over a map become global pooling, which has packed kernels; HardSwish joins its convolution."""
+    """Means over a map become global pooling, sizes become numbers, HardSwish joins its convolution."""
     for layer in layers:
         if layer.type == "Reduction" and _over_map(layer, shapes):
             layer.type, layer.params = "Pooling", {0: "1", 4: "1"}
+        elif layer.type == "Reshape":
+            _settle(layer, shapes)
     gone = [layer for layer in layers if layer.type == "HardSwish" and _absorb(layer, layers)]
     return [layer for layer in layers if layer not in gone]
+
+
+def _settle(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write sizes down that pnnx left to be computed in each call, which takes longer than large products."""
+    if 6 in layer.params:
+        sizes = shapes[layer.outputs[0]]
+        order = {1: (0,), 2: (1, 0), 3: (2, 1, 0), 4: (3, 2, 1, 0)}[len(sizes)]
+        keys = (0, 1, 11, 2) if len(sizes) == 4 else (0, 1, 2)
+        layer.params = {key: str(sizes[axis]) for key, axis in zip(keys, order, strict=False)}
+        layer.inputs = layer.inputs[:1]
 
 
 def _over_map(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> bool:
