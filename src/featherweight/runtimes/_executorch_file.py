@@ -7,8 +7,12 @@ and constants under names that are the digests of their bytes. XNNPACK's payload
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import math
 import re
+import struct
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +29,16 @@ _KINDS: Mapping[str, str] = {  # XNNPACK's types -> what is stored
     "qint32": "int32",
     "qcint32": "int32",
     "qdint8": "int8",
+}
+_PLAIN_KINDS: Mapping[str, tuple[str, int]] = {  # types of plain kernels -> what is stored, bytes of each
+    "FLOAT": ("float32", 4),
+    "HALF": ("float16", 2),
+    "DOUBLE": ("float64", 8),
+    "LONG": ("int64", 8),
+    "INT": ("int32", 4),
+    "CHAR": ("int8", 1),
+    "BYTE": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
@@ -85,65 +99,101 @@ class Program:
 
 
 def read(path: Path) -> Program:
-    """Parse a file that this runtime has written."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
-    from executorch.exir.schema import DelegateCall, KernelCall
-
-    file = deserialize_pte_binary(path.read_bytes())
-    plan = file.program.execution_plan[0]
-    named = {} if file.named_data is None else file.named_data.pte_data
-    buffers = {key: file.named_data.buffers[entry.buffer_index] for key, entry in named.items()}
-    digests = {key: hashlib.sha256(data).hexdigest() for key, data in buffers.items()}
-    constants: dict[str, tuple[str, int]] = {}
-    delegates = []
-    for one in plan.delegates:
-        graph = _graph(bytes(file.program.backend_delegate_data[one.processed.index].data))
-        delegate = _delegate(graph, digests)
-        delegates.append(delegate)
-        sizes = {digests[key]: len(data) for key, data in buffers.items()}
-        constants |= {key: (delegate.kinds[value], sizes[key]) for value, key in delegate.keys.items()}
-    constants |= dict(_plain(file.program, plan))
+    """Parse a file that this runtime has written; the exporter is not imported for it."""
+    file = _File(path.read_bytes())
+    plan = file.program["execution_plan"][0]
+    named = {one["key"]: file.segment(one["segment_index"]) for one in file.program["named_data"]}
+    digests = {key: hashlib.sha256(data).hexdigest() for key, data in named.items()}
+    sizes = {digests[key]: len(data) for key, data in named.items()}
+    delegates = [_delegate(_xnnpack_graph(file.payload(one)), digests) for one in plan["delegates"]]
+    constants = {
+        key: (delegate.kinds[value], sizes[key])
+        for delegate in delegates
+        for value, key in delegate.keys.items()
+    }
+    constants |= dict(_plain(file, plan))
     chain: list[Delegate | str] = []
-    for instruction in plan.chains[0].instructions:
-        call = instruction.instr_args
-        if isinstance(call, DelegateCall):
-            chain.append(delegates[call.delegate_index])
-        elif isinstance(call, KernelCall):
-            operator = plan.operators[call.op_index]
-            chain.append(f"{operator.name}.{operator.overload}".rstrip("."))
+    for instruction in plan["chains"][0]["instructions"]:
+        call = instruction["instr_args"]
+        if instruction["instr_args_type"] == "DelegateCall":
+            chain.append(delegates[call["delegate_index"]])
+        elif instruction["instr_args_type"] == "KernelCall":
+            operator = plan["operators"][call["op_index"]]
+            chain.append(f"{operator['name']}.{operator['overload']}".rstrip("."))
     return Program(tuple(chain), constants)
 
 
-def _plain(program: Any, plan: Any) -> Iterator[tuple[str, tuple[str, int]]]:
+class _File:
+    """The flatbuffer and the segments behind it.
+
+    Behind the flatbuffer's own eight bytes stand ``eh00``, the length of this header, the size of the
+    flatbuffer and where segments begin.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        magic, _, size, self._base = struct.unpack_from("<4sIQQ", data, 8)
+        if magic != b"eh00":
+            raise ValueError("this is no .pte file of ExecuTorch")
+        self._data = data
+        self.program = _json(data[:size], _package() / "schema" / "program.fbs")
+
+    def segment(self, index: int) -> bytes:
+        place = self.program["segments"][index]
+        start = self._base + place["offset"]
+        return self._data[start : start + place["size"]]
+
+    def payload(self, delegate: Any) -> bytes:
+        place = delegate["processed"]
+        if place["location"] == "SEGMENT":
+            return self.segment(place["index"])
+        return bytes(self.program["backend_delegate_data"][place["index"]]["data"])
+
+
+def _plain(file: _File, plan: Any) -> Iterator[tuple[str, tuple[str, int]]]:
     """Constants of kernels that were not delegated."""
-    from executorch.exir.schema import Tensor
-
-    for value in plan.values:
-        tensor = value.val
-        if not isinstance(tensor, Tensor) or not tensor.data_buffer_idx or tensor.allocation_info is not None:
+    segment = file.program["constant_segment"]
+    for value in plan["values"]:
+        tensor = value.get("val", {})
+        if (
+            value.get("val_type") != "Tensor"
+            or not tensor["data_buffer_idx"]
+            or tensor.get("allocation_info")
+        ):
             continue
-        data = bytes(program.constant_buffer[tensor.data_buffer_idx].storage)
-        kind = {"FLOAT": "float32", "HALF": "float16", "CHAR": "int8", "BYTE": "uint8"}.get(
-            tensor.scalar_type.name, tensor.scalar_type.name.lower()
-        )
-        yield hashlib.sha256(data).hexdigest(), (kind, len(data))
+        kind, width = _PLAIN_KINDS.get(tensor["scalar_type"], (tensor["scalar_type"].lower(), 1))
+        size = math.prod(tensor.get("sizes", ())) * width
+        start = segment["offsets"][tensor["data_buffer_idx"]]
+        data = file.segment(segment["segment_index"])[start : start + size]
+        yield hashlib.sha256(data).hexdigest(), (kind, size)
 
 
-def _graph(payload: bytes) -> Any:
-    """XNNPACK's graph as JSON data."""
-    import executorch.backends.xnnpack.serialization as schemas
-    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
-    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+def _package() -> Path:
+    """Where ExecuTorch is installed."""
+    spec = importlib.util.find_spec("executorch")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("executorch")
+    return Path(next(iter(spec.submodule_search_locations)))
 
-    header = XNNHeader.from_bytes(payload[: XNNHeader.EXPECTED_LENGTH])
-    end = header.flatbuffer_offset + header.flatbuffer_size
-    schema = next(Path(folder) / "schema.fbs" for folder in schemas.__path__)
+
+def _json(binary: bytes, schema: Path) -> Any:
+    """A flatbuffer as JSON data, by the compiler that comes with the package."""
+    compiler = _package() / "data" / "bin" / "flatc"
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "graph.bin"
-        binary.write_bytes(payload[header.flatbuffer_offset : end])
-        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        text = (Path(folder) / "graph.json").read_text()
-    return json.loads(re.sub(r": ([+-]?)inf\b", r": \1Infinity", text).replace(": +Inf", ": Inf"))
+        file = Path(folder) / "file.bin"
+        file.write_bytes(binary)
+        options = ["--json", "--strict-json", "--defaults-json", "--raw-binary", "-o", folder]
+        subprocess.run([compiler, *options, schema, "--", file], check=True, capture_output=True)
+        text = file.with_suffix(".json").read_text()
+    return json.loads(re.sub(r": [+]?(-?)inf\b", r": \1Infinity", text))
+
+
+def _xnnpack_graph(payload: bytes) -> Any:
+    """XNNPACK's graph as JSON data; four bytes in stand ``XH00``, a length, where it begins, its size."""
+    magic, _, start, size = struct.unpack_from("<4sHII", payload, 4)
+    if magic != b"XH00":
+        raise ValueError("a delegate's payload is none of XNNPACK's")
+    schema = _package() / "backends" / "xnnpack" / "serialization" / "schema.fbs"
+    return _json(payload[start : start + size], schema)
 
 
 def _delegate(graph: Any, digests: Mapping[str, str]) -> Delegate:

@@ -12,6 +12,7 @@ torch beside them. Their thread pool is one of the process: the session sets it 
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,9 @@ class ExecuTorch(Runtime):
     module = "executorch"
     float_outputs = frozenset({"linear"})
     one_grid = frozenset({"cat"})
+
+    def load(self, target: Target) -> None:
+        _bindings()
 
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
@@ -234,6 +238,12 @@ def _threads(target: Target) -> int:
     return threads
 
 
+def _bindings() -> Any:
+    """The compiled module alone; the Python one around it imports the exporter, a second's work."""
+    importlib.import_module("torch")  # whose libraries the module is linked with
+    return importlib.import_module("executorch.extension.pybindings._portable_lib")
+
+
 class _Session:
     """Opened files. A change of the pool's size ends the pool that loaded files hold, so they load again."""
 
@@ -245,9 +255,7 @@ class _Session:
         self._load()
 
     def _load(self) -> None:
-        import torch  # noqa: F401 - its libraries are those of the bindings
-        from executorch.extension.pybindings import _portable_lib as bindings
-
+        bindings = _bindings()
         self._modules.clear()
         if bindings._threadpool_get_thread_count() != self._threads:
             bindings._unsafe_reset_threadpool(self._threads)
