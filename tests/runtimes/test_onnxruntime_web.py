@@ -32,8 +32,8 @@ from featherweight.model import Model
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Artifact, Signature, Target
 from featherweight.runtimes import _web
-from featherweight.tools.simulate import simulate
-from golden import context, decibels, inputs, model_of, quantized, target
+from featherweight.tools.simulate import Replay, simulate
+from golden import context, decibels, inputs, model, model_of, quantized, target
 from nets import NETS
 
 NAME = "onnxruntime-web"
@@ -278,6 +278,18 @@ class TestProcess:
         assert 0.8 * seen < now - before < 1.2 * seen
         assert peak >= now > 30e6
         host.close()
+
+
+def test_values_inside_are_those_of_the_module(lowered: Lowered) -> None:
+    x = inputs("residual", 2)
+    artifact = lowered(NAME, "residual", "float")
+    assert artifact.details["values"]["forward"]
+    seen = RUNTIME.values(artifact, HERE, [x])
+    assert set(seen) >= {"layer1.conv2#0:0", "head#0:0"} & set(artifact.details["values"]["forward"])
+    stages: dict[str, torch.Tensor] = {}
+    Replay(model("residual"))((torch.from_numpy(x),), lambda name, value: stages.setdefault(name, value))
+    for name, value in seen.items():
+        np.testing.assert_allclose(value, stages[name].detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
 class TestKernels:

@@ -93,6 +93,12 @@ class Host:
         self._requests, self._answers = _pipe(self._process.stdin), _pipe(self._process.stdout)
         self.node = str(self._receive()[0]["node"])
 
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the process."""
         self._end()

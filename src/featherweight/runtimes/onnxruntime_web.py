@@ -142,13 +142,20 @@ class OnnxRuntimeWeb(OnnxRuntime):
     def kernels(
         self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
     ) -> Sequence[Kernel]:
-        from featherweight.runtimes._web_kernels import kernels
+        from featherweight.runtimes._web_look import kernels
 
-        host = _web.Host(_threads(target))
-        try:
+        with _web.Host(_threads(target)) as host:
             return kernels(host, artifact.folder / artifact.entries[entry], _session_options(target), inputs)
-        finally:
-            host.close()
+
+    def values(
+        self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
+    ) -> Mapping[str, np.ndarray]:
+        from featherweight.runtimes._web_look import values
+
+        names = artifact.details.get("values", {}).get(entry, {})
+        file = artifact.folder / artifact.entries[entry]
+        with _web.Host(_threads(target)) as host:
+            return values(host, file, names, _session_options(target), inputs)
 
     def profile(
         self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], folder: Path, *, entry: str

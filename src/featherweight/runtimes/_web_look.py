@@ -1,7 +1,11 @@
-"""Which kernels onnxruntime-web executes, by its own profiler. Part of ``onnxruntime_web.py``."""
+"""What onnxruntime-web computes inside a file, and which kernels it runs, by its own profiler.
+
+Part of ``onnxruntime_web.py``.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -9,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from featherweight.errors import TargetError
 from featherweight.runtime import Json, Kernel
 from featherweight.runtimes._web import Host
 
@@ -21,6 +26,34 @@ _UNFUSED = {
     "Relu": "a clamp that no kernel before it takes over",
     "Clip": "a clamp that no kernel before it takes over",
 }
+
+
+def values(
+    host: Host,
+    file: Path,
+    names: Mapping[str, str],
+    options: Mapping[str, Json],
+    inputs: Sequence[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Traced value -> what is computed there, from a copy of the file in which they all are outputs."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise TargetError(
+            "looking into an ONNX file needs the package onnx", fix="pip install onnx"
+        ) from error
+    model = onnx.load(file)
+    outputs = [value.name for value in model.graph.output]
+    made = {name for node in model.graph.node for name in node.output}
+    asked = {traced: name for traced, name in names.items() if name in made}
+    added = [name for name in dict.fromkeys(asked.values()) if name not in outputs]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
+    with tempfile.TemporaryDirectory(prefix="featherweight-look-") as folder:
+        copy = Path(folder) / "model.onnx"
+        onnx.save(model, copy)
+        opened, _ = host.ask({"do": "open", "file": str(copy), "options": options})
+    seen = dict(zip([*outputs, *added], host.ask({"do": "run", **opened}, inputs)[1], strict=True))
+    return {traced: seen[name] for traced, name in asked.items()}
 
 
 def kernels(
