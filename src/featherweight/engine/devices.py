@@ -1,7 +1,7 @@
 """Where jobs run: a link to the process that works on one, here or on another machine.
 
 ``local`` is a child process; ``ssh:`` one on a machine that has Python (``ssh.py``); ``adb:`` the
-runtime's own benchmark program on a phone (``adb.py``). Whatever it is, the engine speaks
+runtime's own benchmark program on a phone (``adb_link.py``). Whatever it is, the engine speaks
 in frames and finds what the job left in the job's folder.
 """
 
@@ -30,6 +30,7 @@ OWN_OPTIONS = ("python", "tools")  # of Target.options: the device's, not the ru
 _KINDS = ("local", "ssh:[user@]host[:port]", "adb:serial")
 _RUNNER = Path(__file__).with_name("runner.py")
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_SCORED_HERE = ("serve", "values")  # of a phone's jobs: there is no session on it
 _SSH = re.compile(
     r"(?:(?P<user>[^@\s:/]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:@/\[\]-][^\s:@/\[\]]*)(?::(?P<port>\d{1,5}))?"
 )
@@ -94,7 +95,11 @@ def for_runtime(target: Target) -> Target:
     if target.device == "local":
         return target
     options = {key: value for key, value in target.options.items() if key not in OWN_OPTIONS}
-    return replace(target, device="local", options=options)
+    threads = target.threads
+    if address(target).kind == "adb":  # its sessions are opened here
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(threads, cores)
+    return replace(target, device="local", options=options, threads=threads)
 
 
 @dataclass(frozen=True)
@@ -119,9 +124,12 @@ class Work:
 class Link(Protocol):
     """A job at work somewhere."""
 
-    process: subprocess.Popen[bytes]
     requests: BinaryIO
     answers: BinaryIO
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None:
+        """On this machine: the runner, or what is connected to it; None where no single one is."""
 
     def wait(self, seconds: float) -> int:
         """Exit code of the runner; what it left is in the job's folder afterwards.
@@ -184,7 +192,11 @@ def connect(work: Work) -> Link:
 
         return SshLink(work)
     if kind == "adb":
-        raise TargetError("no job can be sent over adb yet", fix="use 'local' or 'ssh:host'")
+        if work.job["kind"] in _SCORED_HERE:
+            return LocalLink(work)
+        from featherweight.engine.adb_link import AdbLink
+
+        return AdbLink(work)
     return LocalLink(work)
 
 

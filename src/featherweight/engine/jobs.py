@@ -94,7 +94,7 @@ class Runner:
             "source": [str(_SOURCE)],
             # Where this process found the runtime, that one finds it too.
             "paths": [path for path in sys.path if Path(path).is_absolute()],
-            "target": target.to_json(),
+            "target": devices.for_runtime(target).to_json(),
             "artifacts": {
                 role: {**artifact.to_json(), "folder": str(artifact.folder.resolve())}
                 for role, artifact in artifacts.items()

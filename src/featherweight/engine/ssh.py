@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from featherweight.engine import remote
-from featherweight.engine.devices import Address, ConnectionLost, Work, address, for_runtime
+from featherweight.engine.chunks import Chunks, Resumed
+from featherweight.engine.devices import Address, ConnectionLost, Work, address
 from featherweight.engine.runner_bundle import bundle
 from featherweight.errors import DeviceError, FeatherweightError, TargetError
 from featherweight.plugins import find_runtime
@@ -105,7 +106,7 @@ class SshLink:
             self.kill()
             self.close()
             raise
-        self.answers = cast(BinaryIO, io.BufferedReader(_Answers(self), _PART))
+        self.answers = cast(BinaryIO, io.BufferedReader(Chunks(self._raw, self._finish), _PART))
 
     # ---- Link
 
@@ -183,7 +184,7 @@ class SshLink:
                 seen = (seen + part)[-_NOISE:]
         finally:
             alarm.cancel()
-        self._raw = cast(BinaryIO, io.BufferedReader(_Resumed(seen.partition(remote.GREETING)[2], self._raw)))
+        self._raw = cast(BinaryIO, io.BufferedReader(Resumed(seen.partition(remote.GREETING)[2], self._raw)))
         self._greeted = True
 
     def _hand_over(self) -> None:
@@ -219,7 +220,7 @@ class SshLink:
             role: {**artifact.to_json(), "folder": f"artifacts/{role}"}
             for role, artifact in work.artifacts.items()
         }
-        return {**work.job, "target": for_runtime(work.target).to_json(), "artifacts": described}
+        return {**work.job, "artifacts": described}
 
     def _send_content(self, content: Path | bytes) -> None:
         if isinstance(content, bytes):
@@ -257,7 +258,7 @@ class SshLink:
             raise self._no_room(data)
         return data
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Behind the last chunk: how the runner ended, and what it left."""
         over = self._receive()
         for name, size in over["files"].items():
@@ -329,59 +330,6 @@ class SshLink:
             what = f"'{python}' on '{name}' is Python {version}; a runner needs {oldest}"
             return DeviceError(what, where=name, fix=fix)
         return DeviceError(f"'{python}' did not start on '{name}' (exit code {code})", where=where, fix=fix)
-
-
-class _Answers(io.RawIOBase):
-    """The runner's frames, out of their chunks."""
-
-    def __init__(self, link: SshLink) -> None:
-        self._link = link
-        self._left = 0
-        self._ended = False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        raw = self._link._raw
-        if self._ended:
-            return 0
-        if not self._left:
-            head = raw.read(4)
-            if len(head) == 4:
-                (self._left,) = struct.unpack("<I", head)
-            if not self._left:
-                self._ended = True
-                if len(head) == 4:
-                    self._link.finish()
-                return 0
-        part = raw.read1(min(self._left, len(buffer)))  # type: ignore[attr-defined]
-        buffer[: len(part)] = part
-        self._left -= len(part)
-        self._ended = not part
-        return len(part)
-
-
-class _Resumed(io.RawIOBase):
-    """A stream of which some was read already."""
-
-    def __init__(self, first: bytes, rest: BinaryIO) -> None:
-        self._first = first
-        self._rest = rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._first:
-            return self._rest.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
-        part, self._first = self._first[: len(buffer)], self._first[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def close(self) -> None:
-        self._rest.close()
-        super().close()
 
 
 def _client() -> list[str]:
