@@ -3,16 +3,26 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Which runtimes and readers come along; every runtime: make runtimes.
+EXTRAS ?= onnxruntime,keras,transformers
+RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml
 
-.PHONY: setup demo test test-full check bench clean
+.PHONY: setup runtimes demo test test-full check bench clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnxruntime,keras,transformers,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS),dev]"
 	touch $(STAMP)
+
+# Every runtime there is, some 2 GB; the one for browsers where npm is.
+runtimes: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIMES)]"
+	@if command -v npm > /dev/null; then \
+	  npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(VENV) onnxruntime-web@1.30.0; \
+	else echo "no npm here: runtime onnxruntime-web is left out"; fi
 
 demo: setup
 	$(BIN)/featherweight demo --out demo --force
@@ -30,9 +40,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not slow and not network" -x --quiet tests/test_formats.py tests/test_recipe.py tests/test_outcome.py
 
-bench: setup
+bench: runtimes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/int8.py
+	$(BIN)/python benchmarks/runtimes.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache
