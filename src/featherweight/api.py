@@ -20,7 +20,7 @@ from featherweight.data import Data
 from featherweight.engine.catalog import doctor, methods, runtimes
 from featherweight.engine.compare import compare_artifacts
 from featherweight.engine.delivered import ABOUT, delivered, described
-from featherweight.engine.environment import describe
+from featherweight.engine.environment import describe, describe_device
 from featherweight.engine.files import load_examples, weigh_files
 from featherweight.engine.fit import Fit, Fitted, Question
 from featherweight.engine.inspect import inspect_model
@@ -240,7 +240,7 @@ def _run_key(runs: Sequence[Run], question: Question, limits: Limits, name: str)
         question.budget.model_dump(),
         [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
         [question.tune, question.recipe.to_dict()],
-        [[one.target.to_json(), describe(one.target).model_dump(mode="json")] for one in runs],
+        [[one.target.to_json(), describe_device(one.target).model_dump(mode="json")] for one in runs],
         asdict(limits),
         run.seed,
         run.sources,

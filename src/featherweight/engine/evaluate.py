@@ -14,7 +14,8 @@ import numpy as np
 
 from featherweight.engine import parity
 from featherweight.engine.asked import told_kernels
-from featherweight.engine.environment import describe
+from featherweight.engine.devices import for_runtime
+from featherweight.engine.environment import describe_device
 from featherweight.engine.inspect import example_call
 from featherweight.engine.jobs import CallRefused
 from featherweight.engine.measure import (
@@ -75,9 +76,9 @@ class Scales:
     def __init__(self, run: Run, limits: Limits | None = None) -> None:
         self.run = run
         self.limits = limits or Limits()
-        self.environment = describe(run.target)
+        self.environment = describe_device(run.target)
         self._machine = digest(
-            self.environment.cpu, self.environment.flags, self.environment.cores, run.runtime.version()
+            self.environment.cpu, self.environment.flags, self.environment.cores, self.environment.versions
         )
         self.twin = run.lower(run.original)
         try:
@@ -117,7 +118,7 @@ class Scales:
 
     def _tune(self, artifact: Artifact) -> dict[str, Any]:
         run = self.run
-        sets = run.runtime.tunings(run.target)
+        sets = run.runtime.tunings(for_runtime(run.target))
 
         def compute() -> dict[str, Any]:
             return tune(

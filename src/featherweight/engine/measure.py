@@ -119,6 +119,7 @@ def measure_latency(
     runner = Runner("latency", roles, target, inputs=inputs, limits=limits, entry=entry, options=options)
     result = run_job(runner, progress or Silent(), "Measuring latency")
     reasons = {said["reason"] for said in result["throughput"].values()} - {None}
+    reasons |= set(result.get("notes", ()))
     interval = result.get("ratio_ci95")
     return Timing(
         artifact=Latency(**result["artifact"]),

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from featherweight.engine import timing
+from featherweight.engine.devices import ConnectionLost, retried
 from featherweight.engine.jobs import Runner
 from featherweight.engine.timing import Limits
 from featherweight.errors import FeatherweightError
@@ -92,13 +93,17 @@ def measure_paced(
         FeatherweightError: The first entrant could not be timed; others that fail are told in ``failed``.
     """
     limits = limits or Limits()
-    with ExitStack() as stack:
-        group = _Group(limits)
-        for index, one in enumerate(entrants):
-            group.enter(stack, index, one, inputs, entry)
-        for _ in progress.track(group.percents(), description, total=100):
-            pass
-    return Rounds(tuple(tuple(group.seen[index]) for index in range(len(entrants))), group.failed)
+
+    def measured() -> Rounds:
+        with ExitStack() as stack:
+            group = _Group(limits)
+            for index, one in enumerate(entrants):
+                group.enter(stack, index, one, inputs, entry)
+            for _ in progress.track(group.percents(), description, total=100):
+                pass
+        return Rounds(tuple(tuple(group.seen[index]) for index in range(len(entrants))), group.failed)
+
+    return retried(measured, entrants[0].target.device)
 
 
 class _Group:
@@ -131,7 +136,7 @@ class _Group:
         self._cores.setdefault(place, taken)
 
     def _drop(self, index: int, error: FeatherweightError) -> None:
-        if index == 0:
+        if index == 0 or isinstance(error, ConnectionLost):
             raise error
         self.failed[index] = error
         self.seen[index] = []

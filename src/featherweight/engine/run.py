@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featherweight.data import Data
+from featherweight.engine.devices import for_runtime
+from featherweight.engine.environment import resolve
 from featherweight.engine.store import Store, digest, sources_digest
 from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.exchange.key import root_key
@@ -82,7 +84,7 @@ class Run:
     ) -> None:
         self.original = original if original.key else original.evolve(key=_key(original))
         self.data = data
-        self.target = target.resolved()
+        self.target = resolve(target)
         self.store = store
         self.seed = seed
         self.progress = progress or Silent()
@@ -96,7 +98,7 @@ class Run:
             models={"original": self.original},
             data=self.data,
             target=self.target,
-            supports=TargetSupports(self.runtime, self.target),
+            supports=TargetSupports(self.runtime, for_runtime(self.target)),
             seed=self.seed,
             progress=self.progress,
         )
@@ -168,7 +170,7 @@ class Run:
         return Artifact.from_json(data, kept)
 
     def _write_artifact(self, model: Model, folder: Path) -> None:
-        artifact = self.runtime.lower(model, self.target, folder)
+        artifact = self.runtime.lower(model, for_runtime(self.target), folder)
         costs = totals(model)
         details = {**artifact.details, "macs": costs["macs"], "params": costs["params"]}
         artifact = replace(artifact, details=details)

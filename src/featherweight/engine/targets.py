@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featherweight.engine.environment import describe, installed_on
+from featherweight.engine.environment import describe_device, installed_on
 from featherweight.errors import TargetError, nearest
 from featherweight.plugins import find_runtime, runtime_names
 from featherweight.runtime import ISAS, Target
@@ -29,7 +29,7 @@ def fit_targets(runtime: str, threads: int, device: str, isa: str) -> list[Targe
     """
     names = _names(runtime, device)
     isa = known_isa(isa)
-    seen = describe(Target(names[0], device=device, threads=threads))
+    seen = describe_device(Target(names[0], device=device, threads=threads))
     if not 1 <= threads <= seen.cores:
         raise TargetError(
             f"{threads} threads are asked for, and {_place(device)} has {seen.cores} cores for us",
