@@ -20,6 +20,7 @@ import numpy as np
 from featherweight.errors import TargetError
 from featherweight.runtimes._litert_graph import FlatGraph
 from featherweight.runtimes._litert_store import Parameter, store_formats
+from featherweight.runtimes._litert_tidy import tidy
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,7 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
     module = exported.module(check_guards=False)
     examples = tuple(exported.example_inputs[0])
     graph, found = _lower(module, examples, asked["marks"])
+    found = tidy(graph, found)
     _name_signature(graph, asked["inputs"], asked["outputs"])
     seen = _traced_values(module, examples, asked["values"])
     found, channels_last = _match(graph, examples, seen, found)
@@ -120,8 +122,11 @@ def _register_mark() -> None:
     def lowering(context: Any, x: Any, name: str) -> Any:
         return stablehlo.custom_call([x.type], inputs=[x], call_target_name=_MARK + name)
 
+    def keep(node: fx.Node) -> None:
+        """Nothing depends on the layout."""
+
     lowerings.lower(mark)(lowering)
-    layout_rewrite.rewriters.register(mark)(lambda node: None)
+    layout_rewrite.rewriters.register(mark)(keep)
     _registered.append(True)
 
 
@@ -132,15 +137,25 @@ def _marked(module: torch.fx.GraphModule, marks: Mapping[str, str]) -> torch.fx.
     import torch
 
     copied = torch.fx.GraphModule(module, copy.deepcopy(module.graph))
-    for node, own in zip(module.graph.nodes, list(copied.graph.nodes), strict=True):
-        if node.name not in marks:
+    for own, place in _places(copied.graph).items():
+        if place not in marks:
             continue
         with copied.graph.inserting_after(_last_input(copied.graph) if own.op == "placeholder" else own):
-            mark = copied.graph.call_function(torch.ops.featherweight.mark.default, (own, marks[node.name]))
+            mark = copied.graph.call_function(torch.ops.featherweight.mark.default, (own, marks[place]))
         mark.meta = dict(own.meta)
-        own.replace_all_uses_with(mark, delete_user_cb=lambda user, mark=mark: user is not mark)
+        own.replace_all_uses_with(mark)
+        mark.args = (own, marks[place])
     copied.recompile()
     return copied
+
+
+def _places(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Each input and call, as ``litert.py`` tells them."""
+    found: dict[fx.Node, str] = {}
+    for kind, word in (("placeholder", "input"), ("call_function", "call")):
+        nodes = [node for node in graph.nodes if node.op == kind]
+        found |= {node: f"{word} {index}" for index, node in enumerate(nodes)}
+    return found
 
 
 def _last_input(graph: fx.Graph) -> fx.Node:
@@ -193,12 +208,13 @@ def _traced_values(
     import torch
 
     seen: dict[str, np.ndarray] = {}
+    places = _places(module.graph)
 
     class Watched(torch.fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            if n.name in names and isinstance(result, torch.Tensor):
-                seen[names[n.name]] = result.detach().numpy()
+            if places.get(n) in names and isinstance(result, torch.Tensor):
+                seen[names[places[n]]] = result.detach().numpy()
             return result
 
     with torch.no_grad():

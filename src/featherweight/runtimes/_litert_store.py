@@ -20,16 +20,15 @@ if TYPE_CHECKING:
     from featherweight.formats import TensorFormat
 
 WEIGHTED = frozenset({"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV"})
-_FREE = frozenset({"ADD", "MUL", "SUB", "MEAN", "BATCH_MATMUL", "LEAKY_RELU", "HARD_SWISH"})
+_FREE = frozenset({"ADD", "MUL", "SUB", "MEAN", "LEAKY_RELU"})
+_CLAMPS = {"RELU": np.inf, "RELU6": 6.001}  # with the largest value that passes
 _RESHAPES = frozenset({"RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS"})
-_MOVES = _RESHAPES | {"SLICE", "STRIDED_SLICE", "SPLIT", "PAD", "PADV2", "MAX_POOL_2D", "RELU", "RELU6"}
-_ONE_GRID = _MOVES | {"AVERAGE_POOL_2D"}
+_MOVES = _RESHAPES | {"SLICE", "STRIDED_SLICE", "SPLIT", "PAD", "PADV2", "MAX_POOL_2D", *_CLAMPS}
 _FIXED = {
     "LOGISTIC": Grid.of(1 / 256, -128),
-    "SOFTMAX": Grid.of(1 / 256, -128),
     "TANH": Grid.of(1 / 128, 0),
 }
-_INTEGER = WEIGHTED | _FREE | _ONE_GRID | {*_FIXED, "CONCATENATION"}
+_INTEGER = WEIGHTED | _FREE | _MOVES | {*_FIXED, "CONCATENATION"}
 _DATA = {"TRANSPOSE_CONV": 2, "SPLIT": 1}  # position of the activation where it is not the first input
 _ALL_DATA = frozenset({"ADD", "MUL", "SUB", "BATCH_MATMUL", "CONCATENATION"})
 
@@ -111,9 +110,24 @@ class _Writer:
                 self.grids.setdefault(source, self.grids[made])
         for operator in self.graph.operators:
             source = data_inputs(self.graph, operator)[0]
-            if self.graph.kind(operator) in _MOVES - {"RELU", "RELU6"} and source in self.grids:
+            if self.graph.kind(operator) in _MOVES - set(_CLAMPS) and source in self.grids:
                 for made in operator.outputs:
                     self.grids.setdefault(int(made), self.grids[source])
+
+        self._spread_gates(consumers)
+
+    def _spread_gates(self, consumers: Mapping[int, list[Any]]) -> None:
+        """A sigmoid inside of SiLU has its fixed grid where the product that reads it is one of integers."""
+        for operator in self.graph.operators:
+            made = int(operator.outputs[0])
+            if self.graph.kind(operator) != "LOGISTIC" or made in self.grids or made in self.graph.outputs:
+                continue
+            if int(operator.inputs[0]) in self.grids and all(
+                self.graph.kind(reader) == "MUL"
+                and all(int(t) == made or int(t) in self.grids for t in (*reader.inputs, *reader.outputs))
+                for reader in consumers[made]
+            ):
+                self.grids[made] = _FIXED["LOGISTIC"]
 
     def is_integer(self, operator: Any) -> bool:
         """Whether an integer kernel can do it: all that it reads and makes has a grid."""
@@ -124,16 +138,26 @@ class _Writer:
             return False
         if any(int(made) not in self.grids for made in operator.outputs):
             return False
-        if kind in ("RELU", "RELU6"):
-            return self._clamps_alike(operator)
+        if kind in _CLAMPS:
+            return self._rounds_within(operator) or self._clamps_alike(operator)
         return kind not in WEIGHTED or self.weights.integers_for(operator)
 
     def _clamps_alike(self, operator: Any) -> bool:
         return self.grids[int(operator.inputs[0])].same(self.grids[int(operator.outputs[0])])
 
+    def _rounds_within(self, operator: Any) -> bool:
+        """Whether rounding to the output's grid clamps as the operator does."""
+        grid = self.grids[int(operator.outputs[0])]
+        low, high = ((end - grid.zero_point[0]) * float(grid.scale[0]) for end in (-128, 127))
+        return bool(low >= 0 and high <= _CLAMPS[self.graph.kind(operator)])
+
     def constrain(self, operator: Any) -> None:
         """Requantize around an operator whose kernel wants one grid, or a certain one."""
         kind = self.graph.kind(operator)
+        if kind in _CLAMPS and self._rounds_within(operator):
+            self.graph.remove(operator)
+            self._requantize(int(operator.inputs[0]), int(operator.outputs[0]))
+            return
         if kind == "CONCATENATION":
             wanted = self.grids[int(operator.outputs[0])]
             for source in dict.fromkeys(data_inputs(self.graph, operator)):
@@ -142,7 +166,7 @@ class _Writer:
             return
         if kind in _FIXED:
             made = _FIXED[kind]
-        elif kind in _ONE_GRID:
+        elif kind in _MOVES:
             made = self.grids[data_inputs(self.graph, operator)[0]]
         else:
             return

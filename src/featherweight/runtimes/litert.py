@@ -2,8 +2,8 @@
 
 litert_torch converts the float network; the integers are written into its file by ``_litert_store.py``,
 so that ranges and weights are ours. What the kernels ask for: signed 8-bit activations, signed symmetric
-weights per channel, biases as int32 at the product of both scales, one grid for what is pooled or
-concatenated, fixed grids behind sigmoid, softmax and tanh. Weights alone are stored as int8 or float16
+weights per channel, biases as int32 at the product of both scales, one grid for what is concatenated,
+fixed grids behind sigmoid and tanh. Weights alone are stored as int8 or float16
 and restored when the file is loaded: smaller, no faster.
 
 A file takes one example; several at once where the network allows it, else the session runs one by one.
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from featherweight.model import Model
 
 _WEIGHTED = frozenset({"conv1d", "conv2d", "conv_transpose2d", "linear"})
-_ACTIVATIONS_ONLY = frozenset(
-    {"add", "mul", "cat", "adaptive_avg_pool2d", "avg_pool2d", "sigmoid", "leaky_relu", "matmul", "bmm"}
-)
+_ACTIVATIONS_ONLY = frozenset({"add", "mul", "cat", "adaptive_avg_pool2d", "sigmoid", "leaky_relu"})
 _PASSED_THROUGH = frozenset(
     {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze"}
 )
@@ -45,10 +43,9 @@ class LiteRT(Runtime):
     extra = "litert"
     packages = ("ai-edge-litert", "litert-torch")
     module = "ai_edge_litert"
-    one_grid = frozenset({"cat", "avg_pool2d"})
+    one_grid = frozenset({"cat"})
     fixed_ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "sigmoid": (0.0, 255 / 256),
-        "softmax": (0.0, 255 / 256),
         "tanh": (-1.0, 127 / 128),
     }
 
@@ -168,14 +165,15 @@ class LiteRT(Runtime):
                 marks.update(node.inputs)
             if any(not isinstance(fmt, FloatCast) for fmt in stored):
                 marks.add(_behind_clamps(graph, node.outputs[0]))
+        places = _places(graph)
         return {
             "inputs": list(model.entries[entry].input_names),
             "outputs": list(model.entries[entry].output_names),
             "parameters": parameters,
             "formats": {name: encode(fmt) for name, fmt in formats.items()},
             "dynamic": bool(target.options.get("dynamic", False)),
-            "marks": {graph.values[name].fx_name: name for name in sorted(marks)},
-            "values": {value.fx_name: name for name, value in graph.values.items()},
+            "marks": {place: name for place, name in places.items() if name in marks},
+            "values": places,
         }
 
     def open(self, artifact: Artifact, target: Target) -> Session:
@@ -259,6 +257,15 @@ def _with_examples(graph: Graph) -> Any:
         kwargs,
     )
     return program
+
+
+def _places(graph: Graph) -> dict[str, str]:
+    """Which call of the program, or which input, makes a value: names of nodes change when they are saved."""
+    names = {value.fx_name: name for name, value in graph.values.items()}
+    calls = [node.name for node in graph.program.graph.nodes if node.op == "call_function"]
+    made = {f"call {i}": names[name] for i, name in enumerate(calls) if name in names}
+    inputs = [name for name in graph.program.graph_signature.user_inputs if isinstance(name, str)]
+    return made | {f"input {i}": names[name] for i, name in enumerate(inputs) if name in names}
 
 
 def _behind_clamps(graph: Graph, value: str) -> str:
