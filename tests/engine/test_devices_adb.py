@@ -16,6 +16,7 @@ from featherweight.engine import devices, environment
 from featherweight.engine.environment import describe_device, installed_on, resolve
 from featherweight.engine.jobs import Runner, Served, run_job
 from featherweight.engine.native import PROGRAMS, Burst
+from featherweight.engine.paced import Entrant, measure_paced
 from featherweight.engine.timing import Limits
 from featherweight.errors import DeviceError, RunnerError, TargetError
 from featherweight.method import Silent
@@ -121,6 +122,15 @@ class TestLatency:
         seen = measured(on("litert"), models("litert"), Limits(seconds=20.0, rounds=6, batch=8))
         assert seen["throughput"]["artifact"]["examples_per_s"] is None
         assert "batch 8" in seen["throughput"]["artifact"]["reason"]
+
+    def test_of_several_runtimes_is_taken_in_turn(self, phone: Phone, models: Any) -> None:
+        entrants = [Entrant(models(name)["artifact"], on(name)) for name in ("onnxruntime", "mnn")]
+        tuned = Entrant(entrants[0].artifact, on("onnxruntime", graph_optimization_level=1))
+        limits = Limits(seconds=20.0, least_seconds=0.0, rounds=10)
+        rounds = measure_paced([*entrants, tuned], [X], limits=limits, progress=Silent())
+        assert rounds.ratio(1).median == pytest.approx(1.0)
+        assert len(rounds.seconds[0]) == len(rounds.seconds[1]) == 10
+        assert "cannot be given the option 'graph_optimization_level'" in rounds.failed[2].what
 
     def test_files_are_pushed_once(self, phone: Phone, models: Any) -> None:
         roles = models("mnn")

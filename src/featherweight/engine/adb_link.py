@@ -5,7 +5,6 @@ Sessions cannot be opened there, so outputs come from this machine, through the 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -46,7 +45,9 @@ class AdbLink:
         reading, writing = os.pipe()
         self.answers = cast(Any, os.fdopen(reading, "rb"))
         self._said = os.fdopen(writing, "wb")
-        self.requests = cast(Any, io.BytesIO())  # nobody reads: a phone's jobs take no requests
+        reading, writing = os.pipe()
+        self._asked = os.fdopen(reading, "rb")
+        self.requests = cast(Any, os.fdopen(writing, "wb"))
         self._thread = threading.Thread(target=self._work_on, daemon=True)
         self._thread.start()
 
@@ -62,8 +63,11 @@ class AdbLink:
         self._phone.stop()
 
     def close(self) -> None:
-        self.answers.close()
+        for pipe in (self.requests, self.answers):
+            with suppress(BrokenPipeError):
+                pipe.close()
         self._thread.join()
+        self._asked.close()
 
     def lacked_memory(self) -> bool:
         return False
@@ -101,13 +105,14 @@ class AdbLink:
             asked = self._work.job["asked"]
             # Quality is scored here, with the packages that are here.
             return {**self._phone.describe(self._tools), "versions": versions(asked["packages"])}
-        if kind not in ("latency", "memory"):
+        if kind not in ("latency", "memory", "paced"):
             raise TargetError(
                 f"a phone cannot do a job of the kind '{kind}'",
                 where=self._phone.name,
                 fix="over adb, latency and memory are measured; take 'local' or 'ssh:host' for the rest",
             )
         target = self._work.target
+        self._refuse_options()
         bench = Bench(self._phone, target.runtime, self._tools, target.threads)
         inputs = [np.load(path, mmap_mode="r") for path in sorted(self._work.folder.glob("input*.npy"))]
         shapes = [tuple(array.shape) for array in inputs]
@@ -116,19 +121,26 @@ class AdbLink:
             for role in ("twin", "artifact")
             if role in self._work.artifacts
         }
-        result = self._latency(bench, models, shapes) if kind == "latency" else _memory(bench, models, shapes)
-        return {**result, "cores": bench.cores, "notes": self._notes(bench)}
+        works = {"latency": self._latency, "memory": _memory, "paced": self._paced}
+        return {**works[kind](bench, models, shapes), "cores": bench.cores, "notes": self._notes(bench)}
+
+    def _refuse_options(self) -> None:
+        """The programs are not told options of sessions, so none must be reported as measured."""
+        job = self._work.job
+        given = [job["target"]["options"], *job["options"].values()]
+        if names := sorted({name for options in given for name in options}):
+            raise TargetError(
+                f"on a phone, {self._work.target.runtime} cannot be given the option '{names[0]}'",
+                where=self._phone.name,
+                fix="leave it out: the benchmark program runs with its own",
+            )
 
     def _latency(
         self, bench: Bench, models: Mapping[str, str], shapes: list[tuple[int, ...]]
     ) -> dict[str, Any]:
         """Bursts of both in turn, until the interval is narrow or the time is up."""
         limits = timing.Limits(**self._work.job["limits"])
-        first = {role: bench.run(model, shapes, _TRY_CALLS)[0] for role, model in models.items()}
-        calls = {
-            role: min(max(_TRY_CALLS, math.ceil(_BURST_S / seconds)), _MOST_CALLS)
-            for role, seconds in first.items()
-        }
+        calls = {role: _calls(bench, model, shapes) for role, model in models.items()}
         seen: dict[str, list[float]] = {role: [] for role in models}
         order, draw = list(models), random.Random(0)
         start = time.monotonic()
@@ -143,6 +155,17 @@ class AdbLink:
             with suppress(BrokenPipeError):
                 frames.send(self._said, {"done": min(passed / limits.seconds, 1.0)})
 
+    def _paced(
+        self, bench: Bench, models: Mapping[str, str], shapes: list[tuple[int, ...]]
+    ) -> dict[str, Any]:
+        """One burst for each request."""
+        calls, bursts = _calls(bench, models["artifact"], shapes), 0
+        frames.send(self._said, {"ready": True, "cores": bench.cores})
+        while frames.receive(self._asked) is not None:
+            frames.send(self._said, {"seconds": bench.run(models["artifact"], shapes, calls)[0]})
+            bursts += 1
+        return {"blocks": bursts, "calls": calls}
+
     def _notes(self, bench: Bench) -> list[str]:
         name, program = self._phone.name, bench.path.name
         told = [
@@ -150,6 +173,12 @@ class AdbLink:
             f"quality was scored on this machine through {self._work.target.runtime}, not on {name}",
         ]
         return told + ([bench.program.note] if bench.program.note else [])
+
+
+def _calls(bench: Bench, model: str, shapes: list[tuple[int, ...]]) -> int:
+    """How many calls make a burst."""
+    seconds, _, _ = bench.run(model, shapes, _TRY_CALLS)
+    return min(max(_TRY_CALLS, math.ceil(_BURST_S / seconds)), _MOST_CALLS)
 
 
 def _figures(seen: Mapping[str, list[float]], limits: timing.Limits) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -102,7 +102,10 @@ class Runner:
             "inputs": len(inputs),
             "entry": entry,
             "cores": list(cores),
-            "options": {role: dict(given) for role, given in (options or {}).items()},
+            "options": {
+                role: dict(devices.for_runtime(replace(target, options=given)).options)
+                for role, given in (options or {}).items()
+            },
             "asked": dict(asked or {}),
             "limits": asdict(self._limits),
         }
