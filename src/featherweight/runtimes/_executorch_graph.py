@@ -82,10 +82,22 @@ def _fold_norm(module: fx.GraphModule, node: fx.Node) -> None:
 def _average_pool(node: fx.Node) -> None:
     """Without padding nothing of it can be counted, but XNNPACK wants that said."""
     source, size, stride, padding, ceil, _, divisor = _bound(node, None, None, [], 0, False, True, None)
-    if any(padding if isinstance(padding, (list, tuple)) else [padding]) or ceil or divisor is not None:
+    if any(_pair(padding)) or ceil or divisor is not None:
         return
-    node.args = (source, size, stride or size, [0, 0], False, False)
+    node.args = (source, _pair(size), _pair(stride or size), [0, 0], False, False)
     node.kwargs = {}
+
+
+def _max_pool(node: fx.Node) -> None:
+    """The partitioner looks for arguments that may be left out."""
+    source, size, stride, padding, dilation, ceil = _bound(node, None, None, [], [0, 0], [1, 1], False)
+    node.args = (source, *(_pair(x) for x in (size, stride or size, padding, dilation)), ceil)
+    node.kwargs = {}
+
+
+def _pair(given: Any) -> list[int]:
+    sizes = list(given) if isinstance(given, (list, tuple)) else [given]
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def _mean(node: fx.Node) -> None:
@@ -118,6 +130,14 @@ def _reshape(node: fx.Node) -> None:
     with node.graph.inserting_before(node):
         made = node.graph.call_function(_ATEN.reshape.default, (node.args[0], _shape(node)))
     _instead(node, made)
+
+
+def _whole(node: fx.Node) -> None:
+    """A slice of all that there is."""
+    source: Any = node.args[0]
+    if _shape(source) == _shape(node):
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
 
 
 def _slice(source: fx.Node, axis: int, start: int, length: int) -> fx.Node:
@@ -241,10 +261,12 @@ _RESHAPED: Sequence[Any] = (
 )
 _REWRITES: dict[Any, _Rewrite] = {
     _ATEN.avg_pool2d.default: _average_pool,
+    _ATEN.max_pool2d.default: _max_pool,
     _ATEN.mean.dim: _mean,
     _ATEN.cat.default: _cat,
     _ATEN.hardsigmoid.default: _hard_sigmoid,
     **dict.fromkeys(_RESHAPED, _reshape),
+    _ATEN.slice.Tensor: _whole,
     _ATEN.select.int: _select,
     _ATEN.chunk.default: _split,
     _ATEN.split.Tensor: _split,
