@@ -1,10 +1,10 @@
 """Keeps the grids of integer tensors apart where MNN would let them run into each other.
 
 Part of ``mnn.py``. When a file is opened, MNN gives a tensor's scale to what was only moved, pooled or
-clamped of it, forwards and backwards, whatever scale the file gives to that; and its integer kernels for a
-scale per channel, and for maxima from one grid to another, are wrong. So an operator that is not known to
-keep its input's grid works on floats here: it reads and writes copies that have no grid. A copy is a sum with
-zero, past which MNN hands no scale on.
+clamped of it, forwards and backwards, whatever scale the file gives to that; and its integer kernels for
+maxima and for a scale per channel are wrong on x86. So an operator that is not known to keep its input's grid
+works on floats here: it reads and writes copies that have no grid. A copy is a sum with zero, past which MNN
+hands no scale on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 # Grids stop at these: sums and products, constants, convolutions, inputs, products of matrices, sizes, sums
 # over axes, softmax, functions of one value, norms of a layer
 _STOPS = frozenset({7, 11, 12, 13, 34, 39, 66, 68, 80, 82, 85, 101, 603})
-_POOLING, _CONSTANT, _SUM = 47, 11, 7
-_POOLING_KIND = 7  # field of Pool; 0: maximum
+_CONSTANT, _CONVOLUTION, _SUM = 11, 12, 7
 _FLOAT = 1  # DataType
 
 
@@ -80,15 +79,20 @@ def separate(net: File, quantized: Mapping[int, IntQuant]) -> Graph:
 
 def _mixes(op: Op, quantized: Mapping[int, IntQuant], constants: set[int]) -> bool:
     """Whether MNN would hand a grid through an operator that does not keep it."""
-    if op.type in _STOPS:
+    if op.type in _STOPS and not _grouped(op):
         return False
     read = op.inputs[:1] if op.type in mnn.MOVES else [one for one in op.inputs if one not in constants]
     grids = [quantized.get(number) for number in (*read, *op.outputs)]
     if not any(grids):
         return False
+    return op.type not in mnn.MOVES or not _one(grids)
+
+
+def _grouped(op: Op) -> bool:
+    """Whether it is a convolution in groups, which MNN's integer kernels get wrong; depthwise has its own."""
     main = op.main
-    maximum = op.type == _POOLING and main is not None and main.scalar(_POOLING_KIND, "b") == 0
-    return not ((op.type in mnn.MOVES or maximum) and _one(grids))
+    common = main.table(mnn.COMMON) if op.convolves and main is not None else None
+    return op.type == _CONVOLUTION and common is not None and common.scalar(mnn.GROUP, "i", 1) != 1
 
 
 def _one(grids: Sequence[IntQuant | None]) -> bool:

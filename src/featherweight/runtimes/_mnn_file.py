@@ -18,7 +18,7 @@ from featherweight.runtimes._mnn_flat import Table
 DESCRIBES, OPS, TENSORS, SUBGRAPHS, UUID = 1, 3, 7, 10, 11  # Net
 OP_INPUTS, OP_HOLDS, OP_MAIN, OP_NAME, OP_OUTPUTS, OP_TYPE = 0, 1, 2, 3, 4, 5  # Op
 COMMON, WEIGHT, BIAS, QUANTIZED, SYMMETRIC, ASIDE = 0, 1, 2, 3, 4, 6  # Convolution2D
-INPUTS_KERNEL_Y, OUTPUT_COUNT = 3, 10  # Convolution2DCommon
+GROUP, OUTPUT_COUNT = 9, 10  # Convolution2DCommon
 BUFFER, SCALES, CODING, SCALE, SCALE_IN, SCALE_OUT, BITS, LOWEST, OFFSETS, WIDE = (
     *(0, 1, 2, 4, 5, 6, 7, 8, 9, 11),
 )  # IDSTQuan

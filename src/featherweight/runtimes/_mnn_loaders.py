@@ -76,7 +76,8 @@ def _cpp(
         "  MNN::ScheduleConfig config;",
         f"  config.numThread = {target.threads};",
         "  config.backendConfig = &backend;",
-        "  std::shared_ptr<Executor::RuntimeManager> runtime(Executor::RuntimeManager::createRuntimeManager(config));",
+        "  std::shared_ptr<Executor::RuntimeManager> runtime(",
+        "      Executor::RuntimeManager::createRuntimeManager(config));",
     ]
     if level is not None:
         lines.append(f"  runtime->setHint(MNN::Interpreter::WINOGRAD_MEMORY_LEVEL, {level});")

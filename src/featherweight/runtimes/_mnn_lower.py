@@ -6,6 +6,7 @@ Part of ``mnn.py``.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from featherweight.errors import TargetError
 from featherweight.runtimes import _child
 from featherweight.runtimes._mnn_file import MOVES, File
 from featherweight.runtimes._mnn_names import contents, holders
+from featherweight.runtimes._mnn_shape import shape
 from featherweight.runtimes._mnn_store import Weight, settle, store
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ def lower_entry(model: Model, entry: str, scratch: Path, realise: Realise) -> Lo
     formats = {name: chain[-1] for name, chain in model.formats.items()}
     read = {name for node in graph for name in node.parameters.values()}
     export = to_onnx(model, entry, keep={name for name in formats if name in graph.values})
+    shape(export.model.graph)
     named = dict(holders(export.model.graph, _first_names(model)))
     source = scratch / "model.onnx"
     write(export.model, source)
@@ -69,7 +72,7 @@ def lower_entry(model: Model, entry: str, scratch: Path, realise: Realise) -> Lo
             if parts["weight"] in formats
         }
         _all_found(weights, formats, read)
-        file = store(file, aside, weights, _grids(export, formats, held, realise))
+        file = store(file, aside, weights, _grids(export, net, formats, held, realise))
     file = settle(file)
     how = model.entries[entry]
     outputs = [
@@ -98,9 +101,13 @@ def _all_found(weights: Mapping[str, Weight], formats: Mapping[str, Any], read: 
 
 
 def _grids(
-    export: OnnxExport, formats: Mapping[str, TensorFormat], held: Mapping[int, str], realise: Realise
+    export: OnnxExport,
+    net: File,
+    formats: Mapping[str, TensorFormat],
+    held: Mapping[int, str],
+    realise: Realise,
 ) -> dict[int, IntQuant]:
-    """Tensor of the file -> its format."""
+    """Tensor of the file -> its format, or that of what it was moved from or is moved to."""
     named = {str(value.name): name for name, value in export.values.items()}
     lost = sorted(set(named) - set(held.values()))
     if lost:
@@ -109,7 +116,16 @@ def _grids(
             fix="put fold before quantize, or exclude the layer under where",
         )
     grids = {name: realise(formats[name], "activation") for name in named.values()}
-    return {number: grids[named[value]] for number, value in held.items() if value in named}  # type: ignore[misc]
+    known = {number: grids[named[value]] for number, value in held.items() if value in named}
+    moves = [(op.inputs[0], op.outputs[0]) for op in net.ops if op.type in MOVES and op.inputs]
+    readers = Counter(number for op in net.ops for number in op.inputs)
+    for before, after in moves:
+        if before in known:
+            known.setdefault(after, known[before])
+    for before, after in reversed(moves):
+        if after in known and readers[before] == 1:
+            known.setdefault(before, known[after])
+    return known  # type: ignore[return-value]
 
 
 def _values(net: File, graph: Graph, held: Mapping[int, str], how: Entry) -> Iterator[tuple[str, str]]:
@@ -148,7 +164,8 @@ def convert(source: str, out: str, aside: bool) -> None:
     import _tools  # never the command 'mnnconvert': that one installs a package and calls home
 
     command = ["mnnconvert", "-f", "ONNX", "--modelFile", source, "--MNNModel", out]
-    command += ["--bizCode", "featherweight", "--useOriginRNNImpl", "--useGeluApproximation", "0"]
+    command += ["--bizCode", "featherweight", "--useOriginRNNImpl", "--groupConvNative"]
+    command += ["--useGeluApproximation", "0"]
     _tools.mnnconvert([*command, "--saveExternalData"] if aside else command)
     if not Path(out).is_file():
         raise TargetError(

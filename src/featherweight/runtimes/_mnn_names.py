@@ -30,18 +30,29 @@ def contents(graph: ir.Graph, file: File) -> Mapping[int, str]:
         if len(op.outputs) != 1:
             found |= {number: name for number in op.outputs if (name := file.tensors[number]) in values}
             continue
+        (output,) = op.outputs
         value = values.get(op.name.removesuffix(AS_CONVOLUTION))
-        if op.type in MOVES and op.inputs:
-            before = found.get(op.inputs[0])
-            producer = None if value is None else value.producer()
-            moved = producer is not None and producer.op_type in _MOVES and producer.inputs[0] is not None
-            if value is not None and producer is not None and moved and producer.inputs[0].name == before:  # type: ignore[union-attr]
-                found[op.outputs[0]] = str(value.name)
-            elif before is not None:
-                found[op.outputs[0]] = before
-        elif value is not None:
-            found[op.outputs[0]] = str(_last_absorbed(value, names).name)
+        if op.type not in MOVES or not op.inputs:
+            if value is not None:
+                found[output] = str(_last_absorbed(value, names).name)
+            continue
+        before = found.get(op.inputs[0])
+        if before is None:
+            continue
+        found[output] = before
+        if value is not None and _moves(value, before):
+            last = _last_absorbed(value, names)
+            found[output] = str(last.name)
+            if last is not value:  # clamped before it was moved
+                found |= {number: found[output] for number, name in found.items() if name == before}
     return found
+
+
+def _moves(value: ir.Value, before: str) -> bool:
+    """Whether a value is another one, moved."""
+    producer = value.producer()
+    source = None if producer is None or producer.op_type not in _MOVES else producer.inputs[0]
+    return source is not None and source.name == before
 
 
 def _last_absorbed(value: ir.Value, names: set[str]) -> ir.Value:

@@ -36,6 +36,8 @@ _ASIDE: Mapping[int, tuple[Mapping[int, str], int, tuple[int, ...]]] = {
 }
 _CLOSE = 1e-4
 
+Ends = tuple["IntQuant | None", "IntQuant | None"]  # what a convolution reads, and what it makes
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -93,8 +95,9 @@ def _placed(
     if op is None:
         return copied([*net.tensors, *graph.tensors][one.outputs[0]], one.inputs, one.outputs)
     if _clamps(op, quantized):
-        return _clamped(op)
-    written = _rewritten(op, aside, weights.get(op.name), quantized)
+        return _clamped(op, quantized[op.outputs[0]])
+    ends = (quantized.get(one.inputs[0]), quantized.get(one.outputs[0])) if one.inputs else (None, None)
+    written = _rewritten(op, aside, weights.get(op.name), ends)
     if (one.inputs, one.outputs) != (op.inputs, op.outputs):
         written = Draft.of(op.table, _OP_SCALARS) if isinstance(written, Old) else written
         written.fields |= {mnn.OP_INPUTS: numbers(one.inputs), mnn.OP_OUTPUTS: numbers(one.outputs)}
@@ -133,10 +136,15 @@ def _clamps(op: Op, quantized: Mapping[int, IntQuant]) -> bool:
     return all(number in quantized for number in (*op.inputs, *op.outputs))
 
 
-def _clamped(op: Op) -> Draft:
+def _clamped(op: Op, fmt: IntQuant) -> Draft:
     """The same without its ReLU: integers that begin at zero are clamped there anyway."""
     main = op.main
     assert main is not None
+    if int(fmt.grid()[1]) != fmt.quant_min:
+        raise TargetError(
+            f"mnn has no integer kernel for '{op.name}' and its ReLU in a range with negative numbers",
+            fix="use asymmetric activations",
+        )
     plain = Draft.of(main, {0: "i", 1: "i", mnn.ACTIVATION: "i"})
     del plain.fields[mnn.ACTIVATION]
     changed = Draft.of(op.table, _OP_SCALARS)
@@ -144,7 +152,7 @@ def _clamped(op: Op) -> Draft:
     return changed
 
 
-def _rewritten(op: Op, aside: bytes, weight: Weight | None, quantized: Mapping[int, IntQuant]) -> Draft | Old:
+def _rewritten(op: Op, aside: bytes, weight: Weight | None, ends: Ends) -> Draft | Old:
     """The operator with its weights inside."""
     main = op.main
     known = _ASIDE.get(op.holds)
@@ -163,7 +171,7 @@ def _rewritten(op: Op, aside: bytes, weight: Weight | None, quantized: Mapping[i
     if weight is not None:
         outputs = main_outputs(main)
         floats = np.frombuffer(parts.pop(mnn.WEIGHT), np.float32).reshape(outputs, -1)
-        draft.fields |= _coded(weight, floats, op, quantized)
+        draft.fields |= _coded(weight, floats, ends)
     draft.fields |= {number: Data(raw, 4) for number, raw in parts.items() if raw}
     changed = Draft.of(op.table, _OP_SCALARS)
     changed.fields[mnn.OP_MAIN] = draft
@@ -176,7 +184,7 @@ def main_outputs(main: Table) -> int:
     return 0 if common is None else int(common.scalar(mnn.OUTPUT_COUNT, "i"))
 
 
-def _coded(weight: Weight, floats: np.ndarray, op: Op, quantized: Mapping[int, IntQuant]) -> dict[int, Draft]:
+def _coded(weight: Weight, floats: np.ndarray, ends: Ends) -> dict[int, Draft]:
     """Fields of a convolution that hold its weight."""
     from featherweight.formats import FloatCast
 
@@ -198,9 +206,13 @@ def _coded(weight: Weight, floats: np.ndarray, op: Op, quantized: Mapping[int, I
     if offsets:
         coded.fields[mnn.OFFSETS] = Scalar("i", values.shape[0])
         coded.fields[mnn.LOWEST] = Scalar("i", -(1 << int(weight.fmt.bits) - 1))
-    ends = [quantized.get(number) for number in (op.inputs[0], op.outputs[0])]
     if ends[0] is None or ends[1] is None:
         return {mnn.QUANTIZED: coded}
+    if offsets:
+        raise TargetError(
+            f"mnn's integer kernels are inexact with asymmetric weights ('{weight.name}')",
+            fix="use symmetric weights, or activations: none",
+        )
     (scale_in, zero_in), (scale_out, zero_out) = (end.grid() for end in ends if end is not None)
     coded.fields[mnn.SCALE_IN] = Scalar("f", float(scale_in))
     coded.fields[mnn.SCALE_OUT] = Scalar("f", float(scale_out))
@@ -217,7 +229,15 @@ def _grid(weight: Weight, floats: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
     """
     import torch
 
+    from featherweight.formats import PerGroup
+
     fmt: IntQuant = weight.fmt  # type: ignore[assignment]
+    if isinstance(fmt.granularity, PerGroup) and floats.shape[1] % fmt.granularity.size:
+        raise TargetError(
+            f"mnn has groups of one size: {fmt.granularity.size} does not divide the {floats.shape[1]} inputs "
+            f"of '{weight.name}'",
+            fix="take a group that divides them, or exclude the layer under where",
+        )
     flat = weight.value.reshape(floats.shape)
     factor = (floats * flat).sum(1) / np.maximum((flat * flat).sum(1), 1e-30)
     factor = np.where((flat * flat).sum(1) > 0, factor, 1.0)

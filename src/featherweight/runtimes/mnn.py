@@ -53,8 +53,8 @@ class Mnn(Runtime):
         if activation is not None and activation.bits != 8:
             return False
         if isinstance(weight, IntQuant):
-            widths = (4, 8) if activation is None else (8,)
-            return weight.width in widths and op in _WEIGHTED
+            static = weight.width == 8 and weight.symmetric
+            return op in _WEIGHTED and (static if activation is not None else weight.width in (4, 8))
         return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
@@ -77,7 +77,8 @@ class Mnn(Runtime):
             isinstance(shared, PerGroup) and shared.axis != 1
         ):
             raise TargetError("mnn has scales for output channels only", fix="use granularity: per_channel")
-        return replace(fmt, signed=True, headroom=0)
+        positive = role == "activation" and fmt.symmetric and bool((fmt.low >= 0).all())
+        return replace(fmt, signed=True, headroom=0, symmetric=fmt.symmetric and not positive)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._mnn_lower import lower_entry
