@@ -8,7 +8,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,12 @@ class Fake(Runtime):
             os.kill(os.getpid(), signal.SIGSEGV)
         if does == "refuse":
             raise TargetError("fake cannot store int4", where="layer 3", fix="use int8")
-        return Session(told)
+        if "refused" in target.options:
+            raise TargetError("fake has no option 'refused'", fix="leave it out")
+        return Session({**told, "seconds": told.get("seconds", 0.0) * target.options.get("factor", 1.0)})
+
+    def tunings(self, target: Target) -> Sequence[Mapping[str, Any]]:
+        return ({"factor": 3.0}, {"factor": 0.5}, {"refused": True})
 
 
 class Session:
