@@ -9,7 +9,6 @@ programs (ExecuTorch, LiteRT) turn such patterns into their integer kernels.
 from __future__ import annotations
 
 import operator
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -21,23 +20,14 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram, export
 
 from featherweight.errors import TargetError
-from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup, PerTensor, TensorFormat
+from featherweight.exchange._pt2e_weights import Tensors, is_dequantized, limits, write_weight
+from featherweight.formats import IntQuant, PerTensor, TensorFormat
 from featherweight.graph import Graph, trace, whole_recurrences
 from featherweight.model import Entry, Model
 from featherweight.runtime import Role
 
 _QD = torch.ops.quantized_decomposed
 _ATEN = torch.ops.aten
-_LAYERS: Mapping[Any, int] = {  # operator -> where its bias is among the arguments
-    _ATEN.conv1d.default: 2,
-    _ATEN.conv2d.default: 2,
-    _ATEN.conv3d.default: 2,
-    _ATEN.conv_transpose1d.default: 2,
-    _ATEN.conv_transpose2d.input: 2,
-    _ATEN.linear.default: 2,
-}
-_BIAS_LIMIT = 2**30  # int32, with room for what is added to it
-_SMALLEST_RATIO = 2.0**-30  # of a product's scale to the output's, that integer kernels can multiply by
 _SAME = 1e-6  # relative difference of ends that are one number in float32
 
 
@@ -98,7 +88,9 @@ def quantized_program(
         rewrite(unlifted)
         unlifted.graph.lint()
         program = _export(_bare(unlifted), how, batch)
-    held = {name: parameter for name, parameter in writer.tensors.items() if name in program.state_dict}
+    held = {
+        name: parameter for name, parameter in writer.tensors.parameters.items() if name in program.state_dict
+    }
     return QuantizedProgram(program, held, writer.grids)
 
 
@@ -106,9 +98,8 @@ class _Writer:
     """Edits a copy of the traced graph, in which parameters are attributes."""
 
     def __init__(self, graph: Graph, model: Model, realise: Callable[[TensorFormat, Role], Any]) -> None:
-        self.tensors: dict[str, str] = {}
+        self.tensors = Tensors()
         self.grids: dict[str, tuple[float, int]] = {}
-        self._stored: dict[str, Tensor] = {}
         self._realise = realise
         unlifted = graph.program.module(check_guards=False)
         self.graph: fx.Graph = unlifted.graph
@@ -158,30 +149,27 @@ class _Writer:
             read[node] = known.get(node.target, node.target)
             value = operator.attrgetter(node.target)(unlifted)
             if not isinstance(value, Tensor):
-                self._stored[node.target] = value
+                self.tensors.stored[node.target] = value
                 continue
-            name = names.get(read[node]) or self._store(read[node], value.detach())
+            name = names.get(read[node]) or self.tensors.add(read[node], value.detach())
             names[read[node]] = node.target = name
-            self.tensors[name] = read[node]
         return read
 
-    def _store(self, name: str, value: Tensor) -> str:
-        """Keep a tensor under an identifier that nobody has."""
-        stem = "t_" + re.sub(r"\W", "_", name)
-        free, count = stem, 0
-        while free in self._stored:
-            count += 1
-            free = f"{stem}_{count}"
-        self._stored[free] = value
-        return free
+    def weights(self, dynamic: bool) -> None:
+        """Integers in the place of parameters that have formats."""
+        for node, name in self._parameters.items():
+            if name not in self._formats:
+                continue
+            fmt = self._realise(self._formats[name][-1], "weight")
+            for reader in list(node.users):
+                write_weight(self.graph, self.tensors, node, fmt, reader, dynamic)
 
     def module(self) -> fx.GraphModule:
         """What was edited; holds the tensors that are still read."""
         self.graph.eliminate_dead_code()
         read = {node.target for node in self.graph.nodes if node.op == "get_attr"}
-        self.tensors = {name: parameter for name, parameter in self.tensors.items() if name in read}
         self.graph.lint()
-        return fx.GraphModule({name: self._stored[name] for name in read}, self.graph)
+        return fx.GraphModule({name: self.tensors.stored[name] for name in read}, self.graph)
 
     # ---- values
 
@@ -194,15 +182,15 @@ class _Writer:
     def drop_clamps(self) -> None:
         """A clamp whose grid ends inside its limits does nothing that the rounding to the grid does not."""
         for node in list(self.graph.nodes):
-            limits = _limits(node)
-            if limits is None or node not in self._grid:
+            ends = limits(node)
+            if ends is None or node not in self._grid:
                 continue
             source = node.args[0]
             if source in self._grid or len(source.users) > 1 or source.op != "call_function":
                 continue
             low, high = _ends(self._grid[node])
             slack = _SAME * (high - low)
-            if low >= limits[0] - slack and high <= limits[1] + slack:
+            if low >= ends[0] - slack and high <= ends[1] + slack:
                 self._replace(node, source)
 
     def _replace(self, node: fx.Node, source: fx.Node) -> None:
@@ -234,113 +222,11 @@ class _Writer:
             if node.op != "call_function" or _name(node) not in operators:
                 continue
             for source in node.all_input_nodes:
-                if not _is_dequantized(source) or source.args[1:] == _scheme(fmt):
+                if not is_dequantized(source) or source.args[1:] == _scheme(fmt):
                     continue
                 with self.graph.inserting_before(node):
                     moved = self.graph.call_function(_QD.quantize_per_tensor.default, (source, *_scheme(fmt)))
                 self._read(moved, fmt, source, [node])
-
-    # ---- parameters
-
-    def weights(self, dynamic: bool) -> None:
-        """Integers in the place of parameters that have formats."""
-        for node, name in self._parameters.items():
-            if name not in self._formats:
-                continue
-            fmt = self._realise(self._formats[name][-1], "weight")
-            for reader in list(node.users):
-                self._weight(node, name, fmt, reader, dynamic)
-
-    def _weight(self, node: fx.Node, name: str, fmt: TensorFormat, reader: fx.Node, dynamic: bool) -> None:
-        value = self._stored[str(node.target)]
-        if isinstance(fmt, FloatCast):
-            real = self._insert(reader, name, value.to(fmt.torch_dtype))
-            with self.graph.inserting_before(reader):
-                cast = self.graph.call_function(_ATEN.to.dtype, (real, torch.float32))
-            reader.replace_input_with(node, cast)
-            return
-        if not isinstance(fmt, IntQuant):
-            raise TargetError(
-                f"'{name}' cannot be {type(fmt).__name__} in an exported program", fix="store it as integers"
-            )
-        static = self._is_static(reader)
-        integers, scale, zero_point = _integers(fmt, value)
-        if static and not isinstance(fmt.granularity, PerGroup):
-            integers, scale = _widened(integers, scale, fmt, self._smallest(reader))
-        kind = torch.int8 if fmt.signed else torch.uint8
-        stored = self._insert(reader, name, integers.to(kind))
-        ends = (-8, 7, kind) if fmt.width == 4 else (fmt.quant_min, fmt.quant_max, kind)
-        arguments: tuple[Any, ...]
-        if isinstance(fmt.granularity, PerTensor):
-            operator, arguments = _QD.dequantize_per_tensor.default, (float(scale), int(zero_point), *ends)
-        else:
-            scales = self._insert(reader, f"{name}.scale", scale, False)
-            zeros = self._insert(reader, f"{name}.zero_point", zero_point.to(torch.int64), False)
-            if isinstance(fmt.granularity, PerChannel):
-                operator = _QD.dequantize_per_channel.default
-                arguments = (scales, zeros, fmt.granularity.axis, *ends)
-            else:
-                operator = _QD.dequantize_per_channel_group.default
-                arguments = (scales, zeros, *ends, fmt.granularity.size, torch.float32)
-        with self.graph.inserting_before(reader):
-            real = self.graph.call_function(operator, (stored, *arguments))
-        reader.replace_input_with(node, real)
-        if dynamic and not static and reader.target in _LAYERS:
-            self._quantize_anew(reader)
-
-    def _insert(self, reader: fx.Node, name: str, value: Tensor, listed: bool = True) -> fx.Node:
-        """A new tensor, or the same one that another reader of the parameter has."""
-        equal = (
-            key
-            for key, other in self._stored.items()
-            if isinstance(other, Tensor) and other.dtype == value.dtype and torch.equal(other, value)
-        )
-        stem = "t_" + re.sub(r"\W", "_", name)
-        found = next((key for key in equal if re.fullmatch(rf"{stem}(_\d+)?", key)), None)
-        key = found or self._store(name, value)
-        if listed:
-            self.tensors[key] = name
-        with self.graph.inserting_before(reader):
-            return self.graph.get_attr(key)
-
-    def _is_static(self, reader: fx.Node) -> bool:
-        """Whether a layer reads integers, and its only reader makes integers of what it says."""
-        if reader.target not in _LAYERS or not _is_dequantized(reader.args[0]):
-            return False
-        return self._quantized(reader) is not None
-
-    def _quantized(self, node: fx.Node) -> fx.Node | None:
-        """The integers that a value becomes, at most behind one clamp."""
-        if len(node.users) != 1:
-            return None
-        (reader,) = node.users
-        if _limits(reader) is not None and len(reader.users) == 1:
-            (reader,) = reader.users
-        return reader if reader.target is _QD.quantize_per_tensor.default else None
-
-    def _smallest(self, reader: fx.Node) -> Tensor:
-        """Least scale of a weight, so that a bias fits int32 and outputs can be scaled."""
-        source: Any = reader.args[0]
-        quantized: Any = self._quantized(reader)
-        step = torch.tensor(float(source.args[1]), dtype=torch.float64)
-        least = float(quantized.args[1]) * _SMALLEST_RATIO / step
-        place = _LAYERS[reader.target]
-        bias = reader.args[place] if len(reader.args) > place else None
-        if not isinstance(bias, fx.Node) or bias.op != "get_attr":
-            return least
-        return torch.maximum(self._stored[str(bias.target)].abs().double() / (step * _BIAS_LIMIT), least)
-
-    def _quantize_anew(self, reader: fx.Node) -> None:
-        """Integers of a layer's input whose scale is found when it runs."""
-        source: Any = reader.args[0]
-        with self.graph.inserting_before(reader):
-            call = self.graph.call_function
-            chosen = call(_QD.choose_qparams.tensor, (source, -128, 127, 2.0**-12, torch.int8))
-            found = (call(operator.getitem, (chosen, 0)), call(operator.getitem, (chosen, 1)))
-            scheme = (*found, -128, 127, torch.int8)
-            integers = call(_QD.quantize_per_tensor.tensor, (source, *scheme))
-            real = call(_QD.dequantize_per_tensor.tensor, (integers, *scheme))
-        reader.args = (real, *reader.args[1:])
 
 
 def _bare(module: fx.GraphModule) -> fx.GraphModule:
@@ -359,25 +245,6 @@ def _name(node: fx.Node) -> str:
     return str(node.target._schema.name).split("::")[-1] if hasattr(node.target, "_schema") else ""
 
 
-def _is_dequantized(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is _QD.dequantize_per_tensor.default
-
-
-def _limits(node: fx.Node) -> tuple[float, float] | None:
-    """Between what an operator clamps; None: it does something else."""
-    given: tuple[Any, ...] = (*node.args[1:], *(None,) * 2)
-    if node.target is _ATEN.relu.default:
-        return 0.0, float("inf")
-    if node.target is _ATEN.relu6.default:
-        return 0.0, 6.0
-    if node.target is _ATEN.hardtanh.default:
-        return (-1.0 if given[0] is None else given[0]), (1.0 if given[1] is None else given[1])
-    if node.target is _ATEN.clamp.default:
-        low, high = given[0], given[1]
-        return (-float("inf") if low is None else low), (float("inf") if high is None else high)
-    return None
-
-
 def _ends(fmt: IntQuant) -> tuple[float, float]:
     """Smallest and largest real number on a grid."""
     scale, zero_point = (float(x) for x in fmt.grid())
@@ -389,23 +256,6 @@ def _scheme(fmt: IntQuant) -> tuple[Any, ...]:
     scale, zero_point = fmt.grid()
     kind = torch.int8 if fmt.signed else torch.uint8
     return float(scale), int(zero_point), fmt.quant_min, fmt.quant_max, kind
-
-
-def _integers(fmt: IntQuant, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    scale, zero_point = fmt.grid()
-    return fmt.quantize(value), scale, zero_point
-
-
-def _widened(integers: Tensor, scale: Tensor, fmt: IntQuant, smallest: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each channel at least this scale; the integers follow (channels that are all but zero)."""
-    least = smallest if isinstance(fmt.granularity, PerChannel) else smallest.max()
-    new = torch.maximum(scale.double(), least).float()
-    if torch.equal(new, scale):
-        return integers, scale
-    shape = [1] * integers.dim()
-    if isinstance(fmt.granularity, PerChannel):
-        shape[fmt.granularity.axis] = -1
-    return torch.round(integers * (scale.double() / new).reshape(shape)).int(), new
 
 
 def _export(module: fx.GraphModule, entry: Entry, batch: int | None) -> ExportedProgram:
