@@ -17,15 +17,17 @@ from featherweight.runtimes._ncnn_file import Layer, array, listed, read_param, 
 if TYPE_CHECKING:
     import ncnn
 
+_MOST_AXES = 4
 _LOOSE = re.compile(r"^ignore (\S+) (\S+) param (\w+)=(.*)$", re.MULTILINE)
 
 
-def convert(program: str, inputs: str, param: str, binary: str, blobs: str) -> dict[str, Any]:
+def convert(program: str, inputs: str, outputs: str, param: str, binary: str, blobs: str) -> dict[str, Any]:
     """Turn a traced module into float files and compute every blob of one example.
 
     Args:
         program: File of ``torch.jit.save``.
         inputs: The example's inputs by name, in order, batch 1 (``.safetensors``).
+        outputs: What PyTorch makes of it, by blob (``.safetensors``).
         param: File to write.
         binary: File to write.
         blobs: File to write: name -> what the blob holds (``.safetensors``).
@@ -47,8 +49,33 @@ def convert(program: str, inputs: str, param: str, binary: str, blobs: str) -> d
         last = [line for line in said.splitlines() if line.strip()][-1:]
         raise TargetError(f"pnnx failed: {' '.join(last)[:300]}", fix="take another runtime")
     _repair(Path(param), said)
-    save_file(_every_blob(param, binary, [x[0] for x in examples]), blobs)
-    return {}
+    return {"keep_batch": _save_blobs(param, binary, examples, load_file(outputs), blobs)}
+
+
+def _save_blobs(
+    param: str, binary: str, examples: list[np.ndarray], outputs: dict[str, np.ndarray], blobs: str
+) -> bool:
+    """Compute every blob, and tell whether ncnn is to be given the batch: where nothing in a model shows
+    which axis is the batch, pnnx keeps it.
+    """
+    from featherweight.runtimes._ncnn_session import same
+
+    error = TargetError(
+        "pnnx made something else of this model: its outputs differ from PyTorch's",
+        fix="take another runtime, or write the model with other operators",
+    )
+    for keep_batch in (False, True):
+        if keep_batch and any(x.ndim > _MOST_AXES for x in examples):
+            break
+        try:
+            found = _blobs(param, binary, examples, keep_batch=keep_batch)
+        except TargetError as refused:
+            error = refused
+            continue
+        if all(name in found and same(found[name], wanted) for name, wanted in outputs.items()):
+            save_file(found, blobs)
+            return keep_batch
+    raise error
 
 
 def _letter(x: np.ndarray) -> str:
@@ -99,17 +126,14 @@ def _unbind(layer: Layer, axis: int) -> list[Layer]:
     ]  # fmt: skip
 
 
-def _every_blob(param: str, binary: str, inputs: list[np.ndarray]) -> dict[str, np.ndarray]:
-    from featherweight.runtimes._ncnn_session import load, matrix
+def _blobs(param: str, binary: str, examples: list[np.ndarray], *, keep_batch: bool) -> dict[str, np.ndarray]:
+    """What each blob holds."""
+    from featherweight.runtimes._ncnn_session import load, start
 
     net = load(param, binary, 1, {"lightmode": False})
-    extractor = net.create_extractor()
-    held = [matrix(x) for x in inputs]
-    found: dict[str, np.ndarray] = {}
-    for name, blob in zip(net.input_names(), held, strict=True):
-        extractor.input(name, blob)
-    for blob in net.blobs():
-        found[blob.name] = _extracted(extractor, blob.name)
+    extractor, held = start(net, examples, 0, keep_batch=keep_batch)
+    found = {blob.name: _extracted(extractor, blob.name) for blob in net.blobs()}
+    del extractor, held
     return found
 
 
@@ -122,14 +146,12 @@ def _extracted(extractor: ncnn.Extractor, name: str) -> np.ndarray:
     return np.array(blob, order="C")
 
 
-def run(param: str, binary: str, inputs: str, answer: str) -> dict[str, Any]:
+def run(param: str, binary: str, inputs: str, answer: str, keep_batch: bool) -> dict[str, Any]:
     """Compute the outputs of one example from finished files."""
-    from featherweight.runtimes._ncnn_session import load, matrix
+    from featherweight.runtimes._ncnn_session import load, start
 
-    held = [matrix(x[0]) for x in load_file(inputs).values()]
     net = load(param, binary, 1, {})
-    extractor = net.create_extractor()
-    for name, blob in zip(net.input_names(), held, strict=True):
-        extractor.input(name, blob)
+    extractor, held = start(net, list(load_file(inputs).values()), 0, keep_batch=keep_batch)
     save_file({name: _extracted(extractor, name) for name in net.output_names()}, answer)
+    del extractor, held
     return {}

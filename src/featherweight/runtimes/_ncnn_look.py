@@ -49,16 +49,16 @@ def values(
     """Traced value -> what its blob holds, over the examples of a call."""
     session = Session(artifact, replace(target, options={**target.options, "lightmode": False}))
     session.check(inputs, entry)
-    blobs, steps = artifact.details["values"][entry], artifact.details["steps"][entry]
+    blobs, steps, shapes = (artifact.details[key][entry] for key in ("values", "steps", "shapes"))
     rows = []
     for index in range(len(inputs[0])):
-        extractor, held = session.extractor(entry, [x[index] for x in inputs])
+        extractor, held = session.extractor(entry, inputs, index)
         one = {blob: np.array(extractor.extract(blob)[1]) for blob in dict.fromkeys(blobs.values())}
         rows.append(one)
         del extractor, held
     found = {}
     for name, blob in blobs.items():
-        whole = np.stack([row[blob] for row in rows])
+        whole = np.stack([row[blob].reshape(shapes[name]) for row in rows])
         found[name] = whole * np.float32(steps[blob]) if blob in steps else whole
     return found
 
@@ -68,7 +68,7 @@ def kernels(artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], en
     session = Session(artifact, replace(target, options={**target.options, "lightmode": False}))
     session.check(inputs, entry)
     layers = read_param((artifact.folder / artifact.entries[entry]).read_text())
-    rounds = [_seconds(session, layers, entry, [x[0] for x in inputs]) for _ in range(_ROUNDS)]
+    rounds = [_seconds(session, layers, entry, inputs) for _ in range(_ROUNDS)]
     return [
         Kernel(layer.name, layer.type, _computes(layer), seconds=float(np.median([one[i] for one in rounds])))
         for i, layer in enumerate(layers)
@@ -76,8 +76,8 @@ def kernels(artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], en
     ]
 
 
-def _seconds(session: Session, layers: list[Layer], entry: str, example: Sequence[np.ndarray]) -> list[float]:
-    extractor, held = session.extractor(entry, example)
+def _seconds(session: Session, layers: list[Layer], entry: str, inputs: Sequence[np.ndarray]) -> list[float]:
+    extractor, held = session.extractor(entry, inputs, 0)
     taken = []
     for layer in layers:
         start = time.perf_counter()

@@ -13,8 +13,8 @@ import numpy as np
 
 from featherweight.graph import Graph, Node
 from featherweight.runtimes._ncnn_file import Layer
+from featherweight.runtimes._ncnn_session import same
 
-_CLOSE = 1e-3
 _WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
 
 
@@ -63,14 +63,6 @@ def match(
                 taken.add(("", name))
     found.values = _values(values, blobs)
     return found
-
-
-def same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays hold the same numbers in the same order, up to rounding."""
-    if one.size != other.size:
-        return False
-    a, b = one.reshape(-1).astype(np.float64), other.reshape(-1).astype(np.float64)
-    return bool(np.abs(a - b).max(initial=0) <= _CLOSE * np.abs(b).max(initial=0) + 1e-7)
 
 
 def _weighted(

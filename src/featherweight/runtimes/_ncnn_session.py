@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from featherweight.runtime import Artifact, Target
 
+_CLOSE = 1e-3
 SHORTER = (
     "use_fp16_packed", "use_fp16_storage", "use_fp16_arithmetic",
     "use_bf16_packed", "use_bf16_storage",
@@ -60,7 +61,27 @@ def matrix(x: np.ndarray) -> ncnn.Mat:
     import ncnn
 
     kind = np.float32 if x.dtype.kind == "f" else np.int32
-    return ncnn.Mat(np.ascontiguousarray(x, kind)).clone()
+    held = np.ascontiguousarray(x, kind)  # ncnn only points at it, until the copy is made
+    return ncnn.Mat(held).clone()
+
+
+def start(
+    net: ncnn.Net, inputs: Sequence[np.ndarray], index: int, *, keep_batch: bool
+) -> tuple[ncnn.Extractor, list[ncnn.Mat]]:
+    """An extractor for one example, and what must live as long as it does."""
+    extractor = net.create_extractor()
+    held = [matrix(x[index : index + 1] if keep_batch else x[index]) for x in inputs]
+    for name, blob in zip(net.input_names(), held, strict=True):
+        extractor.input(name, blob)
+    return extractor, held
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays hold the same numbers in the same order, up to rounding."""
+    if one.size != other.size:
+        return False
+    a, b = one.reshape(-1).astype(np.float64), other.reshape(-1).astype(np.float64)
+    return bool(np.abs(a - b).max(initial=0) <= _CLOSE * np.abs(b).max(initial=0) + 1e-7)
 
 
 class Session:
@@ -79,10 +100,10 @@ class Session:
         }
 
     def __call__(self, *inputs: np.ndarray, entry: str = "forward") -> tuple[np.ndarray, ...]:
-        net, signature = self.nets[entry], self._signatures[entry]
+        signature = self._signatures[entry]
         names = [name for name, *_ in signature["outputs"]]
         self.check(inputs, entry)
-        rows = [self._one(net, names, [x[i] for x in inputs]) for i in range(len(inputs[0]))]
+        rows = [self._one(names, inputs, index, entry) for index in range(len(inputs[0]))]
         return tuple(
             np.stack([row[place] for row in rows]).reshape(len(rows), *shape).astype(dtype, copy=False)
             if rows
@@ -102,24 +123,21 @@ class Session:
                     fix="lower the model with an example of that shape",
                 )
 
-    def extractor(self, entry: str, example: Sequence[np.ndarray]) -> tuple[ncnn.Extractor, list[ncnn.Mat]]:
-        """One to ask for blobs, and what must live as long as it does."""
-        net = self.nets[entry]
-        extractor = net.create_extractor()
-        held = [matrix(x) for x in example]
-        for name, blob in zip(net.input_names(), held, strict=True):
-            extractor.input(name, blob)
-        return extractor, held
+    def extractor(
+        self, entry: str, inputs: Sequence[np.ndarray], index: int
+    ) -> tuple[ncnn.Extractor, list[ncnn.Mat]]:
+        """One to ask for blobs of an example, and what must live as long as it does."""
+        return start(self.nets[entry], inputs, index, keep_batch=self._signatures[entry]["batched"])
 
-    def _one(self, net: ncnn.Net, names: list[str], example: list[np.ndarray]) -> list[np.ndarray]:
-        extractor = net.create_extractor()
-        held = [matrix(x) for x in example]
-        for name, blob in zip(net.input_names(), held, strict=True):
-            extractor.input(name, blob)
+    def _one(
+        self, names: list[str], inputs: Sequence[np.ndarray], index: int, entry: str
+    ) -> list[np.ndarray]:
+        extractor, held = self.extractor(entry, inputs, index)
         found = []
         for name in names:
             code, blob = extractor.extract(name)
             if code != 0:
                 raise TargetError(f"ncnn stopped with code {code} before '{name}'")
             found.append(np.array(blob).reshape(-1))
+        del extractor, held
         return found
