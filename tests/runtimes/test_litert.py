@@ -347,7 +347,7 @@ class TestSession:
 
     def test_another_shape_is_refused(self, lowered: Lowered) -> None:
         session = RUNTIME.open(lowered("litert", "residual", "float"), HERE)
-        with pytest.raises(ValueError, match=r"input 0 is of shape \(1, 3, 8, 8\)"):
+        with pytest.raises(TargetError, match=r"input 0 of shape \(1, 3, 16, 16\), not \(1, 3, 8, 8\)"):
             session(np.zeros((1, 3, 8, 8), np.float32))
 
     def test_another_entry_is_another_file(self, tmp_path: Path) -> None:
@@ -371,6 +371,28 @@ class TestSession:
         for entry, call in (("forward", net.module), ("twice", net.module.twice)):
             (y,) = session(x.numpy(), entry=entry)
             assert decibels(call(x).detach(), y) > 25  # type: ignore[operator]
+
+    def test_nested_inputs_and_outputs_are_flat(self, tmp_path: Path) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.left, self.right = nn.Linear(6, 4), nn.Linear(5, 4)
+
+            def forward(self, pair: tuple[Tensor, Tensor]) -> dict[str, Any]:
+                y = self.left(pair[0]) + self.right(pair[1])
+                return {"sum": y, "both": [y * 2, pair[0]]}
+
+        torch.manual_seed(0)
+        one, two = torch.randn(3, 6), torch.randn(3, 5)
+        tree = torch.utils._pytree.tree_structure(((one, two),))
+        axes = {"a": {0: "n"}, "b": {0: "n"}}
+        entry = Entry((one, two), ("a", "b"), ("both0", "both1", "sum"), axes, "forward", tree)
+        net = Model(Net().eval(), {"forward": entry}, key="nested")
+        with torch.no_grad():
+            wanted = torch.utils._pytree.tree_leaves(net.module((one, two)))
+        seen = RUNTIME.open(lower(net, tmp_path), HERE)(one.numpy(), two.numpy())
+        for left, right in zip(seen, wanted, strict=True):
+            np.testing.assert_allclose(left, right.numpy(), rtol=1e-4, atol=1e-5)
 
     def test_options(self, lowered: Lowered) -> None:
         artifact = lowered("litert", "linear3d", "float")

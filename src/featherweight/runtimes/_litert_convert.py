@@ -49,8 +49,8 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
 
     asked = json.loads(Path(plan).read_text())
     exported = torch.export.load(program)
-    module = exported.module(check_guards=False)
-    examples = tuple(exported.example_inputs[0])
+    module = _flat(exported.module(check_guards=False))
+    examples = tuple(torch.utils._pytree.tree_leaves(exported.example_inputs[0]))
     graph, found = _lower(module, examples, asked["marks"])
     found = tidy(graph, found)
     _name_signature(graph, asked["inputs"], asked["outputs"])
@@ -70,10 +70,11 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
     store_formats(graph, parameters, grids, dynamic=asked["dynamic"])
     batches = asked["batched"] != [] and _open_batch(graph)
     content = graph.finish()
+    alive = {graph.name(tensor) for tensor in range(len(graph.graph.tensors))}
     Path(out).write_bytes(content)
     batches = batches and _takes_batches(content, examples, asked["batched"])
     return {
-        "values": names,
+        "values": {value: name for value, name in names.items() if name in alive},
         "channels_last": sorted(channels_last),
         "batches": batches,
         "types": [graph.dtype(tensor) for tensor in graph.inputs],
@@ -81,6 +82,19 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
 
 
 # ---- lowering
+
+
+def _flat(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same module on flat tensors, whatever its inputs and outputs are nested in."""
+    import copy
+
+    import torch
+
+    graph = copy.deepcopy(module.graph)
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    returned = next(node for node in graph.nodes if node.op == "output")
+    returned.args = (tuple(torch.utils._pytree.tree_leaves(returned.args[0])),)
+    return torch.fx.GraphModule(module, graph)
 
 
 def _lower(

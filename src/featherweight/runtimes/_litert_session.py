@@ -112,7 +112,10 @@ class Entry:
         for i, (x, shape) in enumerate(zip(inputs, self._shapes, strict=True)):
             wanted = (x.shape[0], *shape[1:]) if i in self.batched and x.ndim else shape
             if x.shape != wanted:
-                raise ValueError(f"input {i} is of shape {x.shape}, the file takes {wanted}")
+                raise TargetError(
+                    f"litert's file takes an input {i} of shape {wanted}, not {x.shape}",
+                    fix="only batches are free: pad the data, or load the model with examples of this size",
+                )
         return inputs[self.batched[0]].shape[0] if self.batched else 1
 
     def _run(
