@@ -1,0 +1,233 @@
+"""Core ML: an ``.mlpackage`` with an ML Program for each entry, written with coremltools.
+
+coremltools converts on Linux, and nothing here can run what it wrote: everything below is what its sources
+and its documentation ask for, not what was measured.
+
+- Its own quantizer puts ``quantize`` and ``dequantize`` (iOS 17) around convolutions, linear layers, sums and
+  pooling only, with integers whose zero point is 0: signed symmetric ones, unsigned behind ReLU. So do we.
+- Weights are integers behind ``constexpr_affine_dequantize`` (8 bits), or ``constexpr_blockwise_shift_scale``
+  (4 bits, iOS 18): the same integers and scales that the formats say.
+- Half precision is the type in which a layer computes: its constants are stored so, its input is cast.
+- Batch 1, since the Neural Engine takes fixed shapes only.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featherweight.errors import TargetError, nearest
+from featherweight.runtime import Artifact, Role, Runtime, Session, Signature, Stored, Target
+from featherweight.runtimes._child import convert
+
+if TYPE_CHECKING:
+    from featherweight.formats import FloatCast, IntQuant, TensorFormat
+    from featherweight.model import Model
+
+_CONVERTER = "featherweight.runtimes._coreml_convert"
+_WEIGHTED = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "linear"})
+_INTEGER_LAYERS = frozenset({"conv1d", "conv2d", "linear"})
+_ACTIVATIONS_ONLY = frozenset({"add", "avg_pool2d"})
+_PASSED_THROUGH = frozenset({"max_pool2d"})
+_CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+_SYSTEMS = ("iOS17", "iOS18")
+_SYSTEM = "minimum_deployment_target"
+
+
+class CoreML(Runtime):
+    """Apple's Core ML: CPU, GPU and Neural Engine."""
+
+    extra = "coreml"
+    packages = ("coremltools",)
+    module = "coremltools"
+    float_outputs = _INTEGER_LAYERS
+    unmeasured = "written, not measured: needs an Apple device"
+
+    # ---- formats
+
+    def supports(
+        self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
+    ) -> bool:
+        from featherweight.formats import FloatCast, IntQuant, PerGroup
+
+        if weight is None and activation is None:
+            return True
+        if activation is not None and activation.bits != 8:
+            return False
+        if weight is None:
+            return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
+        if isinstance(weight, FloatCast):
+            return activation is None and weight.dtype == "float16" and op in _WEIGHTED
+        if not isinstance(weight, IntQuant) or weight.width not in (4, 8):
+            return False
+        if isinstance(weight.granularity, PerGroup) and (op != "linear" or weight.width != 4):
+            return False
+        if activation is not None:
+            return op in _INTEGER_LAYERS and weight.width == 8
+        return op in _WEIGHTED
+
+    def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
+        from featherweight.formats import FloatCast, IntQuant
+
+        if role == "weight" and isinstance(fmt, FloatCast) and fmt.dtype == "float16":
+            return fmt
+        if isinstance(fmt, IntQuant):
+            return self._activation(fmt) if role == "activation" else self._weight(fmt)
+        raise TargetError(
+            f"{self.name} cannot store {fmt.bits:g} bits of this kind for a {role}",
+            fix="use int8; for weights alone also float16 and int4",
+        )
+
+    def _activation(self, fmt: IntQuant) -> IntQuant:
+        """Unsigned from zero where nothing is negative, else signed around zero."""
+        from featherweight.formats import PerTensor
+
+        if fmt.width != 8 or not isinstance(fmt.granularity, PerTensor):
+            raise TargetError(
+                f"{self.name} stores activations as 8 bits per tensor only",
+                fix="use activations: int8, per tensor",
+            )
+        positive = bool((fmt.low >= 0).all())
+        return replace(fmt, signed=not positive, symmetric=not positive, headroom=0)
+
+    def _weight(self, fmt: IntQuant) -> IntQuant:
+        from featherweight.formats import PerGroup
+
+        if fmt.width not in (4, 8) or (isinstance(fmt.granularity, PerGroup) and fmt.width != 4):
+            raise TargetError(
+                f"{self.name} stores weights as 8 bits per tensor or channel, or as 4 bits, also per group",
+                fix="use weights: int8, or int4",
+            )
+        return replace(fmt, signed=True, headroom=0)
+
+    # ---- files
+
+    def lower(self, model: Model, target: Target, out: Path) -> Artifact:
+        import torch
+
+        from featherweight.exchange.pt2e import quantized_program
+
+        half = self._half(model)
+        plain = model.evolve(
+            formats={name: chain for name, chain in model.formats.items() if name not in half}
+        )
+        files: list[str] = []
+        entries: dict[str, str] = {}
+        parameters: dict[str, dict[str, str]] = {}
+        with tempfile.TemporaryDirectory(prefix="featherweight-coreml-") as folder:
+            for entry, how in model.entries.items():
+                self._check_groups(plain)
+                made = quantized_program(plain, entry, lambda fmt, role: self.realise(fmt, target, role))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns of its own internals
+                    program = made.program.run_decompositions({})
+                    torch.export.save(program, Path(folder) / f"{entry}.pt2")
+                entries[entry] = "model.mlpackage" if entry == "forward" else f"model.{entry}.mlpackage"
+                arguments = {
+                    "program": str(Path(folder) / f"{entry}.pt2"),
+                    "out": str(out.resolve() / entries[entry]),
+                    "target": self._system(model, target),
+                    "half": [name for name, parameter in made.tensors.items() if parameter in half],
+                    "inputs": list(how.input_names),
+                    "outputs": list(how.output_names),
+                }
+                written = convert(self.name, f"{_CONVERTER}:convert", arguments)
+                files += [f"{entries[entry]}/{file}" for file in written]
+                parameters[entry] = _places(program, made.tensors)
+        artifact = Artifact(self.name, out, tuple(files), entries, {"parameters": parameters})
+        self._check(model, artifact, target)
+        return artifact
+
+    def _half(self, model: Model) -> dict[str, FloatCast]:
+        from featherweight.formats import FloatCast
+
+        chosen = {name: chain[-1] for name, chain in model.formats.items()}
+        return {name: fmt for name, fmt in chosen.items() if isinstance(fmt, FloatCast)}
+
+    def _system(self, model: Model, target: Target) -> str:
+        """The oldest systems that know all operators, or what the user asks for."""
+        for name in target.options:
+            if name != _SYSTEM:
+                raise TargetError(f"{self.name} has no option '{name}'", fix=nearest(name, [_SYSTEM]))
+        needed = "iOS18" if any(chain[-1].bits == 4 for chain in model.formats.values()) else "iOS17"
+        asked = str(target.options.get(_SYSTEM, needed))
+        if asked not in _SYSTEMS or asked < needed:
+            raise TargetError(
+                f"{self.name} cannot write this model for '{asked}'",
+                fix=f"{_SYSTEM}: {needed}"
+                + (", since iOS 17 has no 4-bit weights" if asked < needed else ""),
+            )
+        return asked
+
+    def _check_groups(self, model: Model) -> None:
+        from featherweight.formats import PerGroup
+
+        for name, chain in model.formats.items():
+            shared = getattr(chain[-1], "granularity", None)
+            if isinstance(shared, PerGroup):
+                size = model.parameters[name].shape[shared.axis]
+                if size % shared.size:
+                    raise TargetError(
+                        f"{self.name} cannot store '{name}' in groups of {shared.size}: it has {size} inputs",
+                        fix="a group that divides the inputs, or exclude it under where",
+                    )
+
+    def _check(self, model: Model, artifact: Artifact, target: Target) -> None:
+        """A weight that silently stayed float is the worst that can happen."""
+        held = self.stored(artifact)
+        for name, chain in model.formats.items():
+            if name not in model.parameters:
+                continue
+            fmt: Any = self.realise(chain[-1], target, "weight")
+            wanted = f"int{fmt.width}" if hasattr(fmt, "width") else fmt.dtype
+            if name not in held or held[name].dtype != wanted:
+                seen = held[name].dtype if name in held else "something else"
+                raise TargetError(
+                    f"{self.name} stored '{name}' as {seen}, not as {wanted}",
+                    fix="exclude it under where; fold batch norms first, if one stands behind it",
+                )
+
+    def open(self, artifact: Artifact, target: Target) -> Session:
+        raise TargetError(
+            f"{self.name}'s artifacts are {self.unmeasured}",
+            fix="copy the .mlpackage to a Mac and run load.py there, or load.swift in an app",
+        )
+
+    def stored(self, artifact: Artifact) -> Mapping[str, Stored]:
+        found: dict[str, Stored] = {}
+        for entry, package in artifact.entries.items():
+            where = str((artifact.folder / package).resolve())
+            seen = convert(self.name, f"{_CONVERTER}:stored", {"package": where})
+            for name, parameter in artifact.details["parameters"][entry].items():
+                held = seen.get(name) or seen.get(f"{name}_to_fp16")
+                if held is not None:
+                    found[parameter] = Stored(parameter, held["dtype"], held["bytes"])
+        return found
+
+    def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
+        from featherweight.runtimes._coreml_loaders import load_py, load_swift
+
+        package = artifact.entries[signature.entry]
+        return {"load.py": load_py(package, signature), "load.swift": load_swift(package, signature)}
+
+
+PLUGIN = CoreML
+
+
+def _places(program: Any, tensors: Mapping[str, str]) -> dict[str, str]:
+    """Constant in the ML Program -> parameter: buffers by placeholder, integers by who dequantizes them."""
+    buffers = program.graph_signature.inputs_to_buffers
+    places: dict[str, str] = {}
+    for node in program.graph.nodes:
+        parameter = tensors.get(buffers.get(node.name, ""))
+        if parameter is None:
+            continue
+        places[node.name] = parameter
+        for reader in node.users:
+            if "dequantize" in str(reader.target) and reader.args[0] is node:
+                places[reader.name] = parameter
+    return places
