@@ -30,7 +30,7 @@ def convert(
     out: str,
     *,
     target: str,
-    half: list[str],
+    half: list[str] | None,
     inputs: list[str],
     outputs: list[str],
 ) -> list[str]:
@@ -40,7 +40,7 @@ def convert(
         program: A file that ``torch.export.save`` wrote, with torch's quantize and dequantize operators.
         out: The ``.mlpackage``.
         target: Member of ``coremltools.target``: which systems can load it.
-        half: Buffers of the program whose layers are stored and computed in half precision.
+        half: Buffers of the program whose layers are stored and computed in half precision; None: all is.
         inputs: Names of the inputs, in order.
         outputs: Names of the outputs, in order.
 
@@ -54,7 +54,7 @@ def convert(
     _teach()
     loaded = torch.export.load(program)
     loaded.graph.eliminate_dead_code()  # loading makes an item of each output, read or not
-    names = {f"b_{name}" for name in half}
+    names = {f"b_{name}" for name in half or ()}
 
     def in_half(op: Any) -> bool:
         reads = [
@@ -62,14 +62,14 @@ def convert(
         ]
         return any(getattr(one, "name", None) in names for one in reads)
 
-    precision: Any = ct.precision.FLOAT32
+    precision: Any = ct.precision.FLOAT16 if half is None else ct.precision.FLOAT32
     if half:
         precision = ct.transform.FP16ComputePrecision(op_selector=in_half)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of versions that it was not tested with
         model = ct.convert(
             loaded,
-            outputs=[ct.TensorType(name=name) for name in outputs],
+            outputs=_outputs(loaded, outputs),
             convert_to="mlprogram",
             minimum_deployment_target=getattr(ct.target, target),
             compute_precision=precision,
@@ -84,6 +84,18 @@ def convert(
     shutil.rmtree(out, ignore_errors=True)
     ct.utils.save_spec(spec, out, weights_dir=model.weights_dir)
     return _settle(Path(out))
+
+
+def _outputs(program: Any, names: list[str]) -> list[Any]:
+    """Floats leave as float32, in whatever they were computed."""
+    import coremltools as ct
+
+    made = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    floats = [made[name].is_floating_point() for name in program.graph_signature.user_outputs]
+    return [
+        ct.TensorType(name=name, dtype=np.float32) if real else ct.TensorType(name=name)
+        for name, real in zip(names, floats, strict=True)
+    ]
 
 
 def _settle(package: Path) -> list[str]:
@@ -135,9 +147,10 @@ def _teach() -> None:
 
         return translated
 
-    for name in ("dequantize_per_tensor", "dequantize_per_channel"):
-        TABLE.set_func_by_name(dequantize, f"quantized_decomposed.{name}")
-    TABLE.set_func_by_name(by_groups, "quantized_decomposed.dequantize_per_channel_group")
+    for space in ("quantized_decomposed.", "quantized_decomposed::"):  # it asks by either name
+        TABLE.set_func_by_name(dequantize, f"{space}dequantize_per_tensor")
+        TABLE.set_func_by_name(dequantize, f"{space}dequantize_per_channel")
+        TABLE.set_func_by_name(by_groups, f"{space}dequantize_per_channel_group")
     TABLE.set_func_by_name(recurrent(ops.lstm, 3), "lstm.input")
     TABLE.set_func_by_name(recurrent(ops.gru, 2), "gru.input")
 
@@ -167,7 +180,10 @@ def _constant(
 
 
 def stored(package: str) -> dict[str, dict[str, Any]]:
-    """Every constant: name -> dtype, bytes, shape; for integers also the operator that reads them."""
+    """Every constant: name -> dtype, bytes, shape; for integers also the operator that reads them.
+
+    What a layer has as its weight or bias is there by the layer's name too: ``conv2d_3.weight``.
+    """
     found: dict[str, dict[str, Any]] = {}
     for op in _operations(Path(package)):
         name = op.outputs[0].name
@@ -177,6 +193,10 @@ def stored(package: str) -> dict[str, dict[str, Any]]:
             arguments = _arguments(op)
             value = arguments.get("quantized_data", arguments.get("data"))
             found[name] = {**_described(value, Path(package)), "by": op.type}
+        for part in ("weight", "bias"):
+            read = op.inputs[part].arguments[0].name if part in op.inputs else ""
+            if read in found:
+                found[f"{name.removesuffix('_cast_fp16')}.{part}"] = found[read]
     return found
 
 

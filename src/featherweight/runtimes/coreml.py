@@ -7,7 +7,8 @@ and its documentation ask for, not what was measured.
   pooling only, with integers whose zero point is 0: signed symmetric ones, unsigned behind ReLU. So do we.
 - Weights are integers behind ``constexpr_affine_dequantize`` (8 bits), or ``constexpr_blockwise_shift_scale``
   (4 bits, iOS 18): the same integers and scales that the formats say.
-- Half precision is the type in which a layer computes: its constants are stored so, its input is cast.
+- Half precision is the type in which a layer computes: its constants are stored so, its input is cast. Where
+  all layers have it, all of the program does.
 - Batch 1, since the Neural Engine takes fixed shapes only.
 """
 
@@ -126,12 +127,13 @@ class CoreML(Runtime):
                     warnings.simplefilter("ignore")  # torch warns of its own internals
                     program = made.program.run_decompositions({})
                     torch.export.save(program, Path(folder) / f"{entry}.pt2")
+                in_half = [name for name, parameter in made.tensors.items() if parameter in half]
                 entries[entry] = "model.mlpackage" if entry == "forward" else f"model.{entry}.mlpackage"
                 arguments = {
                     "program": str(Path(folder) / f"{entry}.pt2"),
                     "out": str(out.resolve() / entries[entry]),
                     "target": self._system(model, target),
-                    "half": [name for name, parameter in made.tensors.items() if parameter in half],
+                    "half": None if _all_layers(model, entry, half) else in_half,
                     "inputs": list(how.input_names),
                     "outputs": list(how.output_names),
                 }
@@ -204,7 +206,7 @@ class CoreML(Runtime):
             seen = convert(self.name, f"{_CONVERTER}:stored", {"package": where})
             for name, parameter in artifact.details["parameters"][entry].items():
                 held = seen.get(name) or seen.get(f"{name}_to_fp16")
-                if held is not None:
+                if held is not None and parameter not in found:
                     found[parameter] = Stored(parameter, held["dtype"], held["bytes"])
         return found
 
@@ -218,10 +220,27 @@ class CoreML(Runtime):
 PLUGIN = CoreML
 
 
+def _all_layers(model: Model, entry: str, half: Mapping[str, FloatCast]) -> bool:
+    """Whether every layer with a weight has it in half precision."""
+    from featherweight.graph import trace
+
+    weights = {
+        node.parameters["weight"]
+        for node in trace(model, entry)
+        if node.op in _WEIGHTED and "weight" in node.parameters
+    }
+    return bool(weights) and weights <= set(half)
+
+
 def _places(program: Any, tensors: Mapping[str, str]) -> dict[str, str]:
-    """Constant in the ML Program -> parameter: buffers by placeholder, integers by who dequantizes them."""
+    """Constant in the ML Program -> parameter, the surest names first.
+
+    Buffers go by their placeholders and integers by who dequantizes them; a weight into which a batch norm
+    was folded by the layer, which then has the batch norm's name.
+    """
     buffers = program.graph_signature.inputs_to_buffers
     places: dict[str, str] = {}
+    layers: dict[str, str] = {}
     for node in program.graph.nodes:
         parameter = tensors.get(buffers.get(node.name, ""))
         if parameter is None:
@@ -230,4 +249,7 @@ def _places(program: Any, tensors: Mapping[str, str]) -> dict[str, str]:
         for reader in node.users:
             if "dequantize" in str(reader.target) and reader.args[0] is node:
                 places[reader.name] = parameter
-    return places
+            elif len(reader.args) > 1 and reader.args[1] is node:
+                behind = [user.name for user in reader.users if "batch_norm" in str(user.target)]
+                layers |= dict.fromkeys((f"{name}.weight" for name in behind), parameter)
+    return {**places, **layers}
