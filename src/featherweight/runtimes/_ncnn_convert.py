@@ -146,12 +146,14 @@ def _extracted(extractor: ncnn.Extractor, name: str) -> np.ndarray:
     return np.array(blob, order="C")
 
 
-def run(param: str, binary: str, inputs: str, answer: str, keep_batch: bool) -> dict[str, Any]:
+def run(
+    param: str, binary: str, inputs: str, answer: str, returned: list[str], keep_batch: bool
+) -> dict[str, Any]:
     """Compute the outputs of one example from finished files."""
     from featherweight.runtimes._ncnn_session import load, start
 
     net = load(param, binary, 1, {})
     extractor, held = start(net, list(load_file(inputs).values()), 0, keep_batch=keep_batch)
-    save_file({name: _extracted(extractor, name) for name in net.output_names()}, answer)
+    save_file({name: _extracted(extractor, name) for name in returned}, answer)
     del extractor, held
     return {}

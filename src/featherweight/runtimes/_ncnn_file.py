@@ -9,7 +9,7 @@ may have several, and the ``Split`` layers are taken out and put back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,9 @@ def read(param: Path, binary: Path) -> list[Layer]:
     return without_splits(layers)
 
 
-def write(layers: Sequence[Layer], param: Path, binary: Path) -> None:
+def write(layers: Sequence[Layer], returned: Collection[str], param: Path, binary: Path) -> None:
     """Both files; a tagged tensor is stored in its own dtype: float32, float16 or int8."""
-    whole = with_splits(layers)
+    whole = with_splits(layers, returned)
     param.write_text(write_param(whole))
     with binary.open("wb") as out:
         for layer in whole:
@@ -125,34 +125,55 @@ def listed(key: int) -> int:
 
 
 def without_splits(layers: Sequence[Layer]) -> list[Layer]:
-    """The same network in which a blob may have several readers."""
-    source: dict[str, str] = {}
-    kept = []
+    """The same network in which a blob may have several readers, and be an output besides."""
+    read = {name for layer in layers for name in layer.inputs}
+    splits = [layer for layer in layers if layer.type == "Split"]
+    source = {name: layer.inputs[0] for layer in splits for name in layer.outputs}
+    returned: dict[str, list[str]] = {}  # blob -> outputs of the network that are copies of it
+    for name in source:
+        if name not in read:
+            returned.setdefault(_first(name, source), []).append(name)
+
+    def named(name: str) -> str:
+        first = _first(name, source)
+        return returned.get(first, [first])[0]
+
+    kept: list[Layer] = []
     for layer in layers:
-        if layer.type == "Split":
-            source |= dict.fromkeys(layer.outputs, source.get(layer.inputs[0], layer.inputs[0]))
-            continue
-        layer.inputs = [source.get(name, name) for name in layer.inputs]
-        kept.append(layer)
+        if layer.type != "Split":
+            layer.inputs = [named(name) for name in layer.inputs]
+            layer.outputs = [named(name) for name in layer.outputs]
+            kept.append(layer)
+    for first, *others in returned.values():
+        kept += [Layer("Noop", f"copy:{name}", [first], [name]) for name in others]
     return kept
 
 
-def with_splits(layers: Sequence[Layer]) -> list[Layer]:
-    """The same network with a ``Split`` behind each blob that several layers read."""
+def _first(name: str, source: Mapping[str, str]) -> str:
+    while name in source:
+        name = source[name]
+    return name
+
+
+def with_splits(layers: Sequence[Layer], returned: Collection[str]) -> list[Layer]:
+    """The same network with a ``Split`` behind what several layers read, or what is returned besides."""
     readers = Counter(name for layer in layers for name in layer.inputs)
+    copied = {name for name, count in readers.items() if count > 1 or name in returned}
     taken: Counter[str] = Counter()
     whole: list[Layer] = []
     for layer in layers:
         inputs = []
         for name in layer.inputs:
-            several = readers[name] > 1
-            inputs.append(f"{name}/{taken[name]}" if several else name)
+            inputs.append(f"{name}/{taken[name]}" if name in copied else name)
             taken[name] += 1
-        whole.append(Layer(layer.type, layer.name, inputs, list(layer.outputs), layer.params, layer.tensors))
-        for name in layer.outputs:
-            if readers[name] > 1:
+        made = [f"{name}/all" if name in copied and name in returned else name for name in layer.outputs]
+        whole.append(Layer(layer.type, layer.name, inputs, made, layer.params, layer.tensors))
+        for name, blob in zip(layer.outputs, made, strict=True):
+            if name in copied:
                 copies = [f"{name}/{index}" for index in range(readers[name])]
-                whole.append(Layer("Split", f"split:{name}", [name], copies))
+                whole.append(
+                    Layer("Split", f"split:{name}", [blob], [*([] if blob == name else [name]), *copies])
+                )
     return whole
 
 

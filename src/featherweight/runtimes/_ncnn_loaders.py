@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from featherweight.runtime import Artifact, Signature, Target
-from featherweight.runtimes._ncnn_session import SHORTER
+from featherweight.runtimes._ncnn_session import SHORTER, defaults
 
 _SIZES = {1: "{w}", 2: "{w}, {h}", 3: "{w}, {h}, {c}", 4: "{w}, {h}, {d}, {c}"}
 
@@ -15,7 +15,8 @@ def loaders(artifact: Artifact, target: Target, signature: Signature) -> Mapping
     """``load.py`` and ``load.cpp``; Java and Kotlin have no ncnn of their own."""
     file = artifact.entries[signature.entry]
     outputs = [name for name, *_ in artifact.details["signatures"][signature.entry]["outputs"]]
-    chosen = {**dict.fromkeys(SHORTER, False), "num_threads": target.threads, **target.options}
+    chosen: dict[str, object] = {**dict.fromkeys(SHORTER, False), "num_threads": target.threads}
+    chosen |= defaults(artifact, target)
     return {
         "load.py": _python(file, outputs, chosen, signature),
         "load.cpp": _cpp(file, outputs, chosen, signature),

@@ -13,6 +13,7 @@ from featherweight.runtimes._ncnn_file import Layer, block_quantized, read, read
 from featherweight.runtimes._ncnn_session import Session
 
 _ROUNDS = 5
+_FAST_BITS = 8
 _EXTRACT_AS_IT_IS = 1
 
 
@@ -70,7 +71,14 @@ def kernels(artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], en
     layers = read_param((artifact.folder / artifact.entries[entry]).read_text())
     rounds = [_seconds(session, layers, entry, inputs) for _ in range(_ROUNDS)]
     return [
-        Kernel(layer.name, layer.type, _computes(layer), seconds=float(np.median([one[i] for one in rounds])))
+        Kernel(
+            layer.name,
+            layer.type,
+            _computes(layer),
+            not _unpacks(layer),
+            float(np.median([one[i] for one in rounds])),
+            "ncnn unpacks these weights one by one" if _unpacks(layer) else "",
+        )
         for i, layer in enumerate(layers)
         if layer.type not in ("Input", "Split", "MemoryData")
     ]
@@ -85,6 +93,11 @@ def _seconds(session: Session, layers: list[Layer], entry: str, inputs: Sequence
         taken.append(time.perf_counter() - start)
     del extractor, held
     return taken
+
+
+def _unpacks(layer: Layer) -> bool:
+    blocks = block_quantized(layer.integer(18)) if layer.type == "Gemm" else None
+    return blocks is not None and blocks[0] < _FAST_BITS
 
 
 def _computes(layer: Layer) -> str:

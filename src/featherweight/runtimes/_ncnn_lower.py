@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from featherweight.runtimes.ncnn import Ncnn
 
 _INPUTS = "inputs"
+_NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm", "RMSNorm", "PReLU")
 _LEAST_DB, _SPARE_DB = (
     15.0,
     3.0,
@@ -77,7 +78,7 @@ def _lower(runtime: Ncnn, model: Model, entry: str, target: Target, stem: Path) 
         network = Network(layers, found, formats, state, shapes, list(returned))
         steps = store(network)
         param, binary = stem.with_name(f"{stem.name}.param"), stem.with_name(f"{stem.name}.bin")
-        write(network.layers, param, binary)
+        write(network.layers, network.outputs, param, binary)
         _check_run(
             runtime,
             model.evolve(formats=formats),
@@ -99,7 +100,19 @@ def _lower(runtime: Ncnn, model: Model, entry: str, target: Target, stem: Path) 
         "values": {n: b for n, b in found.values.items() if b in there and values[n].shape[:1] == (1,)},
         "shapes": {name: value.shape[1:] for name, value in values.items() if value.shape[:1] == (1,)},
         "steps": steps,
+        "half": _all_half(network.layers),
     }
+
+
+def _all_half(layers: list[Layer]) -> bool:
+    """Whether every weight is stored in half precision, so that keeping them so in memory loses nothing."""
+    kinds = [
+        tensor.dtype
+        for layer in layers
+        for role, tensor in layer.tensors.items()
+        if role.startswith("weight") and layer.type not in _NORMS
+    ]
+    return bool(kinds) and all(kind == np.float16 for kind in kinds)
 
 
 def _described(names: Any, tensors: tuple[Tensor, ...]) -> list[list[Any]]:
@@ -141,7 +154,7 @@ def _replay(
 
 
 class _Opened(nn.MultiheadAttention):
-    """Attention that pnnx does not know and so takes apart: ncnn's own layer has no static integers."""
+    """Attention that pnnx does not know and so takes apart: ncnn's own layer stores them in one way."""
 
 
 class _Flat(nn.Module):
@@ -170,7 +183,7 @@ def _convert(
     module = _untied(model.copy_module())
     for name, layer in module.named_modules():
         own = (fmt for n, chain in model.formats.items() if n.startswith(f"{name}.") for fmt in chain)
-        if isinstance(layer, nn.MultiheadAttention) and any(isinstance(fmt, IntQuant) for fmt in own):
+        if isinstance(layer, nn.MultiheadAttention) and any(own):
             layer.__class__ = _Opened
     paths = {
         name: str(folder / name) for name in ("program.pt", _INPUTS, "outputs", "a.param", "a.bin", "blobs")
@@ -188,7 +201,10 @@ def _convert(
         zip(("program", "inputs", "outputs", "param", "binary", "blobs"), paths.values(), strict=True)
     )
     told = _child.convert(runtime.name, "featherweight.runtimes._ncnn_convert:convert", arguments)
-    return read(folder / "a.param", folder / "a.bin"), load_file(paths["blobs"]), told["keep_batch"]
+    layers = read(folder / "a.param", folder / "a.bin")
+    blobs = load_file(paths["blobs"])
+    there = {name: blobs[name] for layer in layers for name in layer.outputs}
+    return layers, there, told["keep_batch"]
 
 
 @contextlib.contextmanager
@@ -230,6 +246,7 @@ def _check_run(
     given = {"param": str(files[0]), "binary": str(files[1]), "inputs": str(folder / _INPUTS)}
     answer = folder / "answer"
     arguments = {**given, "answer": str(answer), "keep_batch": keep_batch}
+    arguments["returned"] = [f"out{index}" for index in range(len(outputs))]
     _child.convert(runtime.name, "featherweight.runtimes._ncnn_convert:run", arguments)
     with torch.no_grad():
         wanted = simulate(model, entry)(*example)

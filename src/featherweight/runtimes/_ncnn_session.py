@@ -21,6 +21,12 @@ SHORTER = (
 )  # fmt: skip
 
 
+def defaults(artifact: Artifact, target: Target) -> dict[str, Any]:
+    """What an artifact is opened with: half precision in memory where every weight is stored so."""
+    half = all(artifact.details["half"].values())
+    return {"use_fp16_storage": half, **target.options} if half else dict(target.options)
+
+
 def options(asked: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """Every option that is set, by its name in ``ncnn::Option``: float32 stays float32 unless asked.
 
@@ -94,7 +100,7 @@ class Session:
                 str(artifact.folder / file),
                 str((artifact.folder / file).with_suffix(".bin")),
                 target.threads,
-                target.options,
+                defaults(artifact, target),
             )
             for entry, file in artifact.entries.items()
         }
