@@ -341,10 +341,15 @@ class TestLoaders:
         assert done.stdout.strip() == "(1, 10)"
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
-    def test_cpp_compiles_against_the_headers_of_the_wheel(self, folder: Path) -> None:
+    def test_cpp(self, folder: Path) -> None:
+        """Against the headers and libraries that the wheel brings."""
         import openvino as ov
 
-        headers = Path(str(ov.__file__)).parent / "include"
-        command = ["g++", "-std=c++17", "-fsyntax-only", "-Wall", f"-I{headers}", str(folder / "load.cpp")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        root = Path(str(ov.__file__)).parent
+        (library,) = (root / "libs").glob("libopenvino.so*")
+        command = ["g++", "-std=c++17", "-Wall", "-Werror", f"-I{root / 'include'}", "load.cpp", str(library)]
+        command += [f"-Wl,-rpath,{root / 'libs'}", "-Wl,--allow-shlib-undefined", "-o", "load"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
+        ran = subprocess.run([folder / "load"], cwd=folder, capture_output=True, text=True, check=True)
+        assert ran.stdout.strip() == "[1,10]"

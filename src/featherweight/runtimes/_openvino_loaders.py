@@ -32,9 +32,11 @@ sys.modules["openvino_telemetry"] = None  # or importing openvino reports to its
 import numpy as np
 import openvino as ov
 
-model = ov.Core().read_model(Path(__file__).with_name({file!r}))
+options = {dict(options)!r}
+core = ov.Core()
+model = core.read_model(Path(__file__).with_name({file!r}))
 model.reshape({{{shapes}}})  # kernels for one shape are faster
-request = ov.Core().compile_model(model, "CPU", {dict(options)!r}).create_infer_request()
+request = core.compile_model(model, "CPU", options).create_infer_request()
 request.infer([{inputs}])
 for output in request.output_tensors:
     print(tuple(output.data.shape))
@@ -46,16 +48,18 @@ def _cpp(file: str, options: Mapping[str, Any], signature: Signature) -> str:
         f"{{{json.dumps(name)}, ov::PartialShape{{{', '.join(map(str, shape))}}}}}"
         for name, _, shape in signature.inputs
     )
-    properties = ", ".join(f"{{{json.dumps(name)}, {_literal(value)}}}" for name, value in options.items())
+    properties = ", ".join(f"{{{json.dumps(name)}, {json.dumps(value)}}}" for name, value in options.items())
     return f"""#include <openvino/openvino.hpp>
 #include <cstring>
 #include <iostream>
 
 int main() {{
+    ov::AnyMap options{{{properties}}};
+    std::map<std::string, ov::PartialShape> shapes{{{shapes}}};  // kernels for one shape are faster
     ov::Core core;
     auto model = core.read_model({json.dumps(file)});
-    model->reshape(std::map<std::string, ov::PartialShape>{{{shapes}}});  // kernels for one shape are faster
-    auto request = core.compile_model(model, "CPU", ov::AnyMap{{{properties}}}).create_infer_request();
+    model->reshape(shapes);
+    auto request = core.compile_model(model, "CPU", options).create_infer_request();
     for (std::size_t i = 0; i < model->inputs().size(); ++i) {{
         auto input = request.get_input_tensor(i);
         std::memset(input.data(), 0, input.get_byte_size());
@@ -65,7 +69,3 @@ int main() {{
         std::cout << request.get_output_tensor(i).get_shape() << std::endl;
 }}
 """
-
-
-def _literal(value: object) -> str:
-    return json.dumps(value)
