@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-USER = "fwboard"
+USER = f"fwboard{os.getpid()}"  # several runs of the tests may share this machine
 PACKAGES = ("numpy", "onnxruntime")
 _SSHD = "/usr/sbin/sshd"
 
@@ -98,6 +99,67 @@ class Board:
         return not self.processes()
 
 
+class Proxy:
+    """Stands between ssh and sshd and cuts connections: each one after so many bytes from the sshd."""
+
+    def __init__(self, port: int, cuts: Sequence[int | None] = (None,)) -> None:
+        self._to, self._cuts = port, iter(cuts)
+        self._last: int | None = cuts[-1]
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.connections = 0
+        self.down = False
+        self.pairs: list[tuple[socket.socket, socket.socket]] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            if self.down:
+                client.close()
+                continue
+            pair = client, socket.create_connection(("127.0.0.1", self._to))
+            self.pairs.append(pair)
+            threading.Thread(target=self._copy, args=(*pair, None), daemon=True).start()
+            limit = next(self._cuts, self._last)
+            threading.Thread(target=self._copy, args=(*pair[::-1], limit), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while (limit is None or passed < limit) and (part := source.recv(4096)):
+                target.sendall(part)
+                passed += len(part)
+        self._cut(source, target)
+
+    def _cut(self, *both: socket.socket) -> None:
+        for end in both:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """All connections that there are."""
+        for pair in self.pairs:
+            self._cut(*pair)
+
+    def switch(self, *, off: bool) -> None:
+        """Cut everything and refuse what comes, or let it pass again."""
+        self.down = off
+        if off:
+            self.cut()
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+        for pair in self.pairs:
+            for end in pair:
+                end.close()
+
+
 @pytest.fixture(scope="session")
 def board_sshd() -> Iterator[Board]:
     """The machine, switched on for the whole run of the tests."""
@@ -106,13 +168,14 @@ def board_sshd() -> Iterator[Board]:
     folder = Path(tempfile.mkdtemp(prefix="featherweight-board-"))
     folder.chmod(0o755)
     home = folder / "home"
+    _remove_user()  # of a run that was killed, whose process had the same number
     _call("useradd", "--system", "--user-group", "-m", "-d", str(home), "-s", "/bin/sh", "-p", "*", USER)
     try:
         install_python(folder / "python", PACKAGES)
         with _sshd(folder) as port:
             yield Board(folder, port)
     finally:
-        _call("userdel", USER)
+        _remove_user()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -193,6 +256,11 @@ def _sshd(folder: Path) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait()
+
+
+def _remove_user() -> None:
+    # Also while a process of it is ending.
+    subprocess.run(["userdel", "--force", USER], capture_output=True, check=False)
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -11,14 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from board import Board, install_python
+from board import USER, Board, Proxy, install_python
 from featherweight.engine import ssh
 from featherweight.engine.devices import Address, ConnectionLost, address, for_runtime
 from featherweight.engine.environment import describe_device, installed_on, resolve
@@ -42,57 +41,6 @@ def there(board: Board, target: Target) -> Iterator[Target]:
     shutil.copytree(source, site)
     yield Target("fake", "generic", 1, board.device)
     shutil.rmtree(board.home / ".local")
-
-
-class Proxy:
-    """Stands between ssh and sshd and cuts connections: each one after so many bytes from the sshd."""
-
-    def __init__(self, port: int, cuts: list[int | None]) -> None:
-        self._to, self._cuts = port, iter(cuts)
-        self._last: int | None = cuts[-1]
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.connections = 0
-        self.pairs: list[tuple[socket.socket, socket.socket]] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            pair = client, socket.create_connection(("127.0.0.1", self._to))
-            self.pairs.append(pair)
-            threading.Thread(target=self._copy, args=(*pair, None), daemon=True).start()
-            limit = next(self._cuts, self._last)
-            threading.Thread(target=self._copy, args=(*pair[::-1], limit), daemon=True).start()
-
-    def _copy(self, source: socket.socket, target: socket.socket, limit: int | None) -> None:
-        passed = 0
-        with suppress(OSError):
-            while (limit is None or passed < limit) and (part := source.recv(4096)):
-                target.sendall(part)
-                passed += len(part)
-        self._cut(source, target)
-
-    def _cut(self, *both: socket.socket) -> None:
-        for end in both:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self) -> None:
-        """All connections that there are."""
-        for pair in self.pairs:
-            self._cut(*pair)
-
-    def close(self) -> None:
-        self._listener.close()
-        self.cut()
-        for pair in self.pairs:
-            for end in pair:
-                end.close()
 
 
 @pytest.fixture
@@ -361,7 +309,7 @@ class TestLostConnection:
         assert proxy.connections == 3
         assert not isinstance(told.value, ConnectionLost)
         assert told.value.exit_code == 1
-        assert f"ssh -p {proxy.port} fwboard@127.0.0.1" in str(told.value.fix)
+        assert f"ssh -p {proxy.port} {USER}@127.0.0.1" in str(told.value.fix)
 
     def test_of_a_served_call_for_good(self, proxied: Any, make: Make) -> None:
         proxy, target = proxied(None, 0)
@@ -398,7 +346,7 @@ class TestLacks:
         assert "there is no machine of that name" in error.what
 
     def test_a_login(self, board: Board, make: Make) -> None:
-        device = board.device.replace("fwboard@", "daemon@")
+        device = board.device.replace(f"{USER}@", "daemon@")
         error = self.told(Target("fake", "generic", 1, device), make("a"))
         assert "refuses the login" in error.what
         assert f"ssh-copy-id -p {board.port} daemon@127.0.0.1" in str(error.fix)
@@ -458,12 +406,19 @@ class TestLacks:
         assert error.what == f"runtime 'torch' is not installed on '{board.address}': no package 'torch'"
         assert f"{board.python} -m pip install torch" in str(error.fix)
 
+    def test_a_package_for_looking_inside(self, board: Board, lowered: Any) -> None:
+        target = Target("onnxruntime", host_isa(), 1, board.device)
+        inputs = [np.zeros((1, 3, 16, 16), np.float32)]
+        artifact = lowered("onnxruntime", "residual", "float")
+        with pytest.raises(TargetError, match=r"shows nothing of its inside: .*'onnx'"):
+            run_job(Runner("kernels", {"artifact": artifact}, target, inputs=inputs), Silent(), "")
+
     def test_cores(self, there: Target, make: Make) -> None:
         cores = len(os.sched_getaffinity(0))
         with pytest.raises(TargetError, match=f"{cores + 1} threads are asked for") as told:
             Served(make("a"), Target("fake", "generic", cores + 1, there.device)).__enter__()
         assert told.value.where is not None
-        assert "on ssh:fwboard" in told.value.where
+        assert f"on ssh:{USER}" in told.value.where
 
     def test_room_on_the_disk(self, board: Board, make: Make) -> None:
         patch = next((board.folder / "python").glob("lib/python3*/site-packages")) / "sitecustomize.py"

@@ -39,6 +39,7 @@ _GREET_S = 60.0  # from the start of ssh to the first word of Python on the othe
 _NOISE = 1 << 16  # what a login shell may print before that
 _PART = 1 << 16
 _TAIL = 500
+_LOOKS = ("values", "kernels", "profile")  # some runtimes take more packages for these than for sessions
 _LOST = 255  # ssh's own exit code
 
 # What ssh says on standard error -> what is wrong, and what helps; all else may pass by itself.
@@ -151,6 +152,9 @@ class SshLink:
         name = self._address.name
         if told["type"] == "ModuleNotFoundError" and "'numpy'" in told["what"]:
             return self._uninstalled(f"there is no numpy on '{name}'", "numpy")
+        if told["type"] == "ModuleNotFoundError" and self._work.job["kind"] in _LOOKS:
+            what = f"{self._work.target.runtime} on '{name}' shows nothing of its inside: {told['what']}"
+            return TargetError(what, where=f"on {name}", fix="install that package there, or look at it here")
         if told["type"] == "MissingRuntime":
             runtime = find_runtime(self._work.target.runtime)
             what = f"runtime '{runtime.name}' is not installed on '{name}': no package '{runtime.module}'"
