@@ -159,6 +159,13 @@ class TestIntegers:
         assert (len(lines(artifact, "Convolution")), len(lines(artifact, "InnerProduct"))) == (3, 0)
         assert parity(made, artifact) > 60
 
+    def test_depthwise_kernels_are_faster_in_float(self, lowered: Lowered) -> None:
+        artifact = lowered("ncnn", "depthwise", "int8")
+        assert all(" 8=" not in line for line in lines(artifact, "ConvolutionDepthWise"))
+        stored = RUNTIME.stored(artifact)
+        assert stored["block1.depthwise.0.weight"].dtype == "float32"
+        assert stored["block1.expand.0.weight"].dtype == "int8"
+
     def test_an_excluded_layer_stays_float(self, tmp_path: Path) -> None:
         net = perceptron(99)
         examples = Data.of(x_train=net.entries["forward"].example_inputs[0].numpy())
