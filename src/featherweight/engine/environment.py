@@ -11,7 +11,7 @@ from featherweight.engine.devices import address
 from featherweight.engine.machine import machine, versions
 from featherweight.outcome import Environment
 from featherweight.plugins import find_runtime, runtime_names
-from featherweight.runtime import Target
+from featherweight.runtime import Runtime, Target
 
 _MAKERS = ("featherweight", "torch")  # made the artifact, here
 
@@ -78,7 +78,12 @@ def _asked(device: str, options: tuple[tuple[str, str], ...], runtime: str) -> d
     known = {name: find_runtime(name) for name in runtime_names()}
     asked = {
         "packages": sorted({"numpy", *(name for one in known.values() for name in one.packages)}),
-        "modules": {name: one.module for name, one in known.items()},
+        # One that looks for more than a module cannot be asked from here.
+        "modules": {
+            name: one.module
+            for name, one in known.items()
+            if type(one).installed.__func__ is Runtime.installed.__func__  # type: ignore[attr-defined]
+        },
     }
     runner = Runner("describe", {}, Target(runtime, device=device, options=dict(options)), asked=asked)
     return run_job(runner, Silent(), "describe")

@@ -39,7 +39,7 @@ def bundle(runtime: str) -> tuple[str, bytes]:
 def modules(runtime: str) -> list[str]:
     """Names of the modules, sorted."""
     found: dict[str, None] = {}
-    waiting = ["featherweight", *_ROOTS, "featherweight.runtimes", f"featherweight.runtimes.{runtime}"]
+    waiting = ["featherweight", *_ROOTS, "featherweight.runtimes", _module(runtime)]
     while waiting:
         name = waiting.pop()
         if name in found or _file(name) is None:
@@ -47,6 +47,10 @@ def modules(runtime: str) -> list[str]:
         found[name] = None
         waiting += _needed(name)
     return sorted(found)
+
+
+def _module(runtime: str) -> str:
+    return f"featherweight.runtimes.{runtime.replace('-', '_')}"
 
 
 def _needed(name: str) -> list[str]:
@@ -95,7 +99,18 @@ def _imports(name: str, *, deep: bool) -> Iterator[str]:
 def _with_packages(names: list[str]) -> list[Path]:
     """Their files, and those of the packages that they lie in."""
     packages = {name.rpartition(".")[0] for name in names} - {""}
-    return [path for name in sorted({*names, *packages}) if (path := _file(name)) is not None]
+    paths = [path for name in sorted({*names, *packages}) if (path := _file(name)) is not None]
+    return [*paths, *sorted({beside for path in paths for beside in _named_in(path)})]
+
+
+def _named_in(path: Path) -> Iterator[Path]:
+    """Programs in other languages beside a runtime's module, which names them."""
+    if path.parent.name == "runtimes":
+        for node in ast.walk(_tree(path, path.stat().st_mtime_ns)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(".mjs"):
+                beside = path.with_name(Path(node.value).name)
+                if beside.is_file():
+                    yield beside
 
 
 def _file(name: str) -> Path | None:
