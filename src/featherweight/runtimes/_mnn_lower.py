@@ -109,7 +109,10 @@ def _grids(
 ) -> dict[int, IntQuant]:
     """Tensor of the file -> its format, or that of what it was moved from or is moved to."""
     named = {str(value.name): name for name, value in export.values.items()}
-    lost = sorted(set(named) - set(held.values()))
+    here = set(held.values())
+    lost = sorted(
+        name for name in named if name not in here and not _clamped_at_once(export, named[name], here)
+    )
     if lost:
         raise TargetError(
             f"mnn's converter merged '{named[lost[0]]}' into its neighbours",
@@ -128,6 +131,12 @@ def _grids(
     return known  # type: ignore[return-value]
 
 
+def _clamped_at_once(export: OnnxExport, name: str, here: set[str]) -> bool:
+    """Whether nobody sees a value but a clamp that went into the same kernel: it is rounded behind that."""
+    readers = [use.node for use in export.values[name].uses()]
+    return len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") and readers[0].outputs[0].name in here
+
+
 def _values(net: File, graph: Graph, held: Mapping[int, str], how: Entry) -> Iterator[tuple[str, str]]:
     """Traced names -> the first tensor of the file that holds the value, made by more than a move."""
     outputs = dict(zip(graph.outputs, how.output_names, strict=True))
@@ -140,10 +149,11 @@ def _values(net: File, graph: Graph, held: Mapping[int, str], how: Entry) -> Ite
 
 
 def _first_names(model: Model) -> dict[str, str]:
-    """Every name of a tied parameter -> its first one."""
+    """Every name of a parameter -> its first one: tied ones have several, other entries put 'module.' on."""
     known: dict[int, str] = {}
     every = model.module.named_parameters(remove_duplicate=False)
-    return {name: known.setdefault(id(parameter), name) for name, parameter in every}
+    first = {name: known.setdefault(id(parameter), name) for name, parameter in every}
+    return {**{f"module.{name}": one for name, one in first.items()}, **first}
 
 
 def _converted(source: Path, aside: bool) -> tuple[bytes, bytes]:

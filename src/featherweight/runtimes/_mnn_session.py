@@ -131,12 +131,13 @@ def values(
 
 
 def kernels(
-    session: Session, inputs: Sequence[np.ndarray], entry: str, integral: frozenset[str]
+    session: Session, inputs: Sequence[np.ndarray], entry: str, integral: frozenset[str], *, static: bool
 ) -> list[Kernel]:
     """The operators of a call with their times, medians of some calls.
 
     Args:
-        integral: Operators that hold all that integer kernels need.
+        integral: Operators that hold integers.
+        static: Activations have grids, so that these should run in integers.
     """
     times: dict[tuple[str, str], list[float]] = {}
     begun = 0.0
@@ -161,7 +162,8 @@ def kernels(
             note = "turns floats into integers" if op == "FloatToInt8" else "turns integers into floats"
         elif name in integral and dtype != "int8":
             note = "holds integers, which are turned into floats when the file is opened"
-        found.append(Kernel(name, op, dtype, not note, float(np.median(seen[_WARM_UP:])), note))
+        slow = bool(note) and (static or op in _CASTS)
+        found.append(Kernel(name, op, dtype, not slow, float(np.median(seen[_WARM_UP:])), note))
     return found
 
 

@@ -234,8 +234,8 @@ def _grid(weight: Weight, floats: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
     fmt: IntQuant = weight.fmt  # type: ignore[assignment]
     if isinstance(fmt.granularity, PerGroup) and floats.shape[1] % fmt.granularity.size:
         raise TargetError(
-            f"mnn has groups of one size: {fmt.granularity.size} does not divide the {floats.shape[1]} inputs "
-            f"of '{weight.name}'",
+            f"mnn has groups of one size: {fmt.granularity.size} does not divide the {floats.shape[1]} inputs"
+            f" of '{weight.name}'",
             fix="take a group that divides them, or exclude the layer under where",
         )
     flat = weight.value.reshape(floats.shape)

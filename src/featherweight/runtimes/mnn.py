@@ -157,13 +157,14 @@ class Mnn(Runtime):
         self, artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *, entry: str = "forward"
     ) -> Sequence[Kernel]:
         from featherweight.runtimes import _mnn_session
-        from featherweight.runtimes._mnn_file import SYMMETRIC, File
+        from featherweight.runtimes._mnn_file import File
 
         file = File((artifact.folder / artifact.entries[entry]).read_bytes())
         integral = frozenset(
-            op.name for op in file.ops if op.convolves and op.main is not None and SYMMETRIC in op.main.fields
+            held.op for held in file.held() if held.part == "weight" and held.dtype.startswith("int")
         )
-        return _mnn_session.kernels(_mnn_session.Session(artifact, target), inputs, entry, integral)
+        session = _mnn_session.Session(artifact, target)
+        return _mnn_session.kernels(session, inputs, entry, integral, static=bool(file.quantized))
 
     def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
         from featherweight.runtimes._mnn_loaders import loaders
