@@ -42,13 +42,14 @@ class Tensors:
         self.stored: dict[str, Any] = {}
         self.parameters: dict[str, str] = {}
 
-    def add(self, name: str, value: Tensor, *, listed: bool = True) -> str:
-        """Keep a tensor under a name that nobody has, or find the one that was kept for the same."""
+    def add(self, name: str, value: Tensor, *, listed: bool = True, shared: bool = True) -> str:
+        """Keep a tensor under a name that nobody has, or find an equal one that was kept for the same."""
         stem = "t_" + re.sub(r"\W", "_", name)
         free, count = stem, 0
         while free in self.stored:
             other = self.stored[free]
-            if isinstance(other, Tensor) and other.dtype == value.dtype and torch.equal(other, value):
+            equal = isinstance(other, Tensor) and other.dtype == value.dtype and torch.equal(other, value)
+            if equal and shared:
                 break
             count += 1
             free = f"{stem}_{count}"
@@ -110,6 +111,7 @@ class _Weight:
                 f"'{self.name}' cannot be {type(fmt).__name__} in an exported program",
                 fix="store it as integers",
             )
+        self._own_bias()
         static = self._is_static() and (fmt.width == 8 or not dynamic)
         anew = dynamic and not static and self.reader.target in _LAYERS
         real = (
@@ -124,10 +126,11 @@ class _Weight:
     def _plain(self, fmt: IntQuant, static: bool, anew: bool) -> fx.Node:
         """One scale, or one per channel; dynamic layers want one per channel."""
         scale, zero_point = fmt.grid()
-        integers = fmt.quantize(self.value)
+        integers, as_asked = fmt.quantize(self.value), scale
         if static:
             integers, scale = _widened(integers, scale, fmt, self._smallest())
-        stored = self._tensor(self.name, integers.to(_kind(fmt)))
+        key = self.tensors.add(self.name, integers.to(_kind(fmt)), shared=scale is as_asked)
+        stored = self._read(key)
         if isinstance(fmt.granularity, PerChannel):
             axis = fmt.granularity.axis
         elif anew:
@@ -163,7 +166,9 @@ class _Weight:
         return self._tensor(f"{self.name}.scale", scale, listed=False), zeros
 
     def _tensor(self, name: str, value: Tensor, *, listed: bool = True) -> fx.Node:
-        key = self.tensors.add(name, value, listed=listed)
+        return self._read(self.tensors.add(name, value, listed=listed))
+
+    def _read(self, key: str) -> fx.Node:
         with self.graph.inserting_before(self.reader):
             return self.graph.get_attr(key)
 
@@ -172,6 +177,21 @@ class _Weight:
             return self.graph.call_function(target, arguments)
 
     # ---- what is around the layer
+
+    def _own_bias(self) -> None:
+        """Layers that share a bias get one each, since it becomes integers by the scale of their input."""
+        bias = self.reader.args[_BIAS] if len(self.reader.args) > _BIAS else None
+        if self.reader.target not in _LAYERS or not isinstance(bias, fx.Node) or bias.op != "get_attr":
+            return
+        if len(bias.users) > 1 or self._reads(str(bias.target)) > 1:
+            key = str(bias.target)
+            value: Tensor = self.tensors.stored[key]
+            own = self.tensors.add(self.tensors.parameters[key], value.clone(), shared=False)
+            self.reader.args = (*self.reader.args[:_BIAS], self._read(own), *self.reader.args[_BIAS + 1 :])
+
+    def _reads(self, key: str) -> int:
+        """How many nodes read a tensor."""
+        return sum(node.op == "get_attr" and node.target == key for node in self.graph.nodes)
 
     def _is_static(self) -> bool:
         """Whether a layer reads integers, and its only reader makes integers of what it says."""
