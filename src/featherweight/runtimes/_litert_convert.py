@@ -319,7 +319,7 @@ def _open_batch(graph: FlatGraph) -> bool:
             return False
         opened = shape.copy()
         opened[0] = -1
-        operator.inputs = [operator.inputs[0], graph.add_constant("", opened)]
+        operator.inputs = [operator.inputs[0], graph.add_constant("shape", opened)]
         if operator.builtinOptions is not None:
             operator.builtinOptions.newShape = None
     return True

@@ -5,7 +5,7 @@ Part of ``litert.py``. Uses the schema that comes with ``ai_edge_litert``, and n
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -205,6 +205,7 @@ class FlatGraph:
         self._drop_dead()
         self.order()
         self._compact()
+        self._tell_apart()
         self.model.metadata = None
         self.model.description = None
         return bytes(flatbuffer_utils.convert_object_to_bytearray(self.model))
@@ -237,6 +238,15 @@ class FlatGraph:
             placed.add(id(operator))
             order.append(stack.pop())
         self.graph.operators = order
+
+    def _tell_apart(self) -> None:
+        """Number tensors of the same name, which other tools take for the same tensor."""
+        seen: Counter[str] = Counter()
+        for tensor in range(len(self.graph.tensors)):
+            name = self.name(tensor)
+            seen[name] += 1
+            if seen[name] > 1:
+                self.rename(tensor, f"{name}~{seen[name]}")
 
     def _compact(self) -> None:
         """Renumber tensors so that none is idle."""

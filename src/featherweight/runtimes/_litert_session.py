@@ -145,7 +145,8 @@ def _stored(x: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     if not scale or kind.kind not in "iu" or x.dtype.kind != "f":
         return np.ascontiguousarray(x, kind)
     ends = np.iinfo(kind)
-    return np.clip(np.rint(x / scale) + zero_point, ends.min, ends.max).astype(kind)
+    steps: np.ndarray = np.clip(np.rint(x / scale) + zero_point, ends.min, ends.max)
+    return steps.astype(kind)
 
 
 def _real(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
@@ -153,4 +154,5 @@ def _real(y: np.ndarray, detail: Mapping[str, Any]) -> np.ndarray:
     scale, zero_point = detail["quantization"]
     if not scale or y.dtype.kind not in "iu":
         return y
-    return (y.astype(np.float32) - zero_point) * np.float32(scale)
+    real: np.ndarray = (y.astype(np.float32) - zero_point) * np.float32(scale)
+    return real

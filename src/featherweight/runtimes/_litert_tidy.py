@@ -1,7 +1,8 @@
 """Rewrites of a float ``.tflite`` graph that compute the same on faster kernels.
 
 Part of ``litert.py``. XNNPACK takes PAD but not PADV2, so what comes out of a ReLU is padded for a maximum
-with zeros; a mean over height and width needs no channels first.
+with zeros; it takes no RELU_0_TO_1 (of a hard sigmoid), but MINIMUM; a mean over height and width needs no
+channels first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _MOVES = frozenset({"RESHAPE", "TRANSPOSE", "SLICE", "MAX_POOL_2D", "CONCATENATI
 def tidy(graph: FlatGraph, found: Mapping[str, int]) -> dict[str, int]:
     """Rewrite the graph in place; returns where the values in ``found`` are afterwards."""
     _pad_with_zeros(graph)
+    _clamp_in_two(graph)
     return _mean_in_place(graph, found)
 
 
@@ -36,6 +38,18 @@ def _pad_with_zeros(graph: FlatGraph) -> None:
         if pooled and low and made not in graph.outputs and _is_positive(graph, source, producers):
             graph.operator("PAD", [source, paddings], [made])
             graph.remove(operator)
+    graph.order()
+
+
+def _clamp_in_two(graph: FlatGraph) -> None:
+    for operator in list(graph.operators):
+        if graph.kind(operator) != "RELU_0_TO_1":
+            continue
+        source, made = int(operator.inputs[0]), int(operator.outputs[0])
+        positive = graph.add("positive", graph.shape(source), "float32")
+        graph.operator("RELU", [source], [positive])
+        graph.operator("MINIMUM", [positive, graph.add_constant("one", np.array(1, np.float32))], [made])
+        graph.remove(operator)
     graph.order()
 
 

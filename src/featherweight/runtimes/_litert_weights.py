@@ -219,7 +219,7 @@ class Weights:
         integers = np.rint(values / scale.astype(np.float64)).astype(np.int32)
         place = _BIAS[kind]
         old = int(operator.inputs[place]) if len(operator.inputs) > place else ABSENT
-        bias = self.graph.add_constant("", integers, Grid(scale, np.zeros(len(scale), np.int64)))
+        bias = self.graph.add_constant("bias", integers, Grid(scale, np.zeros(len(scale), np.int64)))
         self._stored[bias] = self.names.get(old, f"{name.removesuffix('weight')}bias")
         return bias
 

@@ -11,6 +11,9 @@ A file takes one example; several at once where the network allows it, else the 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.metadata
 import json
 import tempfile
 import warnings
@@ -30,7 +33,9 @@ if TYPE_CHECKING:
     from featherweight.model import Model
 
 _WEIGHTED = frozenset({"conv1d", "conv2d", "conv_transpose2d", "linear"})
-_ACTIVATIONS_ONLY = frozenset({"add", "mul", "cat", "adaptive_avg_pool2d", "sigmoid", "leaky_relu"})
+_ACTIVATIONS_ONLY = frozenset(
+    {"add", "mul", "cat", "adaptive_avg_pool2d", "mean", "sub", "sigmoid", "tanh", "leaky_relu"}
+)
 _PASSED_THROUGH = frozenset(
     {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze"}
 )
@@ -48,6 +53,17 @@ class LiteRT(Runtime):
         "sigmoid": (0.0, 255 / 256),
         "tanh": (-1.0, 127 / 128),
     }
+
+    def load(self, target: Target) -> None:
+        importlib.import_module("ai_edge_litert.interpreter")
+
+    def version(self) -> str:
+        """Versions of its packages; a device that only runs files has no converter."""
+        found = []
+        for name in self.packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.append(f"{name} {importlib.metadata.version(name)}")
+        return ", ".join(found)
 
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
