@@ -139,6 +139,22 @@ class TestGoldenNets:
         assert all(decibels(wanted[value], seen[value]) > 35 for value in seen)
 
 
+@pytest.mark.parametrize("name", ["residual", "depthwise", "attention"])
+def test_symmetric_activations_are_signed_where_they_have_signs(name: str, tmp_path: Path) -> None:
+    net = folded(name)
+    done = Quantize(symmetric_activations=True).apply(net, context(net, data(name), HERE))
+    kinds = {(fmt.signed, bool(fmt.low < 0)) for fmt in activations(done)}
+    assert kinds == {(True, True), (False, False)} or kinds == {(True, True)}
+    artifact, x = lower(done, tmp_path), inputs(name, 6)
+    assert decibels(simulated(done, x), answers(artifact, x)) > 40
+    assert {dtype for op, dtype in kernels(artifact, x) if op != "MatMul"} == {"int8"}
+
+
+def activations(net: Model) -> list[IntQuant]:
+    formats = [chain[-1] for name, chain in net.formats.items() if name not in net.parameters]
+    return [fmt for fmt in formats if isinstance(fmt, IntQuant)]
+
+
 class TestWeightsAlone:
     @pytest.mark.parametrize(("weights", "symmetric", "dtype"), [
         ("int8", True, "int8"), ("int8", False, "uint8"), ("int4", True, "int4"), ("int4", False, "uint4"),

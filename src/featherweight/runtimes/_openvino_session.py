@@ -22,6 +22,8 @@ _SHAPES = 4  # that get kernels of their own
 _WARM_UP, _CALLS = 3, 20
 _DTYPES = {
     "I8": "int8",
+    "i8": "int8",
+    "u8": "int8",
     "f32": "float32",
     "f16": "float16",
     "bf16": "bfloat16",
@@ -171,12 +173,12 @@ def executed(artifact: Artifact, target: Target, inputs: Sequence[np.ndarray], *
             step.seconds.append(info.real_time.total_seconds())
             primitive = info.exec_type if step.primitive.startswith("undef") else step.primitive
             steps[info.node_name] = _Step(info.node_type, primitive, step.seconds)
-    integers = any(step.primitive.endswith("_I8") for step in steps.values())
+    integers = any(_dtype(step) == "int8" for step in steps.values())
     return [_kernel(name, step, integers) for name, step in steps.items()]
 
 
 def _kernel(name: str, step: _Step, integers: bool) -> Kernel:
-    dtype = _DTYPES.get(step.primitive.rpartition("_")[2], "")
+    dtype = _dtype(step)
     note = ""
     if step.primitive.startswith("ref"):
         note = "a reference kernel: the plugin has no fast one for it"
@@ -184,6 +186,11 @@ def _kernel(name: str, step: _Step, integers: bool) -> Kernel:
         note = "float among integers: it has no integer kernel, or its weight or input no format"
     seconds = float(np.mean(step.seconds)) if step.seconds else None
     return Kernel(name, step.op, dtype, not note, seconds, note)
+
+
+def _dtype(step: _Step) -> str:
+    """In what a node computes: the end of the primitive's name."""
+    return _DTYPES.get(step.primitive.rpartition("_")[2], "")
 
 
 def _op(step: _Step) -> str:

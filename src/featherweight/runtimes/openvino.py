@@ -79,8 +79,8 @@ class OpenVino(Runtime):
                     "openvino has no kernels for activations per channel",
                     fix="use granularity: per_tensor for activations",
                 )
-            positive = fmt.symmetric and bool((fmt.low >= 0).all())
-            return replace(fmt, signed=False, symmetric=fmt.symmetric and not positive, headroom=0)
+            middle = fmt.symmetric and bool((fmt.low < 0).any())  # behind ReLU all steps are above zero
+            return replace(fmt, signed=middle, symmetric=middle, headroom=0)
         if not fmt.symmetric:
             return replace(fmt, signed=False, headroom=0)
         grouped = isinstance(fmt.granularity, PerGroup) or fmt.width == 4  # executed in float
