@@ -155,6 +155,14 @@ class Scales:
 
         return self._number("parity", weighed.artifact, compute)
 
+    def steadiness(self, model: Model, weighed: Weighed) -> float | None:
+        """How far the simulation is from itself when its inputs move by a millionth, decibels."""
+
+        def compute() -> float | None:
+            return parity.steadiness(model, parity.some_batches(self.run.data, self.inputs()))
+
+        return self._number("steadiness", weighed.artifact, compute)
+
     def _number(self, kind: str, artifact: Artifact, compute: Callable[[], float | None]) -> float | None:
         """A figure of an artifact on calibration examples, kept as a list of one: JSON's null is a miss."""
         key = self._key(kind, artifact, self.run.data.fingerprint)

@@ -12,6 +12,7 @@ import numpy as np
 
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.lanes import Direct, Lane, time_together
+from featherweight.engine.parity import LEAST_DB
 from featherweight.engine.search import Candidate, Failure, Search
 from featherweight.engine.template import step_holes
 from featherweight.engine.verdict import choose, excess, rejection, relaxation, score, violations
@@ -32,7 +33,6 @@ from featherweight.recipe import Recipe
 
 _FINALISTS = 3
 _COMPARED = 4  # artifacts of different runtimes that are timed in turn before one is chosen
-_PARITY_DB = 30.0
 _FEWEST_TO_HALVE = 100  # below it, half of the examples says nothing
 
 
@@ -425,12 +425,19 @@ class Fit:
                 f"the same {scored} examples selected among {tried} trials and report, so the drop looks "
                 f"smaller than it is; from {_FEWEST_TO_HALVE} examples on, one half reports"
             )
-        said += [
-            f"on {row.runtime} the outputs are {row.parity_db:.1f} dB from the simulation of the formats"
-            for row in rows
-            if row.parity_db is not None and row.parity_db < _PARITY_DB
-        ]
+        said += [self._parting(row) for row in rows if row.parity_db is not None and row.parity_db < LEAST_DB]
         return [*said, *run.data.notes, *lane.run.warnings, *weighed.timing.notes]
+
+    def _parting(self, row: RuntimeRow) -> str:
+        """That an artifact is not what was simulated, and whether the network itself is the reason."""
+        said = f"on {row.runtime} the outputs are {row.parity_db:.1f} dB from the simulation of the formats"
+        trial = next(one for one in self.search.trials if one.number == row.trial)
+        lane, weighed = self.weighed[trial.number]
+        steady = lane.scales.steadiness(lane.run.apply(Recipe.from_dict(trial.recipe)), weighed)
+        if steady is not None and steady < LEAST_DB:
+            said += f"; the simulation is {steady:.1f} dB from itself when its inputs move by a millionth"
+            return f"{said}, so the network amplifies every rounding"
+        return said + "; featherweight compare tells where they part"
 
     def _examples(self) -> dict[str, Any]:
         data = self.run.data
