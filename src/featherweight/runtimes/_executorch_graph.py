@@ -187,7 +187,8 @@ def _pieces(node: fx.Node, source: fx.Node, axis: int) -> None:
     for reader in list(node.users):
         with node.graph.inserting_before(reader):
             made = _slice(source, axis, *starts[int(reader.args[1])])  # type: ignore[arg-type]
-            made = node.graph.call_function(_ATEN.reshape.default, (made, _shape(reader)))
+            if len(_shape(reader)) < whole:
+                made = node.graph.call_function(_ATEN.reshape.default, (made, _shape(reader)))
         _instead(reader, made)
 
 
@@ -198,6 +199,10 @@ def _batched(node: fx.Node, left: fx.Node, right: fx.Node) -> fx.Node:
     """left @ right over equal outer axes, as one operator on three axes."""
     call = node.graph.call_function
     one, two = _shape(left), _shape(right)
+    if len(one) == 3:
+        made = call(_ATEN.bmm.default, (left, right))
+        made.meta["val"] = torch.empty([*one[:-1], two[-1]], device="meta")
+        return made
     flat = [
         call(_ATEN.reshape.default, (x, [math.prod(shape[:-2]), *shape[-2:]]))
         for x, shape in ((left, one), (right, two))
@@ -249,6 +254,12 @@ def _attention(node: fx.Node) -> None:
     _instead(node, made)
 
 
+def _float(node: fx.Node) -> None:
+    """A whole number beside floats would be cast at each call."""
+    if node.meta["val"].is_floating_point():
+        node.args = tuple(float(x) if type(x) is int else x for x in node.args)
+
+
 _Rewrite = Callable[[fx.Node], None]
 _RESHAPED: Sequence[Any] = (
     _ATEN.squeeze.default,
@@ -264,6 +275,7 @@ _REWRITES: dict[Any, _Rewrite] = {
     _ATEN.max_pool2d.default: _max_pool,
     _ATEN.mean.dim: _mean,
     _ATEN.cat.default: _cat,
+    **dict.fromkeys((_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor), _float),
     _ATEN.hardsigmoid.default: _hard_sigmoid,
     **dict.fromkeys(_RESHAPED, _reshape),
     _ATEN.slice.Tensor: _whole,
