@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,6 +88,15 @@ def weights(net: Model, width: int, shared: PerTensor | PerChannel | PerGroup) -
             limit = limit.amax() if isinstance(shared, PerTensor) else limit
             formats[name] = (RUNTIME.realise(IntQuant(-limit, limit, width, True, shared), HERE, "weight"),)
     return net.evolve(formats=formats)
+
+
+def unpacked(data: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray:
+    """The integers of rows whose lowest bits come first."""
+    rows = np.unpackbits(data.view(np.uint8).reshape(shape[0], -1), axis=1, bitorder="little")
+    bits = rows[:, : shape[1] * width].reshape(*shape, width).astype(np.int64)
+    low: np.ndarray = (bits << np.arange(width)).sum(-1)
+    signed: np.ndarray = low - ((low >> (width - 1)) << width)
+    return signed
 
 
 class TestIntegers:
@@ -202,7 +212,7 @@ class TestWeightsAlone:
         assert parity(made, artifact) > least
 
     def test_bits_are_packed_as_they_are_read(self) -> None:
-        from featherweight.runtimes._ncnn_formats import packed, unpacked
+        from featherweight.runtimes._ncnn_formats import packed
 
         rng = np.random.default_rng(0)
         for width in (4, 6, 8):
@@ -415,4 +425,33 @@ class TestLoaders:
             "JNI",
         ):
             assert part in text
-        assert text.count("{") == text.count("}")
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+    def test_cpp_compiles(self, lowered: Lowered, tmp_path: Path) -> None:
+        """Against the few declarations of ncnn's header that it uses: pip does not bring that header."""
+        text = RUNTIME.loaders(lowered("ncnn", "residual", "int8"), HERE, self.SIGNATURE)["load.cpp"]
+        (tmp_path / "load.cpp").write_text(text)
+        (tmp_path / "net.h").write_text(HEADER)
+        subprocess.run(
+            ["g++", "-fsyntax-only", "-Wall", "-Werror", f"-I{tmp_path}", str(tmp_path / "load.cpp")],
+            check=True,
+        )
+
+
+HEADER = """
+#include <cstddef>
+namespace ncnn {
+struct Mat {
+    Mat(); Mat(int w); Mat(int w, int h); Mat(int w, int h, int c); Mat(int w, int h, int d, int c);
+    void fill(float v); void fill(int v); size_t total() const;
+};
+struct Option {
+    bool use_fp16_packed, use_fp16_storage, use_fp16_arithmetic, use_bf16_packed, use_bf16_storage;
+    int num_threads;
+};
+struct Extractor { int input(const char*, const Mat&); int extract(const char*, Mat&); };
+struct Net {
+    Option opt; int load_param(const char*); int load_model(const char*); Extractor create_extractor() const;
+};
+}
+"""

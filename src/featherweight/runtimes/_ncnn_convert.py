@@ -89,10 +89,9 @@ def _repair(param: Path, said: str) -> None:
     loose: dict[str, dict[str, str]] = {}
     for kind, name, key, value in _LOOSE.findall(said):
         loose.setdefault(f"{kind} {name}", {})[key] = value
-    text = re.sub(r"^(\S+\s+\S+.*?) ((?:\$|@)\S+.*)$", r"\1", param.read_text(), flags=re.MULTILINE)
     layers: list[Layer] = []
     aliases: dict[str, str] = {}
-    for layer in read_param(text):
+    for layer in read_param(param.read_text()):
         layer.inputs = [aliases.get(name, name) for name in layer.inputs]
         asked = loose.get(f"{layer.type} {layer.name}", {})
         if layer.type == "Tensor.reshape" and "_ncnnbatch2dim" in layer.name:

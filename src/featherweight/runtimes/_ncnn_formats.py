@@ -196,15 +196,6 @@ def packed(integers: np.ndarray, width: int) -> np.ndarray:
     return whole.reshape(-1).view(np.int8)
 
 
-def unpacked(data: np.ndarray, shape: tuple[int, int], width: int) -> np.ndarray:
-    """The integers of :func:`packed`."""
-    rows = np.unpackbits(data.view(np.uint8).reshape(shape[0], -1), axis=1, bitorder="little")
-    bits = rows[:, : shape[1] * width].reshape(*shape, width).astype(np.int64)
-    low: np.ndarray = (bits << np.arange(width)).sum(-1)
-    signed: np.ndarray = low - ((low >> (width - 1)) << width)
-    return signed
-
-
 # ---- where integers travel
 
 

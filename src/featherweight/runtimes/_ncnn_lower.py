@@ -190,10 +190,17 @@ def _convert(
     }
     with warnings.catch_warnings(), torch.no_grad(), _plain_attention():
         warnings.simplefilter("ignore")  # the tracer warns of what torch.export has checked
-        script: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
-            _Flat(module, model.entries[entry]), example, check_trace=False
-        )
-        torch.jit.save(script, paths["program.pt"])
+        try:
+            script: Any = torch.jit.trace(  # type: ignore[no-untyped-call]
+                _Flat(module, model.entries[entry]), example, check_trace=False
+            )
+            torch.jit.save(script, paths["program.pt"])
+        except Exception as error:  # whatever user code or the tracer raises is told as one error
+            words = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise TargetError(
+                f"torch.jit.trace, which pnnx needs, cannot follow the model: {' '.join(words)[:300]}",
+                fix="take another runtime",
+            ) from error
     inputs = {f"in{i:03}": np.ascontiguousarray(x.numpy()) for i, x in enumerate(example)}
     save_file(inputs, paths[_INPUTS])
     save_file({name: np.ascontiguousarray(x) for name, x in outputs.items()}, paths["outputs"])
