@@ -287,7 +287,7 @@ def test_values_inside_are_those_of_the_module(lowered: Lowered) -> None:
     seen = RUNTIME.values(artifact, HERE, [x])
     assert set(seen) >= {"layer1.conv2#0:0", "head#0:0"} & set(artifact.details["values"]["forward"])
     stages: dict[str, torch.Tensor] = {}
-    Replay(model("residual"))((torch.from_numpy(x),), lambda name, value: stages.setdefault(name, value))
+    Replay(model("residual"))((torch.from_numpy(x),), stages.setdefault)
     for name, value in seen.items():
         np.testing.assert_allclose(value, stages[name].detach().numpy(), rtol=1e-3, atol=1e-4)
 

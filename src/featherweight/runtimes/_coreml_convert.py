@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import struct
 import uuid
@@ -23,6 +24,7 @@ _MODEL, _WEIGHTS = f"{_DATA}/model.mlmodel", f"{_DATA}/weights/weight.bin"
 _SPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # of names that are URLs, RFC 4122
 _SENTINEL = 0xDEADBEEF
 _INT4 = (-8, 7)
+_POOLING = re.compile(r"aten\.(max|avg)_pool[123]d\.")
 
 
 def convert(
@@ -54,6 +56,9 @@ def convert(
     _teach()
     loaded = torch.export.load(program)
     loaded.graph.eliminate_dead_code()  # loading makes an item of each output, read or not
+    for node in loaded.graph.nodes:
+        if _POOLING.match(str(node.target)) and len(node.args) == 2:
+            node.args = (*node.args, node.args[1])  # it wants the stride in words
     names = {f"b_{name}" for name in half or ()}
 
     def in_half(op: Any) -> bool:
@@ -100,6 +105,7 @@ def _outputs(program: Any, names: list[str]) -> list[Any]:
 
 def _settle(package: Path) -> list[str]:
     """Give the parts of a package identifiers that follow from their paths; drop what is not loaded."""
+    (package / _MODEL).write_bytes(_spec(package).SerializeToString(deterministic=True))
     manifest = json.loads((package / "Manifest.json").read_text())
     fixed = {old: str(uuid.uuid5(_SPACE, item["path"])) for old, item in manifest["itemInfoEntries"].items()}
     items = {fixed[old]: item for old, item in manifest["itemInfoEntries"].items()}

@@ -128,17 +128,18 @@ class CoreML(Runtime):
                     program = made.program.run_decompositions({})
                     torch.export.save(program, Path(folder) / f"{entry}.pt2")
                 in_half = [name for name, parameter in made.tensors.items() if parameter in half]
-                entries[entry] = "model.mlpackage" if entry == "forward" else f"model.{entry}.mlpackage"
+                package = "model.mlpackage" if entry == "forward" else f"model.{entry}.mlpackage"
+                entries[entry] = f"{package}/Manifest.json"
                 arguments = {
                     "program": str(Path(folder) / f"{entry}.pt2"),
-                    "out": str(out.resolve() / entries[entry]),
+                    "out": str(out.resolve() / package),
                     "target": self._system(model, target),
                     "half": None if _all_layers(model, entry, half) else in_half,
                     "inputs": list(how.input_names),
                     "outputs": list(how.output_names),
                 }
                 written = convert(self.name, f"{_CONVERTER}:convert", arguments)
-                files += [f"{entries[entry]}/{file}" for file in written]
+                files += [f"{package}/{file}" for file in written]
                 parameters[entry] = _places(program, made.tensors)
         artifact = Artifact(self.name, out, tuple(files), entries, {"parameters": parameters})
         self._check(model, artifact, target)
@@ -201,8 +202,8 @@ class CoreML(Runtime):
 
     def stored(self, artifact: Artifact) -> Mapping[str, Stored]:
         found: dict[str, Stored] = {}
-        for entry, package in artifact.entries.items():
-            where = str((artifact.folder / package).resolve())
+        for entry, manifest in artifact.entries.items():
+            where = str((artifact.folder / manifest).resolve().parent)
             seen = convert(self.name, f"{_CONVERTER}:stored", {"package": where})
             for name, parameter in artifact.details["parameters"][entry].items():
                 held = seen.get(name) or seen.get(f"{name}_to_fp16")
@@ -213,7 +214,7 @@ class CoreML(Runtime):
     def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
         from featherweight.runtimes._coreml_loaders import load_py, load_swift
 
-        package = artifact.entries[signature.entry]
+        package = Path(artifact.entries[signature.entry]).parts[0]
         return {"load.py": load_py(package, signature), "load.swift": load_swift(package, signature)}
 
 
