@@ -203,9 +203,8 @@ class TestWeightsAlone:
     def test_of_a_depthwise_convolution_are_refused(self, tmp_path: Path) -> None:
         net = model_of(nn.Conv2d(4, 4, 3, groups=4), torch.randn(2, 4, 8, 8))
         fmt = IntQuant(-torch.ones(4), torch.ones(4), 8, True, PerChannel(0))
-        with pytest.raises(TargetError) as told:
+        with pytest.raises(TargetError, match="the convolution of 'weight' in integers between floats"):
             lower(net.evolve(formats={"weight": (fmt,)}), tmp_path)
-        assert told.value.fix is not None
 
     def test_scales_of_groups_are_bfloat16(self) -> None:
         fmt = IntQuant(-torch.rand(5, 3) - 0.1, torch.rand(5, 3) + 0.1, 4, True, PerGroup(1, 32))

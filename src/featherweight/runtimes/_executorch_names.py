@@ -7,7 +7,7 @@ layout that its kernels read. So each tensor is laid out in all the ways that th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,28 @@ def _layer(delegate: Delegate, step: Step) -> tuple[str | None, str | None]:
     return delegate.keys.get(fields["filter_id"]), delegate.keys.get(fields["bias_id"])
 
 
-def _pairs(made: QuantizedProgram) -> Iterator[tuple[str, str]]:
-    """Weight and bias of each layer of the program, by the parameters' names."""
+def refused(made: QuantizedProgram) -> str | None:
+    """A convolution of integer weights whose input is quantized when it runs, where XNNPACK has no kernel."""
+    parameter = _parameters(made)
+    for node in _layers(made):
+        source, kernel = node.args[:2]
+        if "dequantize_per_tensor.tensor" not in str(getattr(source, "target", "")):
+            continue
+        shape = kernel.meta["val"].shape
+        if len(shape) == 3 or (len(shape) == 4 and shape[1] == 1):
+            return parameter(kernel)
+    return None
+
+
+def _layers(made: QuantizedProgram) -> Iterator[Any]:
+    for node in made.program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.name.split("::")[-1] in _LINEAR:
+            yield node
+
+
+def _parameters(made: QuantizedProgram) -> Callable[[Any], str | None]:
+    """The parameter that a node reads, through whatever dequantizes it."""
     signature = made.program.graph_signature
     held = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
 
@@ -101,12 +121,14 @@ def _pairs(made: QuantizedProgram) -> Iterator[tuple[str, str]]:
             node = node.args[0]
         return made.tensors.get(held.get(getattr(node, "name", ""), ""))
 
-    for node in made.program.graph.nodes:
-        if node.op != "call_function" or len(node.args) < 3:
-            continue
-        if getattr(node.target, "_schema", None) is None or node.args[2] is None:
-            continue
-        if node.target._schema.name.split("::")[-1] not in _LINEAR:
+    return parameter
+
+
+def _pairs(made: QuantizedProgram) -> Iterator[tuple[str, str]]:
+    """Weight and bias of each layer of the program, by the parameters' names."""
+    parameter = _parameters(made)
+    for node in _layers(made):
+        if len(node.args) < 3 or node.args[2] is None:
             continue
         weight, bias = parameter(node.args[1]), parameter(node.args[2])
         if weight is not None and bias is not None:

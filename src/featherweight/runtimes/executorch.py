@@ -90,6 +90,7 @@ class ExecuTorch(Runtime):
                 rewrite=delegable,
             )
             files[entry] = "model.pte" if entry == "forward" else f"model.{entry}.pte"
+            _check(made)
             _convert(self.name, made.program, out / files[entry])
             tensors[entry] = _stored_as(model, made, out / files[entry])
             batched[entry] = _batched(model, entry)
@@ -180,6 +181,23 @@ def _bfloat_scales(fmt: IntQuant) -> IntQuant:
         return fmt
     limit = stored * fmt.quant_max
     return replace(fmt, low=-limit, high=limit)
+
+
+def _check(made: Any) -> None:
+    """Refuse what XNNPACK has no kernel for, before its converter says so in its own words.
+
+    Raises:
+        TargetError: A convolution has integer weights between floats.
+    """
+    from featherweight.runtimes._executorch_names import refused
+
+    name = refused(made)
+    if name is not None:
+        raise TargetError(
+            f"executorch cannot run the convolution of '{name}' in integers between floats",
+            where="XNNPACK has such kernels for linear layers and ordinary 2-D convolutions",
+            fix="quantize what it reads and makes too, or exclude the layer under where",
+        )
 
 
 def _convert(name: str, program: Any, path: Path) -> None:
