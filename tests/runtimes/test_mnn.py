@@ -257,6 +257,25 @@ class TestLayers:
         assert by_weight["2.weight"].dtype == "float32"
         assert "turned into floats" in by_weight["2.weight"].note
 
+    def test_two_that_read_integers_as_floats(self, tmp_path: Path) -> None:
+        """MNN itself lets them share a cast, and crashes when the batch changes."""
+
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 8, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.conv(x)
+                return torch.cat([torch.tanh(y), y * torch.sigmoid(y)], 1)[:, 2:]
+
+        net = model_of(Both(), torch.randn(16, 3, 8, 8))
+        done, x = quantize(net), example(net)
+        session = RUNTIME.open(lower(done, tmp_path), HERE)
+        for batch in (1, 2, 16):
+            (seen,) = session(x[:batch])
+            assert decibels(simulated(done, x[:batch]), seen) > 40
+
     def test_symmetric_activations(self, tmp_path: Path) -> None:
         done = quantize(model("residual"), symmetric_activations=True)
         with pytest.raises(TargetError, match="put fold before quantize"):

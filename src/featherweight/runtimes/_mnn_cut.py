@@ -2,15 +2,17 @@
 
 Part of ``mnn.py``. When a file is opened, MNN gives a tensor's scale to what was only moved, pooled or
 clamped of it, forwards and backwards, whatever scale the file gives to that; and its integer kernels for
-maxima and for a scale per channel are wrong on x86. So an operator that is not known to keep its input's grid
-works on floats here: it reads and writes copies that have no grid. A copy is a sum with zero, past which MNN
-hands no scale on.
+maxima and for a scale per channel are wrong on x86. So an operator that is not known to keep its input's
+grid works on floats here: it reads and writes copies that have no grid. A copy is a sum with zero, past
+which MNN hands no scale on. Operators that read the same integers as floats share a copy too: MNN lets them
+share one of its own, and crashes when inputs change their shape.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 # Grids stop at these: sums and products, constants, convolutions, inputs, products of matrices, sizes, sums
 # over axes, softmax, functions of one value, norms of a layer
 _STOPS = frozenset({7, 11, 12, 13, 34, 39, 66, 68, 80, 82, 85, 101, 603})
+_INTEGER = frozenset({7, 85, 603})  # of these some have integer kernels: sums, softmax, norms of a layer
+_SHAPES = frozenset({66, 80, 82})
 _CONSTANT, _CONVOLUTION, _SUM = 11, 12, 7
 _FLOAT = 1  # DataType
 
@@ -50,13 +54,25 @@ class Graph:
         return len(net.tensors) + len(self.tensors) - 1
 
 
-def separate(net: File, quantized: Mapping[int, IntQuant]) -> Graph:
-    """The file's operators, with copies where grids would run into each other."""
+def separate(net: File, quantized: Mapping[int, IntQuant], integral: Container[str]) -> Graph:
+    """The file's operators, with copies where grids would run into each other.
+
+    Args:
+        net: The file.
+        quantized: Tensor -> its format.
+        integral: Names of operators whose weights will be integers.
+    """
     graph = Graph()
     constants = {number for op in net.ops if op.type == _CONSTANT for number in op.outputs}
     floats: dict[int, int] = {}
+    mixing = {id(op) for op in net.ops if _mixes(op, quantized, constants)}
+    reading = {id(op) for op in net.ops if id(op) in mixing or not _keeps(op, quantized, integral)}
+    readers = Counter(
+        number for op in net.ops if id(op) in reading for number in set(op.inputs) if number in quantized
+    )
     for op in net.ops:
-        if not _mixes(op, quantized, constants):
+        shares = id(op) in reading and any(readers[number] > 1 for number in op.inputs)
+        if id(op) not in mixing and not shares:
             graph.placed.append(Placed(op, op.inputs, op.outputs))
             continue
         if graph.zero is None:
@@ -68,7 +84,7 @@ def separate(net: File, quantized: Mapping[int, IntQuant]) -> Graph:
         inputs = tuple(floats.get(number, number) for number in op.inputs)
         made = {number: number for number in op.outputs}
         for number in op.outputs:
-            if number in quantized:
+            if number in quantized and id(op) in mixing:
                 made[number] = graph.tensor(net, f"{net.tensors[number]}/float")
         graph.placed.append(Placed(op, inputs, tuple(made.values())))
         for number, copied in made.items():
@@ -86,6 +102,15 @@ def _mixes(op: Op, quantized: Mapping[int, IntQuant], constants: set[int]) -> bo
     if not any(grids):
         return False
     return op.type not in mnn.MOVES or not _one(grids)
+
+
+def _keeps(op: Op, quantized: Mapping[int, IntQuant], integral: Container[str]) -> bool:
+    """Whether it reads integers as such, or nothing but their shape."""
+    if op.type in mnn.MOVES or op.type in _SHAPES:
+        return True
+    if op.convolves:
+        return op.name in integral
+    return op.type in _INTEGER and all(number in quantized for number in (*op.inputs, *op.outputs))
 
 
 def _grouped(op: Op) -> bool:

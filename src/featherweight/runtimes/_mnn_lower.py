@@ -20,6 +20,8 @@ from featherweight.runtimes._mnn_shape import shape
 from featherweight.runtimes._mnn_store import Weight, settle, store
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from featherweight.exchange.export import OnnxExport
     from featherweight.formats import IntQuant, TensorFormat
     from featherweight.graph import Graph
@@ -110,9 +112,7 @@ def _grids(
     """Tensor of the file -> its format, or that of what it was moved from or is moved to."""
     named = {str(value.name): name for name, value in export.values.items()}
     here = set(held.values())
-    lost = sorted(
-        name for name in named if name not in here and not _clamped_at_once(export, named[name], here)
-    )
+    lost = sorted(name for name in named if name not in here and _is_missed(export.values[named[name]], here))
     if lost:
         raise TargetError(
             f"mnn's converter merged '{named[lost[0]]}' into its neighbours",
@@ -131,10 +131,20 @@ def _grids(
     return known  # type: ignore[return-value]
 
 
-def _clamped_at_once(export: OnnxExport, name: str, here: set[str]) -> bool:
-    """Whether nobody sees a value but a clamp that went into the same kernel: it is rounded behind that."""
-    readers = [use.node for use in export.values[name].uses()]
-    return len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") and readers[0].outputs[0].name in here
+def _is_missed(value: ir.Value, here: set[str]) -> bool:
+    """Whether a layer loses its integer kernel with a value that is no tensor of the file any more.
+
+    What goes into one kernel with its neighbours is not rounded between them: a SiLU, a sum and its clamp.
+    """
+    readers = [use.node for use in value.uses()]
+    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip") and readers[0].outputs[0].name in here:
+        return False
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Add":
+        producer = next(
+            (one.producer() for one in producer.inputs if one is not None and one.producer()), None
+        )
+    return producer is None or producer.op_type in ("Conv", "Gemm", "MatMul")
 
 
 def _values(net: File, graph: Graph, held: Mapping[int, str], how: Entry) -> Iterator[tuple[str, str]]:

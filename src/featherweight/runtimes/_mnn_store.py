@@ -65,7 +65,7 @@ def store(
     net = File(file)
     if net.net.places(mnn.SUBGRAPHS):
         raise TargetError("mnn stores no formats in a model with branches or loops", fix="leave it in float")
-    graph = separate(net, quantized)
+    graph = separate(net, quantized, weights)
     ops: list[Draft | Text | Old] = [] if graph.zero is None else [zero(graph.zero)]
     ops += [_placed(one, net, graph, aside, weights, quantized) for one in graph.placed]
     root = Draft.of(net.net, _NET_SCALARS)
