@@ -313,6 +313,14 @@ class TestRules:
             lower(quantized("residual", "onnxruntime"), tmp_path)
         assert told.value.where is not None
 
+    def test_an_operator_that_it_does_not_read(self, tmp_path: Path) -> None:
+        class Odd(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.linalg.det(x)  # type: ignore[no-any-return]
+
+        with pytest.raises(TargetError, match="operators: 'y' is made by Det"):
+            lower(model_of(Odd(), torch.randn(2, 3, 3)), tmp_path)
+
     def test_what_only_costs_time_is_told(self, tmp_path: Path) -> None:
         """A layer of integers whose input nobody has rounded."""
         formats = {**quantized("residual", "tensorrt").formats}
