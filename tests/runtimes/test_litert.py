@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -187,6 +188,19 @@ class TestStorage:
         done = quantize(net)
         artifact = lower(done, tmp_path)
         assert RUNTIME.stored(artifact)["0.weight"].dtype == "int8"
+        assert decibels(simulated(done, examples(net)), answers(artifact, examples(net))) > 35
+
+    def test_layers_that_are_copies_of_each_other(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 4, 3, padding=1)
+        net = model_of(
+            nn.Sequential(layer, nn.ReLU(), copy.deepcopy(layer), nn.ReLU(), copy.deepcopy(layer)),
+            torch.randn(8, 4, 6, 6),
+        )
+        done = quantize(net)
+        artifact = lower(done, tmp_path)
+        stored = RUNTIME.stored(artifact)
+        assert {stored[f"{i}.weight"].dtype for i in (0, 2, 4)} == {"int8"}
         assert decibels(simulated(done, examples(net)), answers(artifact, examples(net))) > 35
 
     def test_an_excluded_layer_stays_float(self, tmp_path: Path) -> None:

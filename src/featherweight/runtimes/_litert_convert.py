@@ -67,7 +67,7 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
     lost = sorted(set(formats) - set(found) - set(parameters))
     if lost:
         raise TargetError(f"litert's converter lost '{lost[0]}'", fix="exclude its layer under where")
-    store_formats(graph, parameters, grids, dynamic=asked["dynamic"])
+    twins = store_formats(graph, parameters, grids, dynamic=asked["dynamic"])
     batches = asked["batched"] != [] and _open_batch(graph)
     content = graph.finish()
     alive = {graph.name(tensor) for tensor in range(len(graph.graph.tensors))}
@@ -77,6 +77,7 @@ def convert(program: str, plan: str, out: str) -> dict[str, Any]:
         "values": {value: name for value, name in names.items() if name in alive},
         "channels_last": sorted(channels_last),
         "batches": batches,
+        "twins": twins,
         "types": [graph.dtype(tensor) for tensor in graph.inputs],
     }
 

@@ -47,7 +47,7 @@ def store_formats(
     formats: Mapping[int, TensorFormat],
     *,
     dynamic: bool = False,
-) -> None:
+) -> dict[str, str]:
     """Turn formats into stored types, in place.
 
     Args:
@@ -55,6 +55,9 @@ def store_formats(
         parameters: By name; one with a format must be found among the graph's constants.
         formats: Of activations, by tensor.
         dynamic: See :class:`Weights`.
+
+    Returns:
+        Parameters that are stored under another's name, since they hold the same.
 
     Raises:
         TargetError: A parameter with a format is no constant of the graph any more.
@@ -74,6 +77,7 @@ def store_formats(
     writer.convert(integer)
     weights.check()
     weights.name_all()
+    return weights.twins
 
 
 def data_inputs(graph: FlatGraph, operator: Any) -> list[int]:

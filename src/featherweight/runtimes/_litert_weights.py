@@ -48,6 +48,7 @@ class Weights:
         self.dynamic = dynamic
         self.names: dict[int, str] = {}  # constant -> parameter
         self._exact: set[int] = set()
+        self.twins: dict[str, str] = {}  # parameter -> another one of the same values that is stored for it
         self._stored: dict[int, str] = {}  # constant that was written -> parameter
         self._missing = {name for name, (_, fmt) in parameters.items() if fmt is not None}
         self._find()
@@ -62,18 +63,27 @@ class Weights:
             and self.graph.is_constant(int(operator.inputs[1]))
         }
         matrices = {name: values for name, (values, _) in self.parameters.items() if values.ndim > 1}
+        taken: set[str] = set()
         for exact in (True, False):
             for tensor, axis in weights.items():
                 if tensor in self.names:
                     continue
                 values = self.graph.constant(tensor)
-                name = next(
-                    (name for name, own in matrices.items() if _alike(values, axis, own, exact)), None
-                )
-                if name is not None:
-                    self.names[tensor] = name
+                names = [name for name, own in matrices.items() if _alike(values, axis, own, exact)]
+                if names:
+                    self.names[tensor] = next((name for name in names if name not in taken), names[0])
+                    taken.add(self.names[tensor])
                     self._exact |= {tensor} if exact else set()
         self._find_plain()
+        self._find_twins()
+
+    def _find_twins(self) -> None:
+        """Parameters of the same values are one constant, and have one of their names."""
+        held = {self.parameters[name][0].tobytes(): name for name in self.names.values()}
+        for name, (values, _) in self.parameters.items():
+            twin = held.get(values.tobytes(), name)
+            if twin != name and name not in self.names.values():
+                self.twins[name] = twin
 
     def _find_plain(self) -> None:
         """Parameters that are stored as they are: biases, tables of embeddings."""
@@ -220,7 +230,8 @@ class Weights:
         place = _BIAS[kind]
         old = int(operator.inputs[place]) if len(operator.inputs) > place else ABSENT
         bias = self.graph.add_constant("bias", integers, Grid(scale, np.zeros(len(scale), np.int64)))
-        self._stored[bias] = self.names.get(old, f"{name.removesuffix('weight')}bias")
+        own = f"{name.removesuffix('weight')}bias"
+        self._stored[bias] = own if own in self.parameters else self.names.get(old, own)
         return bias
 
     def name_all(self) -> None:
@@ -243,6 +254,17 @@ class Weights:
         Raises:
             TargetError: The converter changed one, so that it is on its grid no more.
         """
+        from featherweight.formats import encode
+
+        for name, twin in self.twins.items():
+            fmt, other = (self.parameters[one][1] for one in (name, twin))
+            if (
+                twin not in self._missing
+                and fmt is not None
+                and other is not None
+                and encode(fmt) == encode(other)
+            ):
+                self._missing.discard(name)
         if self._missing:
             name = min(self._missing)
             raise TargetError(

@@ -201,12 +201,15 @@ class LiteRT(Runtime):
         from featherweight.runtimes._litert_graph import FlatGraph
 
         found: dict[str, Stored] = {}
-        for file in artifact.entries.values():
+        for entry, file in artifact.entries.items():
             graph = FlatGraph.read(artifact.folder / file)
             for tensor in {int(index) for operator in graph.operators for index in operator.inputs}:
                 if graph.is_constant(tensor):
                     name = graph.name(tensor)
                     found[name] = Stored(name, graph.dtype(tensor), graph.size(tensor))
+            for name, twin in artifact.details["entries"][entry]["twins"].items():
+                if twin in found:
+                    found.setdefault(name, replace(found[twin], name=name))
         return found
 
     def tunings(self, target: Target) -> Sequence[Mapping[str, Json]]:
