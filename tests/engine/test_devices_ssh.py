@@ -406,6 +406,14 @@ class TestLacks:
         assert error.what == f"runtime 'torch' is not installed on '{board.address}': no package 'torch'"
         assert f"{board.python} -m pip install torch" in str(error.fix)
 
+    def test_a_package_that_the_runtime_imports(self, there: Target, board: Board, make: Make) -> None:
+        (runtime,) = board.home.glob(".local/lib/*/site-packages/fake_runtime.py")
+        opened = "        told = json.loads("
+        runtime.write_text(runtime.read_text().replace(opened, f"        import torch\n{opened}"))
+        error = self.told(there, make("a"))
+        assert error.what == f"fake needs the package 'torch', which is not on '{board.address}'"
+        assert f"{board.python} -m pip install torch" in str(error.fix)
+
     def test_a_package_for_looking_inside(self, board: Board, lowered: Any) -> None:
         target = Target("onnxruntime", host_isa(), 1, board.device)
         inputs = [np.zeros((1, 3, 16, 16), np.float32)]

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import struct
@@ -155,6 +156,10 @@ class SshLink:
         if told["type"] == "ModuleNotFoundError" and self._work.job["kind"] in _LOOKS:
             what = f"{self._work.target.runtime} on '{name}' shows nothing of its inside: {told['what']}"
             return TargetError(what, where=f"on {name}", fix="install that package there, or look at it here")
+        missing = re.search(r"No module named '([\w.]+)'", told["what"])
+        if told["type"] == "ModuleNotFoundError" and missing is not None:
+            what = f"{self._work.target.runtime} needs the package '{missing[1]}', which is not on '{name}'"
+            return self._uninstalled(what, missing[1].partition(".")[0])
         if told["type"] == "MissingRuntime":
             runtime = find_runtime(self._work.target.runtime)
             what = f"runtime '{runtime.name}' is not installed on '{name}': no package '{runtime.module}'"
