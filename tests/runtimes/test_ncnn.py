@@ -163,6 +163,27 @@ class TestIntegers:
         }
         assert parity(made, artifact) > 60
 
+    def test_padding_that_goes_into_a_convolution(self, tmp_path: Path) -> None:
+        """As networks from TensorFlow have it; another reader of the same value has a range of its own."""
+
+        class Padded(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.padded = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 3, stride=2)
+                self.plain = nn.Conv2d(4, 8, 1, stride=2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                y = self.first(x)
+                return self.padded(F.pad(y, (0, 1, 0, 1))) + self.plain(y)
+
+        made = integers(model_of(Padded(), torch.randn(6, 4, 8, 8)))
+        name = next(node.inputs[0] for node in trace(made) if node.layer == "padded" and node.op == "conv2d")
+        wide = tuple(replace(fmt, high=2 * fmt.high, low=2 * fmt.low) for fmt in made.formats[name])
+        made = made.evolve(formats={**made.formats, name: wide})
+        artifact = lower(made, tmp_path)
+        assert RUNTIME.stored(artifact)["padded.weight"].dtype == "int8"
+        assert parity(made, artifact) > 60
+
     def test_rows_of_a_matrix_go_through_a_convolution(self, tmp_path: Path) -> None:
         made = integers(perceptron(5, 99))
         artifact = lower(made, tmp_path)

@@ -27,6 +27,7 @@ from featherweight.tools.simulate import project
 STATIC = frozenset({"conv2d", "linear"})  # operators with kernels for integer activations
 BLOCKS = {32: 0, 64: 1, 128: 2}
 _CONVOLUTIONS = ("Convolution", "ConvolutionDepthWise")
+_SEVERAL = 0.0  # no step that all readers want
 _LINEAR = ("InnerProduct", "Gemm")
 
 
@@ -116,7 +117,8 @@ def _integers(layer: Layer, name: str, network: Network, steps: dict[str, float]
         raise _refusal(name, layer)
     step = float(asked.grid()[0])
     _static(layer, fmt, weight, step, network)
-    steps[layer.inputs[0]] = step  # of the blob as the integer layer reads it
+    blob = layer.inputs[0]  # as the integer layer reads it
+    steps[blob] = step if steps.get(blob, step) == step else _SEVERAL
 
 
 def _static(layer: Layer, fmt: IntQuant, weight: torch.Tensor, step: float, network: Network) -> None:
@@ -208,7 +210,8 @@ def _hand_over(network: Network, steps: Mapping[str, float]) -> dict[str, float]
         integer = layer.type in _CONVOLUTIONS and layer.integer(8) in (1, 2)
         if not integer or not readers or blob in network.outputs:
             continue
-        if all(other.type in _CONVOLUTIONS and other.integer(8) for other in readers) and blob in steps:
+        every = all(other.type in _CONVOLUTIONS and other.integer(8) for other in readers)
+        if every and steps.get(blob, _SEVERAL) != _SEVERAL:
             layer.params[8] = str(layer.integer(8) + 100)
             layer.tensors["output_scale"] = np.array([1 / steps[blob]], np.float32)
             found[blob] = steps[blob]
@@ -224,7 +227,7 @@ def _quantize_once(network: Network, steps: Mapping[str, float]) -> dict[str, fl
             other for other in network.layers
             if blob in other.inputs and other.integer(8) and other.type in (*_CONVOLUTIONS, "InnerProduct")
         ]  # fmt: skip
-        if maker is None or len(readers) < 2 or "output_scale" in maker.tensors:
+        if maker is None or step == _SEVERAL or len(readers) < 2 or "output_scale" in maker.tensors:
             continue
         integers = f"{blob}.int8"
         scale = {"scale": np.array([1 / step], np.float32)}

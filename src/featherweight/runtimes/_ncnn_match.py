@@ -15,6 +15,7 @@ from featherweight.graph import Graph, Node
 from featherweight.runtimes._ncnn_file import Layer
 from featherweight.runtimes._ncnn_session import same
 
+_PADS = ("constant_pad_nd", "pad")
 _WEIGHTED = ("conv1d", "conv2d", "conv3d", "linear")
 
 
@@ -79,8 +80,8 @@ def _weighted(
         name = node.parameters.get("weight")
         if node.op not in _WEIGHTED or name is None or (node.name, name) in taken:
             continue
-        read = values.get(node.inputs[0]) if node.inputs else None
-        if read is None or not layer.inputs or not same(blobs[layer.inputs[0]], read):
+        read = [values[value] for value in _sources(node, graph)]
+        if not layer.inputs or not any(same(blobs[layer.inputs[0]], value) for value in read):
             continue
         factor = _factor(layer.tensors["weight"], tensors[name])
         if factor is None:
@@ -93,6 +94,13 @@ def _weighted(
         found.nodes[layer.name], found.factors[layer.name] = node, factor
         return True
     return False
+
+
+def _sources(node: Node, graph: Graph) -> list[str]:
+    """What a layer reads, also ahead of the padding that pnnx puts into it."""
+    found = list(node.inputs[:1])
+    pad = graph.producer.get(found[0]) if found else None
+    return found + (list(pad.inputs[:1]) if pad is not None and pad.op in _PADS else [])
 
 
 def _factor(stored: np.ndarray, parameter: np.ndarray) -> np.ndarray | None:
