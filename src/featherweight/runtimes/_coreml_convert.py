@@ -24,6 +24,7 @@ _MODEL, _WEIGHTS = f"{_DATA}/model.mlmodel", f"{_DATA}/weights/weight.bin"
 _SPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # of names that are URLs, RFC 4122
 _SENTINEL = 0xDEADBEEF
 _INT4 = (-8, 7)
+_NUMBERED = re.compile(r"const_\d+")
 _POOLING = re.compile(r"aten\.(max|avg)_pool[123]d\.")
 
 
@@ -105,7 +106,9 @@ def _outputs(program: Any, names: list[str]) -> list[Any]:
 
 def _settle(package: Path) -> list[str]:
     """Give the parts of a package identifiers that follow from their paths; drop what is not loaded."""
-    (package / _MODEL).write_bytes(_spec(package).SerializeToString(deterministic=True))
+    spec = _spec(package)
+    _number(spec)
+    (package / _MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     manifest = json.loads((package / "Manifest.json").read_text())
     fixed = {old: str(uuid.uuid5(_SPACE, item["path"])) for old, item in manifest["itemInfoEntries"].items()}
     items = {fixed[old]: item for old, item in manifest["itemInfoEntries"].items()}
@@ -117,6 +120,23 @@ def _settle(package: Path) -> list[str]:
     for name in files - loaded:
         (package / name).unlink()
     return sorted(files & loaded)
+
+
+def _number(spec: Any) -> None:
+    """Count the constants without a name of their own in the order in which they come."""
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    if any(op.blocks for op in block.operations):
+        return  # they may be read from inside loops
+    names: dict[str, str] = {}
+    for op in block.operations:
+        for output in op.outputs:
+            if _NUMBERED.fullmatch(output.name):
+                output.name = names.setdefault(output.name, f"const_{len(names)}")
+                op.attributes["name"].immediateValue.tensor.strings.values[0] = output.name
+        for argument in op.inputs.values():
+            for one in argument.arguments:
+                if one.WhichOneof("binding") == "name":
+                    one.name = names.get(one.name, one.name)
 
 
 # ---- what coremltools does not translate itself
