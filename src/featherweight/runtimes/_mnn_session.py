@@ -28,6 +28,7 @@ _OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "winograd": (0, 1, 2, 3),
 }
 _WINOGRAD_HINT = 3  # Interpreter::HintMode: how large the tiles of Winograd's convolution may be
+_RESIZE_STATUS = 3  # Interpreter::SessionInfoCode; 0: ready
 _WARM_UP, _CALLS = 3, 20
 _CASTS = ("FloatToInt8", "Int8ToFloat")
 
@@ -60,6 +61,7 @@ class Session:
                 interpreter.setSessionHint(_WINOGRAD_HINT, level)
             config = {"backend": "CPU", "numThread": target.threads, "precision": "high", **options}
             session = interpreter.createSession(config)
+        _check(interpreter, session)
         return interpreter, session, dict(interpreter.getSessionInputAll(session))
 
     def __call__(self, *inputs: np.ndarray, entry: str = "forward") -> tuple[np.ndarray, ...]:
@@ -81,6 +83,7 @@ class Session:
             interpreter.resizeTensor(tensors[name], given[name].shape)
         if changed:
             interpreter.resizeSession(session)
+            _check(interpreter, session)
         for name, array in given.items():
             tensors[name].copyFrom(self._tensor(array.shape, tensors[name].getDataType(), array))
 
@@ -112,6 +115,15 @@ class Session:
         interpreter, session, _ = self._entries[entry]
         self.fill(inputs, entry)
         interpreter.runSessionWithCallBackInfo(session, before, after)
+
+
+def _check(interpreter: MNN.Interpreter, session: MNN.Session) -> None:
+    """MNN says only on standard output that it could not prepare a session, and crashes when it is run."""
+    if interpreter.getSessionInfo(session, _RESIZE_STATUS) != 0:
+        raise TargetError(
+            "mnn cannot prepare the model for inputs of this shape",
+            fix="give the shape of the examples, or take another runtime",
+        )
 
 
 def values(
