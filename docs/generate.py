@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from featherweight.engine.catalog import methods
 from featherweight.errors import TargetError
 from featherweight.exchange.onnx_in.operators.about import operator_table
-from featherweight.formats import IntQuant, PerChannel, PerTensor
+from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup, PerTensor, TensorFormat
 from featherweight.plugins import find_runtime, runtime_names
 from featherweight.runtime import Role, Target
 
@@ -55,30 +56,72 @@ def _stores(name: str, role: Role, symmetric: bool, per_channel: bool, isa: str)
     return f"{'int' if grid.signed else 'uint'}8 in {grid.quant_min}..{grid.quant_max}"
 
 
+_KINDS: Mapping[str, tuple[TensorFormat | None, TensorFormat | None]] = {
+    "int8": (_format("weight", True, True), _format("activation", False, False)),
+    "int8 activations": (None, _format("activation", False, False)),
+    "int8 weights": (_format("weight", True, True), None),
+    "int4 weights": (IntQuant(-torch.ones(1, 1), torch.ones(1, 1), 4, True, PerGroup(1, 32)), None),
+    "float16 weights": (FloatCast("float16"), None),
+}
+
+
+def _supported(name: str, op: str) -> str:
+    """Everything that a runtime stores and runs of an operator, static integers first."""
+    if name == "torch":
+        return "simulated"
+    runtime, target = find_runtime(name), Target(runtime=name, isa="vnni")
+    found = [kind for kind, (w, a) in _KINDS.items() if runtime.supports(op, w, a, target)]
+    if "int8" in found:
+        found = [kind for kind in found if kind != "int8 activations"]
+    return ", ".join(found) or "float"
+
+
 def runtime_tables() -> str:
-    """Operators that run in integers, and the grids that are stored."""
-    weight, activation = _format("weight", True, True), _format("activation", False, False)
-    lines = ["| operator | " + " | ".join(runtime_names()) + " |", "|---|" + "---|" * len(runtime_names())]
-    for op in OPERATORS:
-        cells = []
-        for name in runtime_names():
-            runtime, target = find_runtime(name), Target(runtime=name, isa="vnni")
-            static = runtime.supports(op, weight, activation, target)
-            plain = runtime.supports(op, None, activation, target)
-            word = "int8 weights and activations" if static else "int8 activations" if plain else "float"
-            cells.append("simulated" if name == "torch" else word)
-        lines.append(f"| {op} | " + " | ".join(cells) + " |")
-    lines += ["", "| stored | vnni, arm | avx2, avx512 |", "|---|---|---|"]
-    roles: tuple[Role, ...] = ("weight", "activation")
+    """Which runtimes there are, what each one stores of each operator, and on which grids."""
+    lines = ["| runtime | to install | |", "|---|---|---|"]
     for name in runtime_names():
-        for role in roles:
-            for symmetric in (True, False):
-                for per_channel in (True, False):
-                    what = f"{name}: {role}, {'symmetric' if symmetric else 'asymmetric'}, "
-                    what += "per channel" if per_channel else "per tensor"
-                    cells = [_stores(name, role, symmetric, per_channel, isa) for isa in ("vnni", "avx2")]
-                    lines.append(f"| {what} | {cells[0]} | {cells[1]} |")
+        runtime = find_runtime(name)
+        told = runtime.unmeasured or ("simulated" if name == "torch" else "measured")
+        lines.append(f"| `{name}` | {_install(name)} | {told} |")
+    for name in runtime_names():
+        told = find_runtime(name).unmeasured
+        lines += ["", f"### {name}" + (f" ({told})" if told else ""), ""]
+        if name == "torch":
+            lines.append("Every operator, simulated.")
+            continue
+        by_support: dict[str, list[str]] = {}
+        for op in OPERATORS:
+            by_support.setdefault(_supported(name, op), []).append(op)
+        lines += ["| stored and run as | operators |", "|---|---|"]
+        lines += [f"| {kinds} | {', '.join(ops)} |" for kinds, ops in by_support.items()]
+        lines += ["", *_grids(name)]
     return "\n".join(lines)
+
+
+def _install(name: str) -> str:
+    if name == "torch":
+        return "always there"
+    if name == "onnxruntime-web":
+        return "`npm install --prefix .venv onnxruntime-web` beside Node"
+    if name == "tensorrt":
+        return "nothing: it writes ONNX"
+    return f'`pip install "featherweight[{find_runtime(name).extra}]"`'
+
+
+def _grids(name: str) -> list[str]:
+    """The integers of each kind of grid."""
+    lines = ["| 8-bit grid | vnni, arm | avx2, avx512 |", "|---|---|---|"]
+    roles: tuple[Role, ...] = ("weight", "activation")
+    for role in roles:
+        for symmetric in (True, False):
+            for per_channel in (True, False):
+                if role == "activation" and per_channel:
+                    continue
+                what = f"{role}, {'symmetric' if symmetric else 'asymmetric'}, "
+                what += "per channel" if per_channel else "per tensor"
+                cells = [_stores(name, role, symmetric, per_channel, isa) for isa in ("vnni", "avx2")]
+                lines.append(f"| {what} | {cells[0]} | {cells[1]} |")
+    return lines
 
 
 def written(text: str, name: str, table: str) -> str:

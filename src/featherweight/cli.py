@@ -668,8 +668,11 @@ def runtimes(as_json: AsJson = False) -> None:
         terminal.print_json(found)
         return
     terminal.print_table(
-        ["runtime", "version", "to install"],
-        [[name, about["version"] or "not installed", about["install"]] for name, about in found.items()],
+        ["runtime", "version", "to install", ""],
+        [
+            [name, about["version"] or "not installed", about["install"], about["unmeasured"]]
+            for name, about in found.items()
+        ],
     )
 
 

@@ -51,8 +51,10 @@ def _runtime(name: str) -> dict[str, Any]:
     try:
         runtime.require()
     except MissingRuntime as error:
-        return {"installed": False, "version": None, "install": error.fix or ""}
-    return {"installed": True, "version": runtime.version(), "install": ""}
+        about = {"installed": False, "version": None, "install": error.fix or ""}
+    else:
+        about = {"installed": True, "version": runtime.version(), "install": ""}
+    return {**about, "unmeasured": runtime.unmeasured}
 
 
 def doctor() -> dict[str, Any]:
@@ -63,7 +65,9 @@ def doctor() -> dict[str, Any]:
     machine = describe(Target()).model_dump(mode="json")
     found = {}
     for name, about in runtimes().items():
-        if about["installed"]:
+        if about["unmeasured"]:
+            found[name] = {"works": None, "says": about["unmeasured"]}
+        elif about["installed"]:
             found[name] = _works(name)
         else:
             found[name] = {"works": None, "says": about["install"]}
