@@ -29,7 +29,7 @@ PAUSES_S = (1.0, 4.0)  # before the second and the third try
 OWN_OPTIONS = ("python", "tools")  # of Target.options: the device's, not the runtime's
 _KINDS = ("local", "ssh:[user@]host[:port]", "adb:serial")
 _RUNNER = Path(__file__).with_name("runner.py")
-_KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "FEATHERWEIGHT_NODE_MODULES")
 _SCORED_HERE = ("serve", "values")  # of a phone's jobs: there is no session on it
 _SSH = re.compile(
     r"(?:(?P<user>[^@\s:/]+)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[^\s:@/\[\]-][^\s:@/\[\]]*)(?::(?P<port>\d{1,5}))?"
