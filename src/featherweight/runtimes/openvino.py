@@ -45,6 +45,12 @@ class OpenVino(Runtime):
     float_outputs = _INTEGER | (_ACTIVATIONS_ONLY - {"cat"})
     joined = frozenset({"add"})
 
+    def load(self, target: Target) -> None:
+        from featherweight.runtimes._openvino_session import silent
+
+        silent()
+        super().load(target)
+
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
