@@ -98,8 +98,8 @@ class IntQuant:
         signed: Integers run from -2**(width-1), else from 0. The runtime decides.
         headroom: Bits of the integer left unused, where a kernel would saturate
             (``reduce_range`` on x86 without VNNI).
-        readers: Operators that read the integers, where a runtime rounds at its kernels' inputs and everything
-            else reads the value as it was; None: everyone reads the integers.
+        readers: Operators that read the integers, where a runtime rounds at its kernels' inputs and
+            everything else reads the value as it was; None: everyone reads the integers.
     """
 
     low: Tensor

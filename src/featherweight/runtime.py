@@ -250,7 +250,7 @@ class Runtime(ABC):
         """Whether the operator really runs in these formats here, faster or smaller for it."""
 
     def integers_pay(self, node: Node, graph: Graph, target: Target) -> bool:
-        """Whether a layer with weights is faster in integers than in float here; asked where it can be both."""
+        """Whether a layer with weights is faster in integers than in float here; asked where both are had."""
         return True
 
     @abstractmethod

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,19 +16,23 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import Lowered
 from featherweight.data import Data
-from featherweight.errors import TargetError
+from featherweight.errors import RecipeError, TargetError
 from featherweight.formats import IntQuant, PerChannel
+from featherweight.method import Method
+from featherweight.methods.cast import Cast
 from featherweight.methods.quantize import Quantize
 from featherweight.model import Entry, Model
 from featherweight.plugins import find_runtime
-from featherweight.runtime import Artifact, Target
-from featherweight.tools.simulate import simulate
-from golden import context, data, decibels, folded, inputs, model, model_of, quantized, target
+from featherweight.runtime import Artifact, Signature, Target
+from featherweight.runtimes.onnxruntime import _options
+from featherweight.tools.simulate import Replay, project, projected_parameters, simulate
+from golden import KINDS, context, data, decibels, folded, inputs, model, model_of, quantized, target
 from nets import NETS
 
 ort = pytest.importorskip("onnxruntime", reason="the runtime 'onnxruntime' is not installed")
@@ -292,7 +300,7 @@ class TestRefusals:
         assert told.value.fix is not None
         narrow = IntQuant(torch.tensor(-1.0), torch.tensor(1.0), 4, True)
         for role in ("weight", "activation"):
-            with pytest.raises(TargetError, match="4-bit"):
+            with pytest.raises(TargetError, match="cannot store 4 bits"):
                 RUNTIME.realise(narrow, HERE, role)  # type: ignore[arg-type]
             assert not RUNTIME.supports("conv2d", narrow, None, HERE)
         per_channel = IntQuant(-torch.ones(4), torch.ones(4), 8, True, PerChannel(1))
@@ -427,3 +435,214 @@ def test_folding_first_changes_only_what_it_should(lowered: Lowered, tmp_path: P
     np.testing.assert_allclose(
         answers(artifact, x), answers(lowered("onnxruntime", "concat", "float"), x), rtol=1e-4, atol=1e-5
     )
+
+
+class Perceptron(nn.Module):
+    """Products with a bias, a ReLU behind one, and inputs that groups do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(100, 64), nn.Linear(64, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@cache
+def perceptron() -> Model:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model_of(Perceptron(), torch.randn(4, 100))
+
+
+class TestWeightsAlone:
+    """What is smaller without calibration: blocks of 4 bits that are multiplied as they are, half floats."""
+
+    def lowered(self, method: Method, folder: Path) -> tuple[Model, Artifact]:
+        examples = Data.of(x_train=perceptron().entries["forward"].example_inputs[0].numpy())
+        changed = method.apply(perceptron(), context(perceptron(), examples))
+        return changed, RUNTIME.lower(changed, HERE, folder)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("group", [16, 32, 64])
+    def test_four_bits_in_groups(self, symmetric: bool, group: int, tmp_path: Path) -> None:
+        method = Quantize(
+            weights="int4",
+            activations="none",
+            granularity="per_group",
+            group=group,
+            symmetric_weights=symmetric,
+        )
+        changed, artifact = self.lowered(method, tmp_path)
+        x = np.random.default_rng(0).standard_normal((3, 100)).astype(np.float32)
+        (seen,) = RUNTIME.open(artifact, HERE)(x)
+        with torch.no_grad():
+            (wanted,) = simulate(changed)(torch.from_numpy(x))
+        assert decibels(wanted, seen) >= 35  # inputs are rounded to 8 bits per block
+        stored = RUNTIME.stored(artifact)
+        for name, rows, columns in (("first.weight", 64, 100), ("second.weight", 10, 64)):
+            assert stored[name].dtype == "uint4"
+            assert stored[name].bytes == rows * -(-columns // group) * group // 2
+        ran = {kernel.op for kernel in RUNTIME.kernels(artifact, HERE, (x,))}
+        assert "MatMulNBits" in ran
+        assert not ran & {"MatMul", "Gemm", "FusedGemm", "DequantizeLinear"}
+
+    def test_the_integers_are_those_of_the_format(self, tmp_path: Path) -> None:
+        method = Quantize(weights="int4", activations="none", granularity="per_group", group=32)
+        changed, _ = self.lowered(method, tmp_path)
+        packed = next(
+            numpy_helper.to_array(tensor)
+            for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
+            if tensor.name == "first.weight"
+        )
+        integers = np.stack([packed & 15, packed >> 4], -1).reshape(64, -1)[:, :100].astype(int) - 8
+        fmt = changed.formats["first.weight"][0]
+        assert isinstance(fmt, IntQuant)
+        assert np.array_equal(integers, fmt.quantize(perceptron().parameters["first.weight"]).numpy())
+
+    @pytest.mark.parametrize("group", [8, 24])
+    def test_other_groups_are_refused(self, group: int, tmp_path: Path) -> None:
+        method = Quantize(weights="int4", activations="none", granularity="per_group", group=group)
+        with pytest.raises(TargetError, match=f"not by 4 in {group}"):
+            self.lowered(method, tmp_path)
+
+    def test_half_floats(self, tmp_path: Path) -> None:
+        changed, artifact = self.lowered(Cast(), tmp_path)
+        stored = RUNTIME.stored(artifact)
+        assert stored["first.weight"].dtype == "float16"
+        assert stored["first.weight"].bytes == 2 * 6400
+        assert stored["first.bias"].dtype == "float32"
+        x = np.random.default_rng(0).standard_normal((3, 100)).astype(np.float32)
+        with torch.no_grad():
+            (wanted,) = simulate(changed)(torch.from_numpy(x))
+        assert decibels(wanted, RUNTIME.open(artifact, HERE)(x)[0]) > 100
+        assert decibels(perceptron().module(torch.from_numpy(x)).detach(), wanted) < 90
+
+    def test_bfloat16_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="no weight that onnxruntime stores as bfloat16"):
+            self.lowered(Cast(weights="bfloat16"), tmp_path)
+
+
+class TestLook:
+    """Values inside and kernels are those of the file."""
+
+    @pytest.mark.parametrize("kind", ["float", "int8"])
+    @pytest.mark.parametrize("net", ["residual", "attention", "depthwise"])
+    def test_values_are_the_simulations(self, net: str, kind: str, lowered: Lowered) -> None:
+        changed = KINDS[kind](net, "onnxruntime")
+        x = inputs(net, 1)
+        seen = RUNTIME.values(lowered("onnxruntime", net, kind), HERE, (x,))
+        wanted: dict[str, torch.Tensor] = {}
+
+        def observe(name: str, value: torch.Tensor) -> torch.Tensor:
+            wanted[name] = project(value, changed.formats.get(name, ()))
+            return wanted[name]
+
+        with torch.no_grad():
+            Replay(changed, parameters=projected_parameters(changed))((torch.from_numpy(x),), observe)
+        floats = [name for name in seen if wanted[name].dtype == torch.float32]
+        assert len(floats) >= 12
+        for name in floats:
+            assert decibels(wanted[name], seen[name]) > 40, name
+
+    def test_what_is_not_fused_is_told(self, lowered: Lowered) -> None:
+        told = RUNTIME.kernels(lowered("onnxruntime", "residual", "int8"), HERE, (inputs("residual", 1),))
+        by_op = {kernel.op: kernel for kernel in told}
+        assert by_op["QLinearConv"].dtype == "int8"
+        assert by_op["QLinearConv"].fast
+        assert not by_op["QuantizeLinear"].fast
+        assert by_op["QuantizeLinear"].note
+
+    def test_options_that_are_tried_are_options(self) -> None:
+        for threads in (1, 2):
+            where = replace(HERE, threads=threads)
+            sets = RUNTIME.tunings(where)
+            assert all(set(one) for one in sets)
+            assert sum("intra_op_num_threads" in one for one in sets) == threads - 1
+            for one in sets:
+                _options(replace(where, options=one))
+
+
+class TestLoaders:
+    SIGNATURE = Signature((("x", "float32", (1, 3, 8, 8)), ("ids", "int64", (1, 4))), ("y", "z"))
+
+    @pytest.fixture
+    def texts(self, lowered: Lowered) -> Mapping[str, str]:
+        where = target(options={"enable_mem_pattern": False, "graph_optimization_level": "ORT_ENABLE_BASIC"})
+        return RUNTIME.loaders(lowered("onnxruntime", "residual", "int8"), where, self.SIGNATURE)
+
+    def test_there_is_one_for_each_language(self, texts: Mapping[str, str]) -> None:
+        assert set(texts) == {"load.py", "load.cpp", "Load.java"}
+        compile(texts["load.py"], "load.py", "exec")
+        for text in texts.values():
+            assert "model.onnx" in text
+
+    def test_cpp_is_correct(self, texts: Mapping[str, str], tmp_path: Path) -> None:
+        """Against declarations of the part of the API that it uses, since the wheel ships no headers."""
+        (tmp_path / "onnxruntime_cxx_api.h").write_text(CXX_API)
+        (tmp_path / "load.cpp").write_text(texts["load.cpp"])
+        command = ["g++", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", "-I", str(tmp_path), "load.cpp"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "DisableMemPattern" in texts["load.cpp"]
+        assert "SetGraphOptimizationLevel(ORT_ENABLE_BASIC)" in texts["load.cpp"]
+
+    def test_java_is_correct(self, texts: Mapping[str, str], tmp_path: Path) -> None:
+        for name, body in JAVA_API.items():
+            file = tmp_path / "ai" / "onnxruntime" / f"{name}.java"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"package ai.onnxruntime;\n{body}\n")
+        (tmp_path / "Load.java").write_text(texts["Load.java"])
+        declared = map(str, tmp_path.rglob("ai/**/*.java"))
+        command = ["javac", "-d", str(tmp_path / "classes"), "Load.java", *declared]
+        if shutil.which("javac") is None:
+            pytest.skip("there is no Java compiler")
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+CXX_API = """
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+enum OrtLoggingLevel { ORT_LOGGING_LEVEL_WARNING };
+enum OrtAllocatorType { OrtArenaAllocator };
+enum OrtMemType { OrtMemTypeDefault };
+enum GraphOptimizationLevel { ORT_DISABLE_ALL, ORT_ENABLE_BASIC, ORT_ENABLE_EXTENDED };
+namespace Ort {
+struct Env { Env(OrtLoggingLevel, const char*) {} };
+struct SessionOptions {
+  void SetIntraOpNumThreads(int) {}
+  void DisableMemPattern() {}
+  void DisableCpuMemArena() {}
+  void SetGraphOptimizationLevel(GraphOptimizationLevel) {}
+};
+struct MemoryInfo { static MemoryInfo CreateCpu(OrtAllocatorType, OrtMemType); };
+struct Info { std::size_t GetElementCount(); };
+struct Value {
+  Info GetTensorTypeAndShapeInfo();
+  template <typename T>
+  static Value CreateTensor(const MemoryInfo&, T*, std::size_t, const int64_t*, std::size_t);
+};
+struct RunOptions {};
+struct Session {
+  Session(Env&, const char*, const SessionOptions&) {}
+  std::vector<Value> Run(const RunOptions&, const char* const*, const Value*, std::size_t,
+                         const char* const*, std::size_t);
+};
+}
+"""
+JAVA_API = {
+    "OnnxTensor": """public class OnnxTensor {
+  public static OnnxTensor createTensor(OrtEnvironment e, java.nio.FloatBuffer b, long[] s) { return null; }
+  public static OnnxTensor createTensor(OrtEnvironment e, java.nio.LongBuffer b, long[] s) { return null; }
+  public Object getInfo() { return null; } }""",
+    "OrtEnvironment": """public class OrtEnvironment {
+  public static OrtEnvironment getEnvironment() { return null; }
+  public OrtSession createSession(String f, OrtSession.SessionOptions o) { return null; } }""",
+    "OrtSession": """public class OrtSession {
+  public static class SessionOptions { public void setIntraOpNumThreads(int n) {} }
+  public static class Result { public OnnxTensor get(int i) { return null; } }
+  public Result run(java.util.Map<String, OnnxTensor> m) { return null; } }""",
+}

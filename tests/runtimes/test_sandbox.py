@@ -1,4 +1,4 @@
-"""No runtime reaches out of the machine or installs anything: the system calls of its processes are watched."""
+"""No runtime reaches out of the machine or installs anything: the system calls of its processes tell."""
 
 from __future__ import annotations
 
