@@ -28,7 +28,18 @@ RECIPE = "version: 1\nsteps:\n  - fold: {}\n  - quantize: {}\n"
 COMMAND = (
     *(str(Path(sys.executable).with_name("featherweight")), "fit", f"{EXAMPLE / 'nets.py'}:resnet20"),
     *("--weights", str(EXAMPLE / "resnet20.safetensors"), "--data", str(EXAMPLE / "data.npz")),
-    *("--recipe", "int8.yaml", "--max-drop", "0.5%", "--max-size", "350KB", "--quiet", "--out", "out"),
+    *(
+        "--recipe",
+        "int8.yaml",
+        "--max-drop",
+        "0.5%",
+        "--max-size",
+        "350KB",
+        "--no-tune",
+        "--quiet",
+        "--out",
+        "out",
+    ),
 )
 
 

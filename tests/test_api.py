@@ -90,7 +90,8 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 class TestDeliverables:
     def test_are_all_there(self, fitted: Fitted) -> None:
         assert {path.name for path in fitted.out.iterdir()} == {
-            *("model.onnx", "recipe.yaml", "result.json", "report.html", "model_card.md", "load.py"),
+            *("model.onnx", "recipe.yaml", "result.json", "report.html", "model_card.md", "artifact.json"),
+            *("load.py", "load.cpp", "Load.java"),
         }
 
     def test_result_is_what_was_returned(self, fitted: Fitted) -> None:

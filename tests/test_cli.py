@@ -25,6 +25,7 @@ from featherweight.cli import INTERRUPTED, NOT_MET, _ended_as_by_ctrl_c, main
 from featherweight.engine.timing import Limits
 from featherweight.method import Progress
 from featherweight.outcome import Result
+from featherweight.plugins import find_runtime
 from sample_results import full_result, missed_result
 
 COMMANDS = (
@@ -180,7 +181,8 @@ class TestFit:
             "fit net.onnx --data d.npz --out o --weights w.pt --metric f1 --max-drop 0.5% --max-size 300KB "
             "--max-latency 5ms --max-memory 4MiB --prefer bytes --confident --runtime torch --recipe r.yaml "
             "--trials 3 --time 2h --measure-time 3s --threads 2 --seed 7 --image-size 28x32 --mean 0.5 "
-            "--std 0.25 --input 3x8x8 --input ids=int64:9 --force --allow-pickle"
+            "--std 0.25 --input 3x8x8 --input ids=int64:9 --force --allow-pickle --device ssh:pi@board "
+            "--target-isa armv8 --no-tune --batch 8"
         )
         budget = given.pop("budget")
         assert budget.model_dump() == {
@@ -192,6 +194,9 @@ class TestFit:
         assert given == {
             "arguments": ("net.onnx", "d.npz"),
             "out": Path("o"),
+            "device": "ssh:pi@board",
+            "isa": "armv8",
+            "tune": False,
             "weights": "w.pt",
             "metric": "f1",
             "prefer": "bytes",
@@ -200,7 +205,7 @@ class TestFit:
             "recipe": "r.yaml",
             "trials": 3,
             "time_limit": 7200.0,
-            "limits": Limits(seconds=3.0),
+            "limits": Limits(seconds=3.0, batch=8),
             "threads": 2,
             "seed": 7,
             "image_size": "28x32",
@@ -282,9 +287,14 @@ class TestCatalog:
         found = json.loads(capsys.readouterr().out)
         assert found["healthy"]
         assert found["machine"]["isa"]
-        for about in found["runtimes"].values():
-            assert about["works"] is True
-            assert "largest error" in about["says"]
+        for name, about in found["runtimes"].items():
+            there = find_runtime(name)
+            if there.unmeasured or not there.installed():
+                assert about["works"] is None
+                assert "not measured" in about["says"] or "install" in about["says"]
+            else:
+                assert about["works"] is True, about
+                assert "largest error" in about["says"]
 
     def test_doctor_finds_what_is_broken(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -335,13 +345,16 @@ class TestWithoutMeasuring:
             "model.onnx",
             "recipe.yaml",
             "artifact.json",
+            "load.py",
+            "load.cpp",
+            "Load.java",
         }
 
 
 class TestMeasure:
     @pytest.fixture(autouse=True)
     def _artifacts(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("featherweight.cli._limits", lambda text: QUICK)
+        monkeypatch.setattr("featherweight.cli._limits", lambda text, batch=1: QUICK)
         if not (here / "twin").exists():
             assert run("lower net.py:net --input 3x8x8 --out twin --quiet") == 0
             assert run("lower net.py:net --recipe int8.yaml --data data.npz --out small --quiet") == 0

@@ -43,7 +43,7 @@ def test_a_skip_is_a_failure_in_ci_only(tmp_path: Path, ci: str, expected: list[
     (tmp_path / "test_cases.py").write_text(CASES)
     (tmp_path / "test_module.py").write_text(MODULE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  network: offline\n")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:anyio", str(tmp_path)]
     environment = {**os.environ, "FEATHERWEIGHT_CI": ci}
     done = subprocess.run(
         [*command, "--continue-on-collection-errors"],

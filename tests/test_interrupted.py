@@ -34,7 +34,17 @@ def net():
 '''
 RECIPE = "version: 1\nsteps:\n  - fold: {}\n  - quantize: {}\n"
 FIT = (
-    *("fit", "net.py:net", "--data", "data.npz", "--recipe", "recipe.yaml", "--measure-time", "0.2s"),
+    *(
+        "fit",
+        "net.py:net",
+        "--data",
+        "data.npz",
+        "--recipe",
+        "recipe.yaml",
+        "--measure-time",
+        "0.2s",
+        "--no-tune",
+    ),
     *("--max-size", "1MB"),
 )
 
@@ -202,7 +212,17 @@ class TestInterrupted:
             return weigh(scales, model)
 
         monkeypatch.setattr(Scales, "weigh", interrupted)
-        search = ("fit", "net.py:net", "--data", "data.npz", "--trials", "3", "--measure-time", "0.2s")
+        search = (
+            "fit",
+            "net.py:net",
+            "--data",
+            "data.npz",
+            "--trials",
+            "3",
+            "--measure-time",
+            "0.2s",
+            "--no-tune",
+        )
         assert main([*search, "--max-size", "1KB", "--out", "best"]) == NOT_MET
         assert "interrupted: the best so far is handed back" in capsys.readouterr().err
         result = json.loads((place / "best" / "result.json").read_text())

@@ -15,8 +15,8 @@ from torch import nn
 
 from featherweight.engine.run import Run
 from featherweight.engine.store import Store
-from featherweight.errors import RecipeError
-from featherweight.formats import encode
+from featherweight.errors import RecipeError, TargetError
+from featherweight.formats import FloatCast, encode
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.plugins import find_method, find_runtime, method_names, runtime_names
@@ -229,8 +229,19 @@ def test_the_result_runs_on_every_runtime(name: str, net: str, runtime: str, tmp
         pytest.skip(f"runtime '{runtime}' is not installed")
     begun = start(name, net)
     where = target(runtime)
-    done = find_method(name)().apply(begun, context(begun, data(net), where))
-    session = engine.open(engine.lower(done, where, tmp_path), where)
+    asked = context(begun, data(net), where)
+    if name == "cast" and not asked.supports("conv2d", FloatCast(), None):
+        with pytest.raises(RecipeError, match=f"no weight that {runtime} stores as float16"):
+            find_method(name)().apply(begun, asked)
+        return
+    done = find_method(name)().apply(begun, asked)
+    artifact = engine.lower(done, where, tmp_path)
+    assert artifact.bytes > 0
+    if engine.unmeasured:
+        with pytest.raises(TargetError, match="not measured"):
+            engine.open(artifact, where)
+        return
+    session = engine.open(artifact, where)
     for batch in (1, 4):
         x = inputs(net, batch)
         (y,) = session(x)

@@ -27,19 +27,20 @@ class Cast(Method, frozen=True, extra="forbid"):
     def apply(self, model: Model, context: Context) -> Model:
         fmt = FloatCast(self.weights)
         chosen: dict[str, None] = {}
+        held = set(model.formats)  # what a layer that stays as it is reads stays as it is for every reader
         for entry in model.entries:
             graph = trace(model, entry)
             for node in graph:
+                read = [name for name in node.parameters.values() if len(graph.parameter_shapes[name]) > 1]
                 if not self.where.selects(node.layer, node.layer_type):
-                    continue
-                if context.supports(node.op, fmt, None):
-                    shapes = graph.parameter_shapes
-                    chosen |= {name: None for name in node.parameters.values() if len(shapes[name]) > 1}
+                    held |= set(read)
+                elif context.supports(node.op, fmt, None):
+                    chosen |= dict.fromkeys(read)
         parameters = dict(model.module.named_parameters())
         formats = {
             name: (context.supports.realise(fmt, "weight"),)
             for name in chosen
-            if name in parameters and name not in model.formats and parameters[name].dtype == torch.float32
+            if name in parameters and name not in held and parameters[name].dtype == torch.float32
         }
         if not formats:
             raise RecipeError(

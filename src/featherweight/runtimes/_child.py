@@ -32,6 +32,7 @@ _LOOK_S = 0.05
 _TAIL = 600
 _SOURCE = Path(__file__).parents[2]
 _SECONDS, _BYTES = "FEATHERWEIGHT_CONVERTER_SECONDS", "FEATHERWEIGHT_CONVERTER_BYTES"
+_INSTALLERS = frozenset({"pip", "pip3", "npm", "conda", "apt", "apt-get", "curl", "wget"})
 _SHARE = 0.8  # of the memory that is free when a conversion starts
 
 
@@ -255,8 +256,16 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
     """No converter may reach out of the machine or install anything."""
     if event in ("socket.connect", "socket.sendto") and getattr(arguments[0], "family", None) != 1:
         raise PermissionError("a converter tried to open a connection")
-    if event in ("subprocess.Popen", "os.posix_spawn", "os.exec") and "pip" in str(arguments).split("/")[-1]:
+    if event in ("subprocess.Popen", "os.posix_spawn", "os.exec") and _installs(arguments[1]):
         raise PermissionError("a converter tried to install something")
+    if event == "os.system" and _installs(os.fsdecode(arguments[0]).split()):
+        raise PermissionError("a converter tried to install something")
+
+
+def _installs(command: Any) -> bool:
+    words = [command] if isinstance(command, str | bytes | os.PathLike) else list(command)
+    names = {Path(os.fsdecode(word)).name for word in words}
+    return not names.isdisjoint(_INSTALLERS)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featherweight.errors import TargetError
-from featherweight.runtime import Artifact, Role, Runtime, Session, Stored, Target
+from featherweight.runtime import Artifact, Role, Runtime, Session, Signature, Stored, Target
 
 if TYPE_CHECKING:
     from featherweight.formats import TensorFormat
@@ -76,6 +76,25 @@ class Torch(Runtime):
             )
             for name, tensor in tensors.items()
         }
+
+    def loaders(self, artifact: Artifact, target: Target, signature: Signature) -> Mapping[str, str]:
+        file = artifact.entries[signature.entry]
+        zeros = ", ".join(
+            f"torch.zeros({shape!r}, dtype=torch.{kind})" for _, kind, shape in signature.inputs
+        )
+        lines = [
+            f'"""Runs {file} with PyTorch, in which the formats are simulated."""',
+            "from pathlib import Path",
+            "",
+            "import torch",
+            "",
+            f"torch.set_num_threads({target.threads})",
+            f"model = torch.export.load(Path(__file__).with_name({file!r})).module(check_guards=False)",
+            "with torch.inference_mode():",
+            f"    outputs = model({zeros})",
+            "print(*(tuple(output.shape) for output in outputs))",
+        ]
+        return {"load.py": "\n".join(lines) + "\n"}
 
 
 PLUGIN = Torch
