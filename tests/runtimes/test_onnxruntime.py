@@ -646,3 +646,33 @@ JAVA_API = {
   public static class Result { public OnnxTensor get(int i) { return null; } }
   public Result run(java.util.Map<String, OnnxTensor> m) { return null; } }""",
 }
+
+
+class Padded(nn.Module):
+    """Zeros around an image by layers of their own, as networks that came from TensorFlow have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, stride=2, padding=(1, 0), groups=8)
+        self.third = nn.Conv2d(8, 4, 1)
+        self.pad = nn.ZeroPad2d((0, 1, 2, 1))
+        self.ones = nn.ConstantPad2d(1, 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.ones(F.relu6(self.second(self.pad(F.relu6(self.first(x)))))))
+
+
+def test_zeros_around_an_image_become_the_convolutions_own(tmp_path: Path) -> None:
+    net = model_of(Padded(), torch.randn(4, 3, 14, 14))
+    x = np.random.default_rng(0).standard_normal((2, 3, 14, 14)).astype(np.float32)
+    changed = Quantize().apply(net, context(net, Data.of(x_train=x)))
+    assert changed.formats["pad#0:0"] == changed.formats["/relu6#0:0"]  # zeros are on every grid
+    assert changed.formats["ones#0:0"] != changed.formats["/relu6#1:0"]  # ones are not
+    artifact = RUNTIME.lower(changed, HERE, tmp_path)
+    nodes = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert nodes["Pad"] == 1  # the ones
+    with torch.no_grad():
+        (wanted,) = simulate(changed)(torch.from_numpy(x))
+    assert decibels(wanted, RUNTIME.open(artifact, HERE)(x)[0]) >= 40
+    ran = optimized(artifact, tmp_path)
+    assert ran["QLinearConv"] == 3

@@ -321,7 +321,7 @@ def _integer_values(
         source, chain = name, [name]
         while True:
             move = graph.producer.get(source)
-            if move is None or move.op not in _MOVES or len(move.inputs) != 1:
+            if move is None or not _moves(move) or len(move.inputs) != 1:
                 break
             if not context.supports(move.op, None, activation) and move.op != "dropout":
                 break
@@ -332,6 +332,13 @@ def _integer_values(
         for link in chain if integral or len(chain) > 1 else [name]:
             values[link] = source
     return values
+
+
+def _moves(node: Node) -> bool:
+    """Whether an operator's values are those that it reads, or zeros, which every grid holds."""
+    if node.op == "pad":
+        return node.attributes.get("mode") == "constant" and not node.attributes.get("value")
+    return node.op in _MOVES
 
 
 def _joined_input(graph: Graph, node: Node, chosen: list[Node], context: Context) -> str | None:
@@ -351,7 +358,7 @@ def _reaches(graph: Graph, reader: Node, picked: set[str]) -> bool:
     """Whether an operator, or one behind moves of its values, runs in integers."""
     if reader.name in picked:
         return True
-    if reader.op not in _MOVES:
+    if not _moves(reader):
         return False
     return any(_reaches(graph, after, picked) for out in reader.outputs for after in graph.consumers[out])
 

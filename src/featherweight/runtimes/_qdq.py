@@ -78,6 +78,32 @@ def store_formats(
     writer.finish()
 
 
+def _explicit(conv: ir.Node) -> bool:
+    """Whether a convolution's pads are told in numbers."""
+    return "auto_pad" not in conv.attributes or conv.attributes["auto_pad"].as_string() == "NOTSET"
+
+
+def _zeros_around(pad: ir.Node) -> list[int] | None:
+    """A convolution's pads for those of a node that puts zeros around images; None where it does else."""
+    import onnx_ir as ir
+
+    mode = pad.attributes["mode"].as_string() if "mode" in pad.attributes else "constant"
+    given = [
+        ir.convenience.get_const_tensor(value) if value is not None else None for value in pad.inputs[1:]
+    ]
+    amounts, filler, axes = (*given, None, None)[:3] if given else (None, None, None)
+    if mode != "constant" or amounts is None or axes is not None or len(pad.inputs) > 3:
+        return None
+    if len(pad.inputs) > 2 and pad.inputs[2] is not None and (filler is None or filler.numpy().any()):
+        return None
+    sizes = [int(size) for size in amounts.numpy()]
+    rank = len(sizes) // 2
+    begins, ends = sizes[:rank], sizes[rank:]
+    if any((*begins[:2], *ends[:2])) or min(sizes) < 0:
+        return None
+    return [*begins[2:], *ends[2:]]
+
+
 def _kind(fmt: IntQuant) -> ir.DataType:
     """The type that holds a format's integers."""
     import onnx_ir as ir
@@ -348,8 +374,50 @@ class _Writer:
             return False
         return all(use.idx == 2 and use.node.op_type in ("Conv", "Gemm") for use in bias.uses())
 
+    def paddings(self) -> None:
+        """Zeros that a node of their own puts around what convolutions read become those convolutions' own.
+
+        Between the integers of two layers such a node would be computed in float, and the layers around it.
+        """
+        import onnx_ir as ir
+
+        for pad in [node for node in self.graph if node.op_type == "Pad"]:
+            amounts = _zeros_around(pad)
+            readers = self._convolutions_behind(pad)
+            if amounts is None or not readers:
+                continue
+            for conv, _ in readers:
+                own = conv.attributes["pads"].as_ints() if "pads" in conv.attributes else [0] * len(amounts)
+                both = [a + b for a, b in zip(own, amounts, strict=True)]
+                conv.attributes["pads"] = ir.AttrInt64s("pads", both)
+                conv.replace_input_with(0, pad.inputs[0])
+            dead = [pad, *(node for _, between in readers for node in between)]
+            self.graph.remove(dict.fromkeys(dead), safe=True)
+
+    def _convolutions_behind(self, pad: ir.Node) -> list[tuple[ir.Node, list[ir.Node]]]:
+        """The convolutions that alone read a padded value, on the grid that it had, with Q and DQ between."""
+        source = pad.inputs[0].producer() if pad.inputs[0] is not None else None
+        if source is None or source.op_type != "DequantizeLinear" or pad.outputs[0].is_graph_output():
+            return []
+        grid = [_array(part) for part in source.inputs[1:3] if part is not None]
+        found = []
+        for use in pad.outputs[0].uses():
+            quantize = use.node
+            if quantize.op_type != "QuantizeLinear":
+                return []
+            own = [_array(part) for part in quantize.inputs[1:3] if part is not None]
+            if len(own) != len(grid) or not all(map(np.array_equal, own, grid)):
+                return []
+            for restore in [reader.node for reader in quantize.outputs[0].uses()]:
+                for reader in restore.outputs[0].uses():
+                    if reader.node.op_type != "Conv" or reader.idx != 0 or not _explicit(reader.node):
+                        return []
+                    found.append((reader.node, [quantize, restore]))
+        return found
+
     def finish(self) -> None:
         """Order the nodes and drop what nobody reads."""
+        self.paddings()
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not any(value is output for output in self.graph.outputs):
                 del self.graph.initializers[name]

@@ -41,7 +41,7 @@ _ACTIVATIONS_ONLY = frozenset(
     {"add", "mul", "cat", "matmul", "bmm", "adaptive_avg_pool2d", "avg_pool2d", "sigmoid", "leaky_relu"}
 )
 _PASSED_THROUGH = frozenset(
-    {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze"}
+    {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "pad"}
 )
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 _STORED = _WEIGHTED | {"conv3d", "conv_transpose1d", "conv_transpose2d", "embedding"}

@@ -30,7 +30,7 @@ _INTEGER = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear"
 _STORED = _INTEGER | {"conv_transpose1d", "embedding"}
 _ACTIVATIONS_ONLY = frozenset({"add", "mul", "cat", "adaptive_avg_pool2d", "avg_pool2d"})  # matmul: float
 _PASSED_THROUGH = frozenset(
-    {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze"}
+    {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "pad"}
 )
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 _SATURATING = frozenset({"avx2", "avx512", "generic"})
