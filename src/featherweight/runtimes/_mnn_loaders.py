@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from featherweight.errors import TargetError
 from featherweight.runtime import Signature, Target
+from featherweight.runtimes._mnn_session import WINOGRAD
 
 _PYTHON = {"float": "expr.float", "uint8": "expr.uint8", "int": "expr.int"}
 _CPP = {"float": "float", "uint8": "uint8_t", "int": "int32_t"}
@@ -18,7 +19,7 @@ _LEVELS = {"low": "Low", "normal": "Normal", "high": "High", "low_bf16": "Low_BF
 def loaders(file: str, target: Target, signature: Signature) -> dict[str, str]:
     """File name -> text; they call the file once on zeros."""
     options = {"precision": "high", **target.options}
-    level = options.pop("winograd", None)
+    level = options.pop("winograd", WINOGRAD)
     if not signature.inputs:
         raise TargetError("a loader needs the names of the inputs")
     return {
@@ -41,8 +42,7 @@ def _python(
     names = [name for name, _, _ in signature.inputs]
     lines = ["import MNN.expr as expr", "import MNN.nn as nn", "import numpy as np", ""]
     lines.append(f"runtime = nn.create_runtime_manager(({config!r},))")
-    if level is not None:
-        lines.append(f"runtime.set_hint(3, {level})  # how large the tiles of Winograd's convolution may be")
+    lines.append(f"runtime.set_hint(3, {level})  # how large the tiles of Winograd's convolution may be")
     opened = f'"{file}", {names!r}, {list(signature.outputs)!r}, runtime_manager=runtime'
     lines += [f"net = nn.load_module_from_file({opened})", "inputs = ["]
     for _, dtype, shape in signature.inputs:
@@ -79,8 +79,7 @@ def _cpp(
         "  std::shared_ptr<Executor::RuntimeManager> runtime(",
         "      Executor::RuntimeManager::createRuntimeManager(config));",
     ]
-    if level is not None:
-        lines.append(f"  runtime->setHint(MNN::Interpreter::WINOGRAD_MEMORY_LEVEL, {level});")
+    lines.append(f"  runtime->setHint(MNN::Interpreter::WINOGRAD_MEMORY_LEVEL, {level});")
     opened = f'{{{names}}}, {{{outputs}}}, "{file}", runtime'
     lines += [f"  std::shared_ptr<Module> net(Module::load({opened}));", "  std::vector<VARP> inputs;"]
     for _, dtype, shape in signature.inputs:
