@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TMP = "/data/local/tmp"
@@ -164,6 +165,7 @@ def program(name: str, arguments: list[str]) -> int:
     if behaviour.get("program") == "older":
         sys.stderr.write("          squeezenet  min =    8.84  max =    8.89  avg =    8.87\n")
         return 0
+    time.sleep(0.15)  # real ones run long enough for the kernel to be asked
     figures = {"ms": f"{ms:.6f}", "us": f"{ms * 1e3:g}", "s": f"{ms * 1e-3:g}"}
     sys.stderr.write(PRINTED[name].format(model=model, runs=10, threads=1, **figures))
     return 0
