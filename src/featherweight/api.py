@@ -20,6 +20,7 @@ from featherweight.data import Data
 from featherweight.engine.catalog import doctor, methods, runtimes
 from featherweight.engine.compare import compare_artifacts
 from featherweight.engine.delivered import ABOUT, delivered, described
+from featherweight.engine.devices import for_runtime
 from featherweight.engine.environment import describe, describe_device
 from featherweight.engine.files import load_examples, weigh_files
 from featherweight.engine.fit import Fit, Fitted, Question
@@ -250,7 +251,8 @@ def _run_key(runs: Sequence[Run], question: Question, limits: Limits, name: str)
 def _deliver(folder: Path, fitted: Fitted, name: str) -> None:
     """Fill the folder that the user gets."""
     result, artifact, run = fitted.result, fitted.weighed.artifact, fitted.lane.run
-    target = replace(run.target, options=result.chosen.options or {})
+    # What travels names no device: where it was measured is in the environment.
+    target = replace(for_runtime(run.target), options=result.chosen.options or {})
     _copy_artifact(artifact, folder)
     (folder / "recipe.yaml").write_text(Recipe.from_dict(result.recipe).to_yaml(), encoding="utf-8")
     (folder / "model_card.md").write_text(bundle.model_card(result, name=name), encoding="utf-8")
@@ -371,9 +373,10 @@ def lower(
         weights=weights, inputs=inputs, image_size=image_size, mean=mean, std=std, allow_pickle=allow_pickle,
     )  # fmt: skip
     artifact = run.lower(run.original if steps is None else run.apply(steps))
+    about = described(artifact, run.runtime, target)
     stored: dict[str, int] = {}
-    for tensor in run.runtime.stored(artifact).values():
-        stored[tensor.dtype] = stored.get(tensor.dtype, 0) + tensor.bytes
+    for dtype, size in about["stored"].values():
+        stored[dtype] = stored.get(dtype, 0) + size
 
     summary = {
         "runtime": runtime,
@@ -388,11 +391,13 @@ def lower(
         _copy_artifact(artifact, folder)
         if steps is not None:
             (folder / "recipe.yaml").write_text(steps.to_yaml(), encoding="utf-8")
-        about = {**summary, **described(artifact, run.runtime, target)}
-        (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        entry = run.original.entries.get("forward") or next(iter(run.original.entries.values()))
+        (folder / ABOUT).write_text(json.dumps({**summary, **about}, indent=2) + "\n", encoding="utf-8")
+        entries = run.original.entries
+        name = "forward" if "forward" in entries else next(iter(entries))
         origin = run.data.origin if data is not None else None
-        for file, text in bundle.loaders(run.runtime, artifact, target, entry, origin).items():
+        for file, text in bundle.loaders(
+            run.runtime, artifact, target, entries[name], origin, name=name
+        ).items():
             (folder / file).write_text(text, encoding="utf-8")
 
     write_folder(place, write)

@@ -61,7 +61,13 @@ def model_card(result: Result, *, name: str = "model") -> str:
 
 
 def loaders(
-    runtime: Runtime, artifact: Artifact, target: Target, entry: Entry, origin: Any = None
+    runtime: Runtime,
+    artifact: Artifact,
+    target: Target,
+    entry: Entry,
+    origin: Any = None,
+    *,
+    name: str = "forward",
 ) -> dict[str, str]:
     """Programs that open the artifact as it was measured and run it once on zeros: file name -> text.
 
@@ -71,11 +77,12 @@ def loaders(
         target: Threads and options that it was measured with.
         entry: Names, shapes and types of its inputs.
         origin: What was done to the examples before the network saw them.
+        name: Of the entry.
     """
     prepare = _preparation(origin)
     comments = [" ".join(_public(text).split()) for text in (_shapes(entry), prepare) if text]
-    texts = runtime.loaders(artifact, target, signature(entry))
-    return {name: _commented(name, text, comments) for name, text in texts.items()}
+    texts = runtime.loaders(artifact, target, signature(entry, name))
+    return {file: _commented(file, text, comments) for file, text in texts.items()}
 
 
 def _commented(name: str, text: str, comments: Sequence[str]) -> str:
@@ -87,14 +94,14 @@ def _commented(name: str, text: str, comments: Sequence[str]) -> str:
     return "".join([*lines[:at], *(f"# {line}\n" for line in comments), *lines[at:]])
 
 
-def signature(entry: Entry) -> Signature:
+def signature(entry: Entry, name: str = "forward") -> Signature:
     """What a loader has to know of an entry."""
     inputs = []
-    for name, example in zip(entry.input_names, entry.example_inputs, strict=True):
-        free = entry.dynamic_axes.get(name, {})
+    for given, example in zip(entry.input_names, entry.example_inputs, strict=True):
+        free = entry.dynamic_axes.get(given, {})
         shape = tuple(1 if axis == 0 and axis in free else size for axis, size in enumerate(example.shape))
-        inputs.append((name, str(example.dtype).removeprefix("torch."), shape))
-    return Signature(tuple(inputs), tuple(entry.output_names))
+        inputs.append((given, str(example.dtype).removeprefix("torch."), shape))
+    return Signature(tuple(inputs), tuple(entry.output_names), name)
 
 
 def _shapes(entry: Entry) -> str:

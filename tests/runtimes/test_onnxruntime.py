@@ -593,6 +593,8 @@ class TestLoaders:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"package ai.onnxruntime;\n{body}\n")
         (tmp_path / "Load.java").write_text(texts["Load.java"])
+        assert "setMemoryPatternOptimization(false)" in texts["Load.java"]
+        assert "OptLevel.BASIC_OPT" in texts["Load.java"]
         declared = map(str, tmp_path.rglob("ai/**/*.java"))
         command = ["javac", "-d", str(tmp_path / "classes"), "Load.java", *declared]
         if shutil.which("javac") is None:
@@ -642,7 +644,11 @@ JAVA_API = {
   public static OrtEnvironment getEnvironment() { return null; }
   public OrtSession createSession(String f, OrtSession.SessionOptions o) { return null; } }""",
     "OrtSession": """public class OrtSession {
-  public static class SessionOptions { public void setIntraOpNumThreads(int n) {} }
+  public static class SessionOptions {
+    public enum OptLevel { BASIC_OPT }
+    public void setIntraOpNumThreads(int n) {}
+    public void setMemoryPatternOptimization(boolean b) {}
+    public void setOptimizationLevel(OptLevel l) {} }
   public static class Result { public OnnxTensor get(int i) { return null; } }
   public Result run(java.util.Map<String, OnnxTensor> m) { return null; } }""",
 }

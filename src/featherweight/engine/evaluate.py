@@ -111,10 +111,14 @@ class Scales:
 
     def tuned(self, weighed: Weighed) -> Weighed:
         """The artifact and its twin, each weighed again with the options that are fastest for it."""
-        options, twin_options = self._tune(weighed.artifact), self._tune(self.twin)
+        options, twin_options = self._tune(weighed.artifact), self.twin_options()
         if (options, twin_options) == (dict(weighed.options), dict(weighed.twin_options)):
             return weighed
         return self._weigh(weighed.artifact, options, twin_options)
+
+    def twin_options(self) -> Options:
+        """The options that are fastest for the original."""
+        return self._tune(self.twin)
 
     def _tune(self, artifact: Artifact) -> dict[str, Any]:
         run = self.run
@@ -153,7 +157,7 @@ class Scales:
             seen = parity.outputs_of(weighed.artifact, where, batches, self.limits)
             return parity.decibels(seen, parity.simulated(model, batches))
 
-        return self._number("parity", weighed.artifact, compute)
+        return self._number("parity", weighed.artifact, compute, dict(weighed.options))
 
     def steadiness(self, model: Model, weighed: Weighed) -> float | None:
         """How far the simulation is from itself when its inputs move by a millionth, decibels."""
@@ -163,9 +167,11 @@ class Scales:
 
         return self._number("steadiness", weighed.artifact, compute)
 
-    def _number(self, kind: str, artifact: Artifact, compute: Callable[[], float | None]) -> float | None:
+    def _number(
+        self, kind: str, artifact: Artifact, compute: Callable[[], float | None], *more: Any
+    ) -> float | None:
         """A figure of an artifact on calibration examples, kept as a list of one: JSON's null is a miss."""
-        key = self._key(kind, artifact, self.run.data.fingerprint)
+        key = self._key(kind, artifact, self.run.data.fingerprint, *more)
         kept: list[float | None] = self._kept("parity", key, lambda: [compute()])
         return kept[0]
 
@@ -176,9 +182,8 @@ class Scales:
             where = replace(self.run.target, options=weighed.options)
             return told_kernels(weighed.artifact, where, self.inputs(), limits=self.limits)
 
-        return [
-            KernelRow(**row) for row in self._kept("kernels", self._key("kernels", weighed.artifact), compute)
-        ]
+        key = self._key("kernels", weighed.artifact, dict(weighed.options))
+        return [KernelRow(**row) for row in self._kept("kernels", key, compute)]
 
     def measurement(self, weighed: Weighed, indices: np.ndarray | None = None) -> Measurement:
         """What was seen of an artifact, with the quality on these scored examples."""

@@ -305,10 +305,12 @@ class Fit:
                 found.append((sum(map(excess, broken)), order, trial.number))
         return [number for _, _, number in sorted(found)]
 
-    def _compare(self, numbers: Sequence[int]) -> None:
+    def _compare(self, numbers: Sequence[int], twin_options: Mapping[str, Any] | None = None) -> None:
         """Time the best few of different runtimes in turn; their trials take these ratios."""
         picked = list(numbers[:_COMPARED])
-        told = time_together(self.first, [self.weighed[number] for number in picked], self.scales.limits)
+        told = time_together(
+            self.first, [self.weighed[number] for number in picked], self.scales.limits, twin_options
+        )
         self.direct |= {number: one for number, one in zip(picked, told, strict=True) if one is not None}
         for index, trial in enumerate(self.search.trials):
             if trial.number in self.direct and trial.measurement is not None:
@@ -324,7 +326,7 @@ class Fit:
             return chosen
         self.weighed[number] = lane, tuned
         if len(self.lanes) > 1:
-            self._compare([number])
+            self._compare([number], self.scales.twin_options())
         return self._reported(chosen.trial)
 
     def _runtimes(self, chosen: int) -> list[RuntimeRow]:

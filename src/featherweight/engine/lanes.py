@@ -175,13 +175,25 @@ def _ratio(told: Mapping[str, Any]) -> Ratio:
     return Ratio(told["median"], None if interval is None else (interval[0], interval[1]))
 
 
-def time_together(first: Lane, chosen: Sequence[tuple[Lane, Weighed]], limits: Limits) -> list[Direct | None]:
+def time_together(
+    first: Lane,
+    chosen: Sequence[tuple[Lane, Weighed]],
+    limits: Limits,
+    twin_options: Mapping[str, Any] | None = None,
+) -> list[Direct | None]:
     """Time artifacts of several lanes in turn with the first lane's original and with each other.
+
+    Args:
+        first: Whose original it is.
+        chosen: The artifacts, each with the options of its session.
+        limits: How long and how well to measure.
+        twin_options: Of the original's session, where they are not the target's.
 
     Returns:
         One each; None for one that could not be timed.
     """
-    entrants = [Entrant(first.scales.twin, first.run.target)] + [
+    where = first.run.target if twin_options is None else replace(first.run.target, options=twin_options)
+    entrants = [Entrant(first.scales.twin, where)] + [
         Entrant(weighed.artifact, replace(lane.run.target, options=weighed.options))
         for lane, weighed in chosen
     ]

@@ -63,7 +63,7 @@ def _names(asked: str, device: str) -> list[str]:
         runtime = find_runtime(name)
         if runtime.unmeasured:
             raise TargetError(
-                f"runtime '{name}' is {runtime.unmeasured}, so fit cannot choose for it",
+                f"runtime '{name}' is {runtime.unmeasured}, so it cannot be chosen or timed",
                 fix=f"write its files with featherweight lower --runtime {name}",
             )
         if device == "local":

@@ -95,7 +95,27 @@ def cpp(file: str, threads: int, options: Mapping[str, Any], signature: Signatur
     return "\n".join(lines) + "\n"
 
 
-def java(file: str, threads: int, signature: Signature) -> str:
+_JAVA_LEVELS = {
+    "ORT_DISABLE_ALL": "NO_OPT",
+    "ORT_ENABLE_BASIC": "BASIC_OPT",
+    "ORT_ENABLE_EXTENDED": "EXTENDED_OPT",
+    "ORT_ENABLE_ALL": "ALL_OPT",
+}
+
+
+def _java_options(options: Mapping[str, Any]) -> list[str]:
+    """The options that are tuned, in Java's words."""
+    lines = []
+    if not options.get("enable_cpu_mem_arena", True):
+        lines.append("    options.setCPUArenaAllocator(false);")
+    if not options.get("enable_mem_pattern", True):
+        lines.append("    options.setMemoryPatternOptimization(false);")
+    if level := _JAVA_LEVELS.get(str(options.get("graph_optimization_level"))):
+        lines.append(f"    options.setOptimizationLevel(OrtSession.SessionOptions.OptLevel.{level});")
+    return lines
+
+
+def java(file: str, threads: int, options: Mapping[str, Any], signature: Signature) -> str:
     """Java 11, as on Android (com.microsoft.onnxruntime:onnxruntime-android)."""
     lines = [
         "import ai.onnxruntime.OnnxTensor;",
@@ -110,6 +130,7 @@ def java(file: str, threads: int, signature: Signature) -> str:
         "    OrtEnvironment environment = OrtEnvironment.getEnvironment();",
         "    OrtSession.SessionOptions options = new OrtSession.SessionOptions();",
         f"    options.setIntraOpNumThreads({threads});",
+        *_java_options(options),
         f"    OrtSession session = environment.createSession({json.dumps(file)}, options);",
         "    Map<String, OnnxTensor> inputs = new HashMap<>();",
     ]

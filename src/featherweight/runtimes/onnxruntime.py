@@ -213,7 +213,7 @@ class OnnxRuntime(Runtime):
         return {
             "load.py": texts.python(file, version, threads, options, signature),
             "load.cpp": texts.cpp(file, threads, options, signature),
-            "Load.java": texts.java(file, threads, signature),
+            "Load.java": texts.java(file, threads, options, signature),
         }
 
 
