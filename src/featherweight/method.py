@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
 from featherweight.formats import TensorFormat
 from featherweight.graph import Graph, Node
@@ -82,18 +83,37 @@ class Silent:
         return None
 
 
+Scratch = Callable[[Tensor], Tensor]  # an equal tensor that lives where there is room for many
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The scratch memory of a context that has no other."""
+    return tensor
+
+
+class Costs(Protocol):
+    """What the engine measured of the original on the target, once: the price of each layer."""
+
+    def seconds(self, layer: str, integers: bool) -> float | None:
+        """Seconds of one call of a layer in float or in integers; None where it was not measured."""
+        ...
+
+
 @dataclass(frozen=True)
 class Context:
     """What a step may use besides the model.
 
     Attributes:
-        models: 'original' and whatever else a recipe names (a teacher, tasks to merge).
+        models: 'original', 'float' (the network as it reached the first format step) and whatever else a
+            recipe names (a teacher, tasks to merge).
         data: Calibration and training examples; the scored ones are not for methods.
         target: Where the artifact will run.
         supports: What the target's runtime can do.
         device: Where torch computes.
         seed: The only source of randomness.
         progress: Where long work says how far it is.
+        scratch: Moves a tensor to where there is room for many, e.g. to a mapped file.
+        costs: Measured prices of the layers; None where nothing was measured.
     """
 
     models: Mapping[str, Model]
@@ -103,6 +123,12 @@ class Context:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
+    scratch: Scratch = in_memory
+    costs: Costs | None = None
+
+    def float_model(self, model: Model) -> Model:
+        """The float network that a model with formats is held against."""
+        return self.models.get("float", model)
 
 
 class Method(BaseModel, frozen=True, extra="forbid"):

@@ -36,7 +36,7 @@ class Replay:
         self, model: Model, entry: str = "forward", parameters: Mapping[str, Tensor] | None = None
     ) -> None:
         self.graph: Graph = trace(model, entry)
-        tensors = _tensors(model, self.graph)
+        tensors = module_tensors(model, self.graph)
         self._lifted = {**tensors, **(parameters or {})}
         self._names = {value.fx_name: name for name, value in self.graph.values.items()}
 
@@ -57,7 +57,7 @@ class Replay:
         return interpreter.outputs(inputs)
 
 
-def _tensors(model: Model, graph: Graph) -> dict[str, Tensor]:
+def module_tensors(model: Model, graph: Graph) -> dict[str, Tensor]:
     """Every lifted tensor of the program by its name in the module."""
     found: dict[str, Tensor] = {}
     state = {
@@ -198,7 +198,7 @@ def layer_errors(
     """
     replay = Replay(model, entry)
     projected = projected_parameters(model)
-    runner = _LayerErrors(replay.graph, _tensors(model, replay.graph), projected, model.formats)
+    runner = _LayerErrors(replay.graph, module_tensors(model, replay.graph), projected, model.formats)
     with torch.inference_mode():
         for batch in batches:
             runner.outputs(batch)
