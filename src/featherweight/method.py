@@ -15,7 +15,7 @@ from featherweight.formats import TensorFormat
 from featherweight.graph import Graph, Node
 from featherweight.model import Model
 from featherweight.recipe import Hole, Where
-from featherweight.runtime import Role, Target
+from featherweight.runtime import Json, Role, Target
 
 if TYPE_CHECKING:
     from featherweight.data import Data
@@ -91,6 +91,19 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class Memo(Protocol):
+    """What methods found out about the step's model on its data, so that the same is not computed twice."""
+
+    def __call__(self, name: str, parameters: Mapping[str, Json], compute: Callable[[], Json]) -> Json:
+        """What was found under this name with these parameters, else what ``compute`` finds now."""
+        ...
+
+
+def forgetful(name: str, parameters: Mapping[str, Json], compute: Callable[[], Json]) -> Json:
+    """The memory of a context that has none: everything is computed."""
+    return compute()
+
+
 class Costs(Protocol):
     """What the engine measured of the original on the target, once: the price of each layer."""
 
@@ -114,6 +127,7 @@ class Context:
         progress: Where long work says how far it is.
         scratch: Moves a tensor to where there is room for many, e.g. to a mapped file.
         costs: Measured prices of the layers; None where nothing was measured.
+        memo: Remembers what was computed of this step's model before, as JSON data.
     """
 
     models: Mapping[str, Model]
@@ -125,6 +139,7 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     scratch: Scratch = in_memory
     costs: Costs | None = None
+    memo: Memo = forgetful
 
     def float_model(self, model: Model) -> Model:
         """The float network that a model with formats is held against."""
