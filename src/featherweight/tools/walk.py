@@ -120,10 +120,10 @@ class Stream:
         call = self._by_name[fx_name]
         made = []
         for batch in range(self.count):
-            result = self._stored(call, self._run(call, batch, {}, {}))
-            made.append(
-                self._kept(result, [self._read(call, arg, batch, {}, {}) for arg in _tensors_in(call)])
-            )
+            with torch.no_grad():
+                result = self._stored(call, self._run(call, batch, {}, {}))
+            sources = [self._read(call, read, batch, {}, {}) for read in call.all_input_nodes]
+            made.append(self._kept(result, sources))
         self._values[fx_name] = made
 
     def drop(self, fx_names: Iterable[str]) -> None:
