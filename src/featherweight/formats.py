@@ -8,54 +8,46 @@ Uniform affine quantization (Jacob et al. 2018, arXiv:1712.05877)::
 
     q = clamp(round(x / scale) + zero_point, quant_min, quant_max)
     x ≈ scale * (q - zero_point)
+
+Ternary weights (Li et al. 2016, arXiv:1605.04711) and binary ones (Rastegari et al. 2016,
+arXiv:1603.05279)::
+
+    x ≈ scale * sign(x) * [|x| > threshold]        x ≈ scale * sign(x)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-_SMALLEST_RANGE = 1e-8  # an empty or constant channel still needs a scale above zero
+from featherweight.granularity import DIMENSIONS, affine_grid, integers, per_element
+from featherweight.granularity import Granularity as Granularity
+from featherweight.granularity import PerChannel as PerChannel
+from featherweight.granularity import PerGroup as PerGroup
+from featherweight.granularity import PerTensor as PerTensor
+
+_SCALE = 32  # bits of a stored scale
 
 
-@dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor."""
+def _check_shape(values: Tensor, granularity: Granularity, what: str) -> None:
+    if values.dim() != DIMENSIONS[type(granularity)]:
+        raise ValueError(f"a {what} of shape {tuple(values.shape)} does not fit {granularity}")
 
 
-@dataclass(frozen=True)
-class PerChannel:
-    """One scale per index of ``axis`` (0 is the output channel of conv and linear weights)."""
-
-    axis: int = 0
+def _straight_through(value: Tensor, x: Tensor) -> Tensor:
+    """``value``, to the last bit, with the gradient of ``x`` besides its own."""
+    return value + (x - x.detach()) if x.requires_grad else value
 
 
-@dataclass(frozen=True)
-class PerGroup:
-    """One scale for each run of ``size`` elements along ``axis`` of a matrix, for each index of the other.
-
-    The last group is shorter where ``size`` does not divide the axis.
-    """
-
-    axis: int = 1
-    size: int = 32
-
-    def groups(self, elements: int) -> int:
-        """How many groups so many elements along the axis make."""
-        return -(-elements // self.size)
-
-    def spread(self, values: Tensor, x: Tensor) -> Tensor:
-        """One value per group as one per element of ``x``."""
-        return values.repeat_interleave(self.size, self.axis).narrow(self.axis, 0, x.shape[self.axis])
-
-
-Granularity = PerTensor | PerChannel | PerGroup
-_DIMENSIONS: Mapping[type, int] = {PerTensor: 0, PerChannel: 1, PerGroup: 2}
+def _check_scale(scale: Tensor, granularity: Granularity) -> None:
+    _check_shape(scale, granularity, "scale")
+    if not (torch.isfinite(scale).all() and (scale >= 0).all()):
+        raise ValueError("a scale must be finite and at least 0")
 
 
 @runtime_checkable
@@ -63,8 +55,12 @@ class TensorFormat(Protocol):
     """What every format can do."""
 
     @property
-    def bits(self) -> float:
-        """Stored bits per element, scales not counted (see ``stored_bytes``)."""
+    def width(self) -> int:
+        """Bits of an element, scales not counted."""
+        ...
+
+    def bits(self, elements: int) -> float:
+        """Stored bits per element of a tensor of so many, scales and zero points included."""
         ...
 
     def project(self, x: Tensor) -> Tensor:
@@ -82,6 +78,10 @@ class TensorFormat(Protocol):
     def with_learned(self, values: Mapping[str, Tensor]) -> TensorFormat:
         """The same format with trained tensors."""
         ...
+
+
+def _bits(fmt: TensorFormat, elements: int) -> float:
+    return 8 * fmt.stored_bytes(elements) / elements if elements else float(fmt.width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,46 +116,28 @@ class IntQuant:
             raise ValueError(f"integers of {self.width} bits with {self.headroom} unused are not supported")
         if self.low.shape != self.high.shape:
             raise ValueError(f"low {tuple(self.low.shape)} and high {tuple(self.high.shape)} differ in shape")
-        if self.low.dim() != _DIMENSIONS[type(self.granularity)]:
-            raise ValueError(f"a range of shape {tuple(self.low.shape)} does not fit {self.granularity}")
+        _check_shape(self.low, self.granularity, "range")
         if not (torch.isfinite(self.low).all() and torch.isfinite(self.high).all()):
             raise ValueError("a range must be finite")
         if (self.low > self.high).any():
             raise ValueError("low is above high")
 
     @property
-    def bits(self) -> float:
-        return float(self.width)
-
-    @property
     def quant_min(self) -> int:
         """Smallest integer in use; symmetric signed grids leave out the lowest one."""
-        if not self.signed:
-            return 1 if self.symmetric else 0
-        half = 1 << (self.width - self.headroom - 1)
-        return -half + 1 if self.symmetric else -half
+        return integers(self.width - self.headroom, self.symmetric, self.signed)[0]
 
     @property
     def quant_max(self) -> int:
         """Largest integer in use."""
-        used = self.width - self.headroom
-        return (1 << (used - 1)) - 1 if self.signed else (1 << used) - 1
+        return integers(self.width - self.headroom, self.symmetric, self.signed)[1]
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale (float32) and zero point (int32) per tensor or channel.
+        """Scale (float32) and zero point (int32) per tensor, channel or group.
 
         The range is widened to hold zero, so that zero is exactly representable.
         """
-        low = torch.clamp(self.low.float(), max=0.0)
-        high = torch.clamp(self.high.float(), min=0.0)
-        steps = self.quant_max - self.quant_min
-        if self.symmetric:
-            limit = torch.maximum(-low, high).clamp(min=_SMALLEST_RANGE)
-            zero = (self.quant_max + self.quant_min) // 2
-            return limit / (steps / 2), torch.full_like(limit, zero, dtype=torch.int32)
-        scale = (high - low).clamp(min=_SMALLEST_RANGE) / steps
-        zero_point = torch.round(self.quant_min - low / scale)
-        return scale, zero_point.clamp(self.quant_min, self.quant_max).to(torch.int32)
+        return affine_grid(self.low, self.high, self.quant_min, self.quant_max, self.symmetric)
 
     @cached_property
     def _numbers(self) -> tuple[float, int]:
@@ -163,26 +145,20 @@ class IntQuant:
         scale, zero_point = self.grid()
         return float(scale), int(zero_point)
 
-    def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def grid_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point in shapes that broadcast over a tensor of this format."""
         scale, zero_point = self.grid()
-        scale, zero_point = scale.to(x.device), zero_point.to(x.device)
-        if isinstance(self.granularity, PerChannel):
-            shape = [1] * x.dim()
-            shape[self.granularity.axis] = -1
-            return scale.reshape(shape), zero_point.reshape(shape)
-        if isinstance(self.granularity, PerGroup):
-            return self.granularity.spread(scale, x), self.granularity.spread(zero_point, x)
-        return scale, zero_point
+        return per_element(scale, self.granularity, x), per_element(zero_point, self.granularity, x)
 
     def quantize(self, x: Tensor) -> Tensor:
         """The stored integers (int32)."""
-        scale, zero_point = self._shaped(x)
+        scale, zero_point = self.grid_of(x)
         q = torch.round(x.float() / scale) + zero_point
         return q.clamp(self.quant_min, self.quant_max).to(torch.int32)
 
     def dequantize(self, q: Tensor) -> Tensor:
         """The real values (float32) of stored integers."""
-        scale, zero_point = self._shaped(q)
+        scale, zero_point = self.grid_of(q)
         return (q - zero_point).float() * scale
 
     def project(self, x: Tensor) -> Tensor:
@@ -193,15 +169,21 @@ class IntQuant:
                 return (steps.clamp(self.quant_min, self.quant_max) - zero) * step
             # One fused kernel; its gradient is straight-through inside the range.
             return torch.fake_quantize_per_tensor_affine(x, step, zero, self.quant_min, self.quant_max)
-        scale, zero_point = self._shaped(x)
+        scale, zero_point = self.grid_of(x)
+        steps = torch.round(x.detach().float() / scale) + zero_point
+        value = ((steps.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
+        if not (x.requires_grad or self.low.requires_grad):
+            return value
         lowest = (self.quant_min - zero_point) * scale
         highest = (self.quant_max - zero_point) * scale
-        inside = torch.minimum(torch.maximum(x, lowest), highest)
-        return inside + (self.dequantize(self.quantize(x)).to(x.dtype) - inside).detach()
+        return _straight_through(value.detach(), torch.minimum(torch.maximum(x, lowest), highest))
 
     def stored_bytes(self, elements: int) -> int:
-        scales = self.low.numel()
-        return (elements * self.width + 7) // 8 + scales * 5  # float32 scale, 8-bit zero point
+        zero_point = 0 if self.symmetric else self.width
+        return (elements * self.width + self.low.numel() * (_SCALE + zero_point) + 7) // 8
+
+    def bits(self, elements: int) -> float:
+        return _bits(self, elements)
 
     def learned(self) -> dict[str, Tensor]:
         return {"low": self.low, "high": self.high}
@@ -221,8 +203,8 @@ class FloatCast:
     dtype: Literal["float16", "bfloat16"] = "float16"
 
     @property
-    def bits(self) -> float:
-        return 16.0
+    def width(self) -> int:
+        return 16
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -232,10 +214,13 @@ class FloatCast:
         """The nearest value; what is too large for half precision becomes its largest number."""
         limit = torch.finfo(self.torch_dtype).max
         cast = x.clamp(-limit, limit).to(self.torch_dtype).to(x.dtype)
-        return x + (cast - x).detach() if x.requires_grad else cast
+        return _straight_through(cast.detach(), x)
 
     def stored_bytes(self, elements: int) -> int:
         return 2 * elements
+
+    def bits(self, elements: int) -> float:
+        return _bits(self, elements)
 
     def learned(self) -> dict[str, Tensor]:
         return {}
@@ -244,43 +229,175 @@ class FloatCast:
         return self
 
 
+@dataclass(frozen=True, eq=False)
+class Ternary:
+    """-scale, 0 and scale.
+
+    Attributes:
+        scale: At least 0; shape () per tensor, (channels,), or a matrix of groups.
+        threshold: Elements of at most this size become 0; same shape, below ``scale`` unless that is 0.
+        granularity: What shares a scale.
+    """
+
+    scale: Tensor
+    threshold: Tensor
+    granularity: Granularity = field(default_factory=PerChannel)
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale, self.granularity)
+        if self.scale.shape != self.threshold.shape or not (self.threshold >= 0).all():
+            raise ValueError("a threshold is at least 0, one per scale")
+        if ((self.threshold >= self.scale) & (self.scale > 0)).any():
+            raise ValueError("a threshold is below its scale, or what is stored would become 0")
+
+    @property
+    def width(self) -> int:
+        return 2
+
+    def codes(self, x: Tensor) -> Tensor:
+        """-1, 0 or 1 for each element (float)."""
+        threshold = per_element(self.threshold, self.granularity, x)
+        return torch.sign(x) * (x.abs() > threshold)
+
+    def project(self, x: Tensor) -> Tensor:
+        """-scale, 0 or scale; the gradient is that of ``x`` everywhere."""
+        scale = per_element(self.scale, self.granularity, x).to(x.dtype)
+        return _straight_through(self.codes(x.detach()) * scale, x)
+
+    def stored_bytes(self, elements: int) -> int:
+        return (elements * self.width + self.scale.numel() * _SCALE + 7) // 8
+
+    def bits(self, elements: int) -> float:
+        return _bits(self, elements)
+
+    def learned(self) -> dict[str, Tensor]:
+        return {"scale": self.scale}
+
+    def with_learned(self, values: Mapping[str, Tensor]) -> Ternary:
+        """With another scale; a threshold that it fell to becomes half of it."""
+        scale = values["scale"].clamp(min=0)
+        threshold = torch.where(self.threshold < scale, self.threshold, scale.detach() / 2)
+        return replace(self, scale=scale, threshold=threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class Binary:
+    """-scale and scale; zero becomes scale.
+
+    Attributes:
+        scale: At least 0; shape () per tensor, (channels,), or a matrix of groups.
+        granularity: What shares a scale.
+    """
+
+    scale: Tensor
+    granularity: Granularity = field(default_factory=PerChannel)
+
+    def __post_init__(self) -> None:
+        _check_scale(self.scale, self.granularity)
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    def codes(self, x: Tensor) -> Tensor:
+        """-1 or 1 for each element (float)."""
+        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        """-scale or scale; the gradient is that of ``x`` everywhere."""
+        scale = per_element(self.scale, self.granularity, x).to(x.dtype)
+        return _straight_through(self.codes(x.detach()) * scale, x)
+
+    def stored_bytes(self, elements: int) -> int:
+        return (elements * self.width + self.scale.numel() * _SCALE + 7) // 8
+
+    def bits(self, elements: int) -> float:
+        return _bits(self, elements)
+
+    def learned(self) -> dict[str, Tensor]:
+        return {"scale": self.scale}
+
+    def with_learned(self, values: Mapping[str, Tensor]) -> Binary:
+        return replace(self, scale=values["scale"].clamp(min=0))
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Uniform integers over the range that the values themselves have, found when they are there.
+
+    Attributes:
+        width: Bits of an integer.
+        symmetric: Zero is the middle of the grid.
+        signed: Integers run from -2**(width-1), else from 0. The runtime decides.
+        per: One range for the whole tensor, or for each token: each row of the last axis.
+        readers: Operators that read the integers; None: everyone does.
+    """
+
+    width: int = 8
+    symmetric: bool = False
+    signed: bool = False
+    per: Literal["tensor", "token"] = "tensor"
+    readers: frozenset[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.width <= 16:
+            raise ValueError(f"integers of {self.width} bits are not supported")
+
+    def project(self, x: Tensor) -> Tensor:
+        """The nearest of as many values as the width has; the gradient is that of ``x`` everywhere."""
+        if not torch.compiler.is_exporting() and not x.numel():
+            return x
+        values = x.detach().float()
+        axes = [-1] if self.per == "token" and x.dim() else list(range(x.dim()))
+        low, high = values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+        smallest, largest = integers(self.width, self.symmetric, self.signed)
+        scale, zero_point = affine_grid(low, high, smallest, largest, self.symmetric)
+        steps = (torch.round(values / scale) + zero_point).clamp(smallest, largest) - zero_point
+        return _straight_through((steps * scale).to(x.dtype), x)
+
+    def stored_bytes(self, elements: int) -> int:
+        """Bytes of the integers in memory; no file holds them, nor their scales."""
+        return (elements * self.width + 7) // 8
+
+    def bits(self, elements: int) -> float:
+        return _bits(self, elements)
+
+    def learned(self) -> dict[str, Tensor]:
+        return {}
+
+    def with_learned(self, values: Mapping[str, Tensor]) -> Dynamic:
+        return self
+
+
 def encode(fmt: TensorFormat) -> dict[str, Any]:
     """A format as JSON data; floats keep all their bits."""
-    if isinstance(fmt, FloatCast):
-        return {"kind": "FloatCast", "dtype": fmt.dtype}
-    if not isinstance(fmt, IntQuant):
+    if not isinstance(fmt, IntQuant | FloatCast | Ternary | Binary | Dynamic):
         raise TypeError(f"{type(fmt).__name__} has no JSON form")
-    shared = fmt.granularity
-    return {
-        "kind": "IntQuant",
-        "low": fmt.low.tolist(),
-        "high": fmt.high.tolist(),
-        "width": fmt.width,
-        "symmetric": fmt.symmetric,
-        "axis": None if isinstance(shared, PerTensor) else shared.axis,
-        "group": shared.size if isinstance(shared, PerGroup) else None,
-        "signed": fmt.signed,
-        "headroom": fmt.headroom,
-        "readers": None if fmt.readers is None else sorted(fmt.readers),
-    }
+    data: dict[str, Any] = {"kind": type(fmt).__name__}
+    for one in fields(fmt):
+        value = getattr(fmt, one.name)
+        if isinstance(value, Tensor):
+            data[one.name] = value.tolist()
+        elif isinstance(value, PerTensor | PerChannel | PerGroup):
+            data["axis"] = None if isinstance(value, PerTensor) else value.axis
+            data["group"] = value.size if isinstance(value, PerGroup) else None
+        else:
+            data[one.name] = sorted(value) if isinstance(value, frozenset) else value
+    return data
 
 
 def decode(data: Mapping[str, Any]) -> TensorFormat:
     """The format that :func:`encode` wrote."""
-    if data["kind"] == "FloatCast":
-        return FloatCast(data["dtype"])
-    if data["kind"] != "IntQuant":
+    kinds: tuple[type[TensorFormat], ...] = (IntQuant, FloatCast, Ternary, Binary, Dynamic)
+    named = {kind.__name__: kind for kind in kinds}
+    if data["kind"] not in named:
         raise ValueError(f"unknown format '{data['kind']}'")
-    shared: Granularity = PerTensor() if data["axis"] is None else PerChannel(data["axis"])
-    if data["group"] is not None:
-        shared = PerGroup(data["axis"], data["group"])
-    return IntQuant(
-        low=torch.tensor(data["low"], dtype=torch.float32),
-        high=torch.tensor(data["high"], dtype=torch.float32),
-        width=data["width"],
-        symmetric=data["symmetric"],
-        granularity=shared,
-        signed=data["signed"],
-        headroom=data["headroom"],
-        readers=None if data["readers"] is None else frozenset(data["readers"]),
-    )
+    values = {name: value for name, value in data.items() if name not in ("kind", "axis", "group")}
+    if "axis" in data:
+        shared: Granularity = PerTensor() if data["axis"] is None else PerChannel(data["axis"])
+        values["granularity"] = shared if data["group"] is None else PerGroup(data["axis"], data["group"])
+    for name in {"low", "high", "scale", "threshold"} & set(values):
+        values[name] = torch.tensor(values[name], dtype=torch.float32)
+    if values.get("readers") is not None:
+        values["readers"] = frozenset(values["readers"])
+    return named[data["kind"]](**values)

@@ -123,8 +123,8 @@ class TestRows:
 
     def test_formats_count(self) -> None:
         rows = {row.name: row for row in layer_costs(quantized("residual"))}
-        # int8 weights, a scale and a zero point a channel, a float32 bias
-        assert rows["layer1.conv1"].bytes == 8 * 8 * 9 + 8 * 5 + 8 * 4
+        # int8 weights, a scale a channel, a float32 bias
+        assert rows["layer1.conv1"].bytes == 8 * 8 * 9 + 8 * 4 + 8 * 4
         assert rows["layer1.conv1"].activation_bytes == 4 * 8 * 16 * 16
         assert rows["layer1.relu"].activation_bytes == 2 * (8 * 16 * 16 + 5)
         before, after = totals(model("residual")), totals(quantized("residual"))
@@ -137,7 +137,7 @@ def test_stored_bytes_are_those_of_the_last_format() -> None:
     int4 = IntQuant(torch.zeros(2), torch.ones(2), 4, granularity=PerChannel(0))
     assert stored_bytes(10, ()) == 40
     assert stored_bytes(10, (int8,)) == 15
-    assert stored_bytes(10, (int8, int4)) == 15
+    assert stored_bytes(10, (int8, int4)) == 14
 
 
 def test_entries_add_their_macs_and_share_their_parameters() -> None:

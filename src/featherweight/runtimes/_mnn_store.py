@@ -200,12 +200,12 @@ def _coded(weight: Weight, floats: np.ndarray, ends: Ends) -> dict[int, Draft]:
     values, scales, offsets = _grid(weight, floats)
     coded = Draft({mnn.BUFFER: Data(_packed(values, weight.fmt)), mnn.SCALE: Scalar("f", 1.0)})
     coded.fields[mnn.CODING] = Scalar("i", mnn.INTEGERS)
-    coded.fields[mnn.BITS] = Scalar("i", int(weight.fmt.bits))
+    coded.fields[mnn.BITS] = Scalar("i", weight.fmt.width)
     coded.fields[mnn.WIDE] = Scalar("?", max(values.shape) >= 1 << 16)
     coded.fields[mnn.SCALES] = Data(scales.astype(np.float32).tobytes(), 4)
     if offsets:
         coded.fields[mnn.OFFSETS] = Scalar("i", values.shape[0])
-        coded.fields[mnn.LOWEST] = Scalar("i", -(1 << int(weight.fmt.bits) - 1))
+        coded.fields[mnn.LOWEST] = Scalar("i", -(1 << weight.fmt.width - 1))
     if ends[0] is None or ends[1] is None:
         return {mnn.QUANTIZED: coded}
     if offsets:
@@ -266,7 +266,7 @@ def _grid(weight: Weight, floats: np.ndarray) -> tuple[np.ndarray, np.ndarray, b
 
 def _packed(values: np.ndarray, fmt: TensorFormat) -> bytes:
     """MNN's coding: the shape, all values that there may be, and for each weight which one it is."""
-    bits = int(fmt.bits)
+    bits = fmt.width
     half = 1 << bits - 1
     shape = struct.pack("<2I" if max(values.shape) >= 1 << 16 else "<2H", *values.shape)
     known = np.arange(-half, half, dtype=np.int8).tobytes()

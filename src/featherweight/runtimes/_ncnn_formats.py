@@ -253,13 +253,13 @@ def realise(fmt: TensorFormat, role: str) -> TensorFormat:
     if role == "activation":
         if fmt.width != 8 or not isinstance(fmt.granularity, PerTensor):
             raise TargetError(
-                f"ncnn has no kernels for {fmt.bits:g}-bit activations {_shared(fmt)}",
+                f"ncnn has no kernels for {fmt.width}-bit activations {_shared(fmt)}",
                 fix="use int8 per tensor for activations",
             )
         return replace(fmt, signed=True, symmetric=True, headroom=0, readers=STATIC)
     if fmt.width not in (4, 6, 8):
         raise TargetError(
-            f"ncnn stores no {fmt.bits:g}-bit weights", fix="use int8, or int4 for weights alone"
+            f"ncnn stores no {fmt.width}-bit weights", fix="use int8, or int4 for weights alone"
         )
     if not fmt.symmetric:
         raise TargetError(

@@ -53,11 +53,13 @@ class CoreML(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import FloatCast, IntQuant, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerGroup
 
         if weight is None and activation is None:
             return True
-        if activation is not None and activation.bits != 8:
+        if isinstance(activation, Dynamic):
+            return False
+        if activation is not None and activation.width != 8:
             return False
         if weight is None:
             return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
@@ -79,7 +81,7 @@ class CoreML(Runtime):
         if isinstance(fmt, IntQuant):
             return self._activation(fmt) if role == "activation" else self._weight(fmt)
         raise TargetError(
-            f"{self.name} cannot store {fmt.bits:g} bits of this kind for a {role}",
+            f"{self.name} cannot store {fmt.width} bits of this kind for a {role}",
             fix="use int8; for weights alone also float16 and int4",
         )
 
@@ -156,7 +158,7 @@ class CoreML(Runtime):
         for name in target.options:
             if name != _SYSTEM:
                 raise TargetError(f"{self.name} has no option '{name}'", fix=nearest(name, [_SYSTEM]))
-        needed = "iOS18" if any(chain[-1].bits == 4 for chain in model.formats.values()) else "iOS17"
+        needed = "iOS18" if any(chain[-1].width == 4 for chain in model.formats.values()) else "iOS17"
         asked = str(target.options.get(_SYSTEM, needed))
         if asked not in _SYSTEMS or asked < needed:
             raise TargetError(

@@ -57,13 +57,17 @@ class ExecuTorch(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
+        from featherweight.formats import Dynamic
+
         if weight is None and activation is None:
             return True
+        if isinstance(activation, Dynamic):
+            return False
         if activation is None:
             return op == "linear" and weight is not None and _refused(weight, "weight") is None
         if weight is not None:
-            return op in _LAYERS and weight.bits == 8 and activation.bits == 8
-        return activation.bits == 8 and op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
+            return op in _LAYERS and weight.width == 8 and activation.width == 8
+        return activation.width == 8 and op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
         refused = _refused(fmt, role)

@@ -44,15 +44,19 @@ class Mnn(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import FloatCast, IntQuant
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerGroup
 
         if weight is None and activation is None:
             return True
+        if isinstance(activation, Dynamic):
+            return False
         if isinstance(weight, FloatCast):
             return weight.dtype == "float16" and activation is None and op in _WEIGHTED
-        if activation is not None and activation.bits != 8:
+        if activation is not None and activation.width != 8:
             return False
         if isinstance(weight, IntQuant):
+            if isinstance(weight.granularity, PerGroup) and op != "linear":
+                return False
             static = weight.width == 8 and weight.symmetric
             return op in _WEIGHTED and (static if activation is not None else weight.width in (4, 8))
         return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
@@ -63,9 +67,7 @@ class Mnn(Runtime):
         if isinstance(fmt, FloatCast) and fmt.dtype == "float16" and role == "weight":
             return fmt
         if not isinstance(fmt, IntQuant) or fmt.width not in ((4, 8) if role == "weight" else (8,)):
-            what = (
-                f"{fmt.bits:g}-bit integers" if isinstance(fmt, IntQuant) else getattr(fmt, "dtype", "this")
-            )
+            what = f"{fmt.width}-bit integers" if isinstance(fmt, IntQuant) else getattr(fmt, "dtype", "this")
             fix = "use int8, int4 or float16" if role == "weight" else "use int8"
             raise TargetError(f"mnn cannot store {what} for {role}s", fix=fix)
         shared = fmt.granularity
@@ -111,7 +113,7 @@ class Mnn(Runtime):
             if name not in model.parameters:
                 continue
             fmt = chain[-1]
-            wanted = fmt.dtype if isinstance(fmt, FloatCast) else f"int{fmt.bits:g}"
+            wanted = fmt.dtype if isinstance(fmt, FloatCast) else f"int{fmt.width}"
             seen = stored[name].dtype if name in stored else "nothing"
             if seen != wanted:
                 raise TargetError(

@@ -39,10 +39,12 @@ class Ncnn(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import FloatCast, IntQuant, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerGroup
 
+        if isinstance(activation, Dynamic):
+            return False
         if weight is None:
-            return activation is None or (op in _STATIC and activation.bits == 8)
+            return activation is None or (op in _STATIC and activation.width == 8)
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _HALF
         if not isinstance(weight, IntQuant):
@@ -50,7 +52,7 @@ class Ncnn(Runtime):
         if activation is None:
             return op == "linear" and weight.width in (4, 6, 8)
         grouped = isinstance(weight.granularity, PerGroup)
-        return op in _STATIC and weight.width == 8 and activation.bits == 8 and not grouped
+        return op in _STATIC and weight.width == 8 and activation.width == 8 and not grouped
 
     def integers_pay(self, node: Node, graph: Graph, target: Target) -> bool:
         """Depthwise kernels in int8 take 2 to 3 times as long as in float32 on x86."""

@@ -60,15 +60,17 @@ class OnnxRuntime(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import FloatCast, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, PerGroup
 
         if weight is None and activation is None:
             return True
+        if isinstance(activation, Dynamic):
+            return False
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _STORED
         if isinstance(getattr(weight, "granularity", None), PerGroup):
             return activation is None and op == "linear" and getattr(weight, "width", 0) == 4
-        if any(fmt is not None and fmt.bits != 8 for fmt in (weight, activation)):
+        if any(fmt is not None and fmt.width != 8 for fmt in (weight, activation)):
             return False
         if weight is not None:
             return op in _WEIGHTED
@@ -83,7 +85,7 @@ class OnnxRuntime(Runtime):
             return self._blocks(fmt, fmt.granularity.size)
         if not isinstance(fmt, IntQuant) or fmt.width != 8 or isinstance(fmt.granularity, PerGroup):
             raise TargetError(
-                f"{self.name} cannot store {fmt.bits:g} bits of this kind for a {role} here",
+                f"{self.name} cannot store {fmt.width} bits of this kind for a {role} here",
                 fix="use int8; for weights alone also float16, or int4 per group",
             )
         if role == "activation":

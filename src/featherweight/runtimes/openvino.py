@@ -54,19 +54,21 @@ class OpenVino(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import FloatCast, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, PerGroup
 
         if weight is None and activation is None:
             return True
+        if isinstance(activation, Dynamic):
+            return False
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _STORED
-        if activation is not None and activation.bits != 8:
+        if activation is not None and activation.width != 8:
             return False
         if weight is None:
             return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
         if isinstance(getattr(weight, "granularity", None), PerGroup):
-            return activation is None and op == "linear" and weight.bits in (4, 8)
-        return op in _INTEGER and weight.bits in ((4, 8) if activation is None else (8,))
+            return activation is None and op == "linear" and weight.width in (4, 8)
+        return op in _INTEGER and weight.width in ((4, 8) if activation is None else (8,))
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
         from featherweight.formats import FloatCast, IntQuant, PerGroup, PerTensor
@@ -76,7 +78,7 @@ class OpenVino(Runtime):
         widths = (8,) if role == "activation" else (4, 8)
         if not isinstance(fmt, IntQuant) or fmt.width not in widths:
             raise TargetError(
-                f"openvino cannot store {fmt.bits:g} bits of this kind for a {role} here",
+                f"openvino cannot store {fmt.width} bits of this kind for a {role} here",
                 fix="use int8, or int4 or float16 for weights alone",
             )
         if role == "activation":

@@ -45,20 +45,22 @@ class TensorRt(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import FloatCast, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, PerGroup
 
         if weight is None and activation is None:
             return True
+        if isinstance(activation, Dynamic):
+            return False
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _STORED
-        if activation is not None and activation.bits != 8:
+        if activation is not None and activation.width != 8:
             return False
         if weight is None:
             return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
         if activation is None:  # 8-bit weights alone are no kernel of TensorRT's
             grouped = isinstance(getattr(weight, "granularity", None), PerGroup)
-            return op == "linear" and grouped and weight.bits == 4
-        return op in _INTEGER and weight.bits == 8
+            return op == "linear" and grouped and weight.width == 4
+        return op in _INTEGER and weight.width == 8
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
         from featherweight.formats import FloatCast, IntQuant, PerGroup, PerTensor
@@ -69,7 +71,7 @@ class TensorRt(Runtime):
         width = 4 if grouped and role == "weight" else 8
         if not isinstance(fmt, IntQuant) or fmt.width != width:
             raise TargetError(
-                f"tensorrt cannot store {fmt.bits:g} bits of this kind for a {role}",
+                f"tensorrt cannot store {fmt.width} bits of this kind for a {role}",
                 fix="use int8; for weights alone float16, or int4 with granularity: per_group",
             )
         if role == "activation":
