@@ -1,0 +1,204 @@
+"""A layer as a matrix product: its weight as rows, its input as columns, per group of channels.
+
+Linear layers, convolutions and transposed convolutions all make::
+
+    y[g, r, n] = sum_k rows[g, r, k] * columns[g, n, k] + bias[g, r]
+
+with k over what a filter reads (im2col) and n over examples and positions. A transposed convolution is the
+convolution of the input with zeros put between its values, by the flipped kernel. What least squares needs
+of the columns, their moments, is summed up batch by batch, so memory does not grow with the examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.graph import Node
+
+_CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+_TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+_CHUNK = 1 << 22  # elements of columns that are held at once, some 16 MB
+
+
+def is_product(node: Node) -> bool:
+    """Whether a call is a product of its one input with its weight."""
+    known = node.op == "linear" or node.op in _CONVOLUTIONS or node.op in _TRANSPOSED
+    return known and "weight" in node.parameters and len(node.inputs) == 1
+
+
+def groups_of(node: Node) -> int:
+    """Groups of channels that do not see each other."""
+    groups = node.attributes.get("groups", 1)
+    return int(groups)
+
+
+def to_rows(node: Node, weight: Tensor) -> Tensor:
+    """A weight, or anything of its shape, as (groups, outputs / groups, K)."""
+    groups = groups_of(node)
+    if node.op in _TRANSPOSED:
+        split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+        return split.flip(tuple(range(3, split.dim()))).transpose(1, 2).flatten(2)
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def from_rows(node: Node, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight of that shape whose rows these are."""
+    if node.op not in _TRANSPOSED:
+        return rows.reshape(tuple(shape))
+    groups = groups_of(node)
+    split = rows.reshape(groups, shape[1], shape[0] // groups, *shape[2:])
+    return split.transpose(1, 2).flip(tuple(range(3, split.dim()))).reshape(tuple(shape))
+
+
+def to_columns(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """An input as (groups, examples x positions, K).
+
+    Args:
+        node: A call for which :func:`is_product` holds.
+        x: What it reads.
+        weight_shape: Of its weight.
+    """
+    if node.op == "linear":
+        return x.reshape(1, -1, x.shape[-1])
+    axes = _CONVOLUTIONS.get(node.op) or _TRANSPOSED[node.op]
+    if x.dim() == axes + 1:
+        x = x[None]
+    kernel = list(weight_shape[-axes:])
+    dilation = _each(node, "dilation", 1, axes)
+    stride = _each(node, "stride", 1, axes)
+    if node.op in _TRANSPOSED:
+        x, stride = _stretched(node, x, kernel, stride, dilation), [1] * axes
+    else:
+        x = nn.functional.pad(x, _padding(node, kernel, dilation))
+    windows = _windows(x, kernel, stride, dilation)  # (N, C, *positions, *kernel)
+    groups = groups_of(node)
+    split = windows.unflatten(1, (groups, -1))  # (N, G, C/G, *positions, *kernel)
+    places = list(range(3, 3 + axes))
+    ordered = split.permute(1, 0, *places, 2, *range(3 + axes, 3 + 2 * axes))
+    return ordered.reshape(groups, -1, split.shape[2] * math.prod(kernel))
+
+
+def chunks(node: Node, weight_shape: Sequence[int], *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The columns of inputs of one shape, few examples at a time."""
+    if node.op == "linear":
+        inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
+    elif inputs[0].dim() == len(weight_shape) - 1:
+        inputs = tuple(x[None] for x in inputs)
+    count = inputs[0].shape[0]
+    each = inputs[0][:1].numel() * (1 if node.op == "linear" else math.prod(weight_shape[2:]))
+    for part in zip(*(x.split(max(1, min(count, _CHUNK // max(each, 1)))) for x in inputs), strict=True):
+        yield tuple(to_columns(node, x, weight_shape) for x in part)
+
+
+def _each(node: Node, name: str, default: int, axes: int) -> list[int]:
+    value = node.attributes.get(name, default)
+    values = [int(item) for item in value] if isinstance(value, (list, tuple)) else [int(value)]
+    return values * axes if len(values) == 1 else values
+
+
+def _padding(node: Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Zeros before and after each axis, the last axis first."""
+    how = node.attributes.get("padding", 0)
+    if how == "valid":
+        return [0] * 2 * len(kernel)
+    if how == "same":
+        wide = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in wide]
+    else:
+        pairs = [(size, size) for size in _each(node, "padding", 0, len(kernel))]
+    return [end for pair in reversed(pairs) for end in pair]
+
+
+def _stretched(
+    node: Node, x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The input of the convolution that a transposed one amounts to."""
+    axes = len(kernel)
+    sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    wide[(..., *(slice(None, None, step) for step in stride))] = x
+    padding, extra = _each(node, "padding", 0, axes), _each(node, "output_padding", 0, axes)
+    ends: list[int] = []
+    for axis in reversed(range(axes)):
+        around = dilation[axis] * (kernel[axis] - 1) - padding[axis]
+        ends += [around, around + extra[axis]]
+    return nn.functional.pad(wide, ends)
+
+
+def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """A view (N, C, *positions, *kernel) of what each position's filter reads."""
+    x = x.contiguous()
+    steps = x.stride()[2:]
+    positions = [
+        (size - space * (taps - 1) - 1) // step + 1
+        for size, taps, step, space in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    jumps = [step * one for step, one in zip(stride, steps, strict=True)]
+    gaps = [space * one for space, one in zip(dilation, steps, strict=True)]
+    return x.as_strided(
+        (*x.shape[:2], *positions, *kernel), (*x.stride()[:2], *jumps, *gaps), x.storage_offset()
+    )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means and second moments of a layer's columns.
+
+    Attributes:
+        float_mean: Of the columns in the float network, (groups, K).
+        mean: Of those in the stored network, (groups, K).
+        second: E[x̂ x̂ᵀ] of the stored ones, less their means where centred; (groups, K, K).
+        drift: E[(x - x̂) x̂ᵀ] of the difference between both, likewise.
+        positions: How many columns were seen.
+    """
+
+    float_mean: Tensor
+    mean: Tensor
+    second: Tensor
+    drift: Tensor
+    positions: int
+
+
+class Moments:
+    """Sums over a stream of columns of the float and the stored network, in float64.
+
+    Args:
+        groups: Groups of channels.
+        size: K, what a filter reads.
+    """
+
+    def __init__(self, groups: int, size: int) -> None:
+        self.positions = 0
+        self._origin: tuple[Tensor, Tensor] | None = None  # near the mean, so that little cancels
+        self._sums = torch.zeros(2, groups, size, dtype=torch.float64)
+        self._second = torch.zeros(groups, size, size, dtype=torch.float64)
+        self._drift = torch.zeros(groups, size, size, dtype=torch.float64)
+
+    def add(self, exact: Tensor, stored: Tensor) -> None:
+        """Columns (groups, n, K) of one piece of data, as float and as stored."""
+        if self._origin is None:
+            self._origin = (exact - stored).mean(1, keepdim=True), stored.mean(1, keepdim=True)
+        gap = (exact - stored).sub_(self._origin[0])
+        stored = stored - self._origin[1]
+        self._sums += torch.stack([gap.sum(1), stored.sum(1)])
+        self._second += stored.mT @ stored
+        self._drift += gap.mT @ stored
+        self.positions += stored.shape[1]
+
+    def statistics(self, centred: bool) -> Statistics:
+        """What was seen, about the means or about zero."""
+        if self._origin is None:
+            raise ValueError("no columns were added")
+        gap, stored = self._sums / self.positions
+        second = self._second / self.positions - stored[:, :, None] * stored[:, None]
+        drift = self._drift / self.positions - gap[:, :, None] * stored[:, None]
+        gap, stored = gap + self._origin[0][:, 0], stored + self._origin[1][:, 0]
+        if not centred:
+            second = second + stored[:, :, None] * stored[:, None]
+            drift = drift + gap[:, :, None] * stored[:, None]
+        return Statistics(stored + gap, stored, second, drift, self.positions)
