@@ -17,12 +17,13 @@ from featherweight.engine.run import Run, TargetSupports, write_model
 from featherweight.engine.store import Store
 from featherweight.errors import DataError, MissingRuntime, RecipeError, TargetError
 from featherweight.formats import encode
+from featherweight.method import Context, Method
 from featherweight.methods.fold import Fold
 from featherweight.methods.quantize import Quantize
 from featherweight.model import Entry, Model, Remove, SetAttr
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
-from featherweight.runtime import Target
+from featherweight.runtime import Json, Target
 from golden import data, inputs, model, target
 
 INT8 = Recipe.parse("version: 1\nsteps:\n  - fold: {}\n  - quantize: {samples: 16}\n")
@@ -288,3 +289,119 @@ def test_the_context_is_what_the_run_was_given(store: Store) -> None:
     assert context.models == {"original": model("shared")}
     assert context.data is data("shared")
     assert context.target == target()
+    assert context.scratch is made.scratch
+
+
+class TestTheFloatModel:
+    """What a step may hold formats against: the network as it reached the first format step."""
+
+    @pytest.fixture
+    def seen(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Model | None]]:
+        """Each step that computed, and the float model in its context."""
+        found: list[tuple[str, Model | None]] = []
+
+        def watched(method: type[Method]) -> None:
+            apply = method.apply
+
+            def call(self: Any, reached: Model, context: Context) -> Model:
+                found.append((type(self).__name__, context.models.get("float")))
+                return apply(self, reached, context)
+
+            monkeypatch.setattr(method, "apply", call)
+
+        for method in (Fold, Quantize):
+            watched(method)
+        return found
+
+    @pytest.mark.parametrize(
+        ("steps", "first"),
+        [
+            ("[fold: {}, quantize: {samples: 16}]", 1),
+            ("[quantize: {samples: 16}]", 0),
+            ("[quantize: {activations: none, where: {exclude: [first]}}, quantize: {activations: none}]", 0),
+            ("[fold: {}, quantize: {activations: none, where: {exclude: [head]}}, quantize: {}]", 1),
+            ("[fold: {}]", None),
+        ],
+    )
+    def test_is_what_reached_the_first_format_step(
+        self, store: Store, seen: list[tuple[str, Model | None]], steps: str, first: int | None
+    ) -> None:
+        recipe = Recipe.parse(f"version: 1\nsteps: {steps}\n")
+        made = run(store, "shared")
+        prefix = made.original
+        for number, method in enumerate(recipe.methods()):
+            if number == first:
+                break
+            prefix = made.step(prefix, method, number + 1)
+        seen.clear()
+        again = Run(made.original, made.data, made.target, Store(store.folder.with_name("other")))
+        again.apply(recipe)
+        assert len(seen) == len(recipe.steps)
+        for number, (_, base) in enumerate(seen):
+            if first is None or number < first:
+                assert base is None
+            else:
+                assert base is not None
+                assert base.key == prefix.key
+                assert not base.formats
+
+    def test_is_there_for_a_step_behind_those_from_the_store(
+        self, store: Store, seen: list[tuple[str, Model | None]]
+    ) -> None:
+        one = Recipe.parse("version: 1\nsteps: [fold: {}, quantize: {where: {exclude: [head]}}]")
+        two = Recipe.parse(
+            "version: 1\nsteps: [fold: {}, quantize: {where: {exclude: [head]}}, quantize: {}]"
+        )
+        folded = run(store).apply(Recipe.parse("version: 1\nsteps: [fold: {}]"))
+        run(store).apply(one)
+        seen.clear()
+        run(store).apply(two)
+        assert [name for name, _ in seen] == ["Quantize"]
+        base = seen[0][1]
+        assert base is not None
+        assert base.key == folded.key
+        assert not base.formats
+
+    def test_of_other_chains_is_another(self, store: Store) -> None:
+        made = run(store)
+        folded = made.step(made.original, Fold())
+        of_folded = made.step(folded, Quantize(samples=16))
+        of_original = made.step(made.original, Quantize(samples=16))
+        assert made.context(of_folded).models["float"].key == folded.key
+        assert made.context(of_original).models["float"].key == made.original.key
+        assert "float" not in made.context(folded).models
+
+    def test_is_not_the_one_of_a_shorter_chain(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The same network once goes to quantize at once, and once through a values step before."""
+        made = run(store)
+        made.step(made.original, Quantize(samples=16))
+        monkeypatch.setattr(Fold, "kind", "values")
+        changed = made.step(made.original, Fold())
+        quantized = made.step(changed, Quantize(samples=16))
+        assert made.context(quantized).models["float"].key == changed.key
+
+
+class TestTheMemory:
+    """What methods found out about a model."""
+
+    def test_is_asked_before_anything_is_computed_again(self, store: Store) -> None:
+        calls: list[int] = []
+
+        def compute() -> Json:
+            calls.append(1)
+            return {"sensitivity": [1.5, None]}
+
+        for _ in range(2):
+            made = run(store)
+            memo = made.context(made.original).memo
+            assert memo("table", {"samples": 4}, compute) == {"sensitivity": [1.5, None]}
+        assert len(calls) == 1
+        made.context(made.original).memo("table", {"samples": 5}, compute)
+        made.context(made.step(made.original, Fold())).memo("table", {"samples": 4}, compute)
+        run(store, seed=1).context(made.original).memo("table", {"samples": 4}, compute)
+        assert len(calls) == 4
+
+    def test_holds_nothing_too(self, store: Store) -> None:
+        made = run(store)
+        assert made.context(made.original).memo("none", {}, lambda: None) is None
+        assert made.context(made.original).memo("none", {}, lambda: 1) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ from safetensors.torch import load_file, save_file
 from featherweight.data import Data
 from featherweight.engine.devices import for_runtime
 from featherweight.engine.environment import resolve
+from featherweight.engine.scratch import MappedScratch
 from featherweight.engine.store import Store, digest, sources_digest
 from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.exchange.key import root_key
 from featherweight.formats import TensorFormat, decode, encode
 from featherweight.graph import Graph, Node
-from featherweight.method import Context, Method, Progress, Silent
+from featherweight.method import Context, Memo, Method, Progress, Silent, forgetful
 from featherweight.model import Edit, Model, Remove, SetAttr
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
-from featherweight.runtime import Artifact, Role, Runtime, Target
+from featherweight.runtime import Artifact, Json, Role, Runtime, Target
 from featherweight.tools.costs import totals
 
 
@@ -82,7 +83,7 @@ class Run:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        self.original = original if original.key else original.evolve(key=_key(original))
+        self.original = original if original.key else original.evolve(key=_root(original))
         self.data = data
         self.target = resolve(target)
         self.store = store
@@ -91,17 +92,40 @@ class Run:
         self.runtime = find_runtime(self.target.runtime)
         self.sources = sources_digest()
         self.warnings: dict[str, None] = {}  # in the order in which they came, once each
+        self.scratch = MappedScratch(store.folder / "scratch")
+        self._float_keys: dict[str, str] = {}  # of a model with formats -> of the float network behind it
+        self._floats: dict[str, Model] = {}
 
-    def context(self) -> Context:
-        """What a step may use."""
+    def context(self, model: Model | None = None) -> Context:
+        """What a step may use.
+
+        Args:
+            model: What reaches the step; it tells which float network its formats are held against.
+        """
+        behind = None if model is None else self._floats.get(self._float_keys.get(model.key, ""))
         return Context(
-            models={"original": self.original},
+            models={"original": self.original} | ({} if behind is None else {"float": behind}),
             data=self.data,
             target=self.target,
             supports=TargetSupports(self.runtime, for_runtime(self.target)),
             seed=self.seed,
             progress=self.progress,
+            scratch=self.scratch,
+            memo=forgetful if model is None or not model.key else self._memo(model),
         )
+
+    def _memo(self, model: Model) -> Memo:
+        """What methods found out about a model on this data and target, kept in the store."""
+
+        def memo(name: str, parameters: Mapping[str, Json], compute: Callable[[], Json]) -> Json:
+            key = self._key("memo", model, name, dict(parameters), self.data.fingerprint)
+            kept: list[Json] | None = self.store.get_json("memos", key)
+            if kept is None:  # a list of one, since null may be what was found
+                kept = [compute()]
+                self.store.put_json("memos", key, kept)
+            return kept[0]
+
+        return memo
 
     def apply(self, recipe: Recipe) -> Model:
         """The model that a filled recipe makes of the original.
@@ -119,12 +143,25 @@ class Run:
         name = type(method).__module__.rpartition(".")[2]
         self._warn_of_unmatched(model, method, f"step {number} ({name})")
         key = self._step_key(model, name, method)
+        self._follow(model, method, key)
         kept = self.store.get("steps", key)
         if kept is None:
             changed = self._compute(model, method, name, number).evolve(key=key)
             self.store.put("steps", key, lambda folder: write_model(folder, changed))
             return changed
         return _read_model(kept, self.original, key)
+
+    def _follow(self, model: Model, method: Method, key: str) -> None:
+        """Remember the network as it reached the first format step, for every step from there on.
+
+        It is no part of a step's key: it follows from the steps before.
+        """
+        behind = self._float_keys.get(model.key)
+        if behind is None and method.kind == "format":
+            behind = model.key
+            self._floats[behind] = model
+        if behind is not None:
+            self._float_keys[key] = behind
 
     def _warn_of_unmatched(self, model: Model, method: Method, step: str) -> None:
         layers = {path: type(layer).__name__ for path, layer in model.module.named_modules() if path}
@@ -137,7 +174,10 @@ class Run:
     def _compute(self, model: Model, method: Method, name: str, number: int) -> Model:
         torch.manual_seed(self.seed)
         try:
-            return method.apply(model, self.context())
+            context = self.context(model)
+            if method.kind == "format":
+                context = replace(context, models={"float": model, **context.models})
+            return method.apply(model, context)
         except FeatherweightError as error:
             if error.where is None:
                 error.where = f"step {number} ({name})"
@@ -146,12 +186,14 @@ class Run:
             raise RecipeError(f"step {number} ({name}) ran out of memory") from error
 
     def _step_key(self, model: Model, name: str, method: Method) -> str:
+        examples = self.data.fingerprint if method.needs else ""
+        return self._key("step", model, name, method.model_dump(mode="json"), examples)
+
+    def _key(self, kind: str, model: Model, *more: Any) -> str:
         return digest(
-            "step",
+            kind,
             model.key,
-            name,
-            method.model_dump(mode="json"),
-            self.data.fingerprint if method.needs else "",
+            *more,
             self.seed,
             self.sources,
             torch.__version__,
@@ -177,7 +219,7 @@ class Run:
         (folder / "artifact.json").write_text(json.dumps(artifact.to_json()))
 
 
-def _key(model: Model) -> str:
+def _root(model: Model) -> str:
     """The store's address of a model that was made by hand."""
     formats = {name: [encode(fmt) for fmt in chain] for name, chain in model.formats.items()}
     return digest("model", root_key(model.module, model.entries), formats)
