@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from featherweight import api
 from featherweight.cli import main
 from featherweight.data import Data
-from featherweight.engine.inspect import example_call, inspect_model, refused
+from featherweight.engine.costs import example_call
+from featherweight.engine.inspect import inspect_model, refused
 from featherweight.errors import LoadError
 from featherweight.method import Silent
 from featherweight.model import Entry, Model

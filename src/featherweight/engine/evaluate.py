@@ -14,9 +14,9 @@ import numpy as np
 
 from featherweight.engine import parity
 from featherweight.engine.asked import told_kernels
+from featherweight.engine.costs import example_call
 from featherweight.engine.devices import for_runtime
 from featherweight.engine.environment import describe_device
-from featherweight.engine.inspect import example_call
 from featherweight.engine.jobs import CallRefused
 from featherweight.engine.measure import (
     Limits,

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
 from featherweight.data import Data
 from featherweight.drops import drop
-from featherweight.engine.jobs import Runner
+from featherweight.engine.costs import profiled
 from featherweight.errors import DataError, MissingRuntime, TargetError
-from featherweight.exchange.attribution import Attribution, attribute, write_named
+from featherweight.exchange.attribution import Attribution
 from featherweight.formats import IntQuant, PerChannel
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress
-from featherweight.model import Entry, Model
+from featherweight.model import Model
 from featherweight.plugins import find_runtime, runtime_names
-from featherweight.runtime import Artifact, Runtime, Target
+from featherweight.runtime import Runtime, Target
 from featherweight.tools.costs import layer_costs, node_macs, totals
 from featherweight.tools.liveness import VIEWS, peak_memory
 from featherweight.tools.sensitivity import alone, layer_weights
@@ -126,42 +125,13 @@ def _add_latency(
         for entry in progress.track(model.entries, "Profiling on ONNX Runtime", len(model.entries)):
             place = Path(folder) / f"profiled-{len(list(Path(folder).iterdir()))}"
             place.mkdir()
-            named = write_named(artifact.folder / artifact.entries[entry], place)
-            seen, optimized = _profile(named, target, example_call(model.entries[entry]), place)
-            graph = trace(model, entry)
-            macs = {node.name: node_macs(graph, node) for node in graph}
-            found = attribute(onnx.load(named, load_external_data=False), optimized, graph, macs)
-            kernels: dict[str, float] = seen["kernels"]
-            total = sum(kernels.get(node.name, 0.0) for node in optimized.graph.node)
-            entries[entry].update(
-                latency_s=seen["latency_s"], kernel_s=total, calls=seen["calls"], threads=threads
-            )
-            _add_times(rows[entry], graph, found, kernels, total)
+            seen = profiled(artifact, model, entry, target, place)
+            total = seen.kernel_s
+            entries[entry].update(latency_s=seen.latency_s, kernel_s=total, calls=seen.calls, threads=threads)
+            _add_times(rows[entry], seen.graph, seen.found, seen.kernels, total)
             opaque = [row.get("latency_share") for row in rows[entry].values() if row["type"] == "Opaque"]
             if opaque:  # what no method can change
                 entries[entry]["opaque_share"] = sum(share or 0.0 for share in opaque)
-
-
-def example_call(entry: Entry) -> tuple[np.ndarray, ...]:
-    """Arrays of one call with one example; recurrent states may have the batch on another axis."""
-    batch = {axes[0] for axes in entry.dynamic_axes.values() if 0 in axes}
-    made = []
-    for name, value in zip(entry.input_names, entry.example_inputs, strict=True):
-        for axis, symbol in entry.dynamic_axes.get(name, {}).items():
-            value = value.narrow(axis, 0, 1) if symbol in batch else value
-        made.append(value.numpy())
-    return tuple(made)
-
-
-def _profile(
-    named: Path, target: Target, inputs: tuple[np.ndarray, ...], place: Path
-) -> tuple[dict[str, Any], onnx.ModelProto]:
-    artifact = Artifact(_PROFILER, place, (named.name,), {"forward": named.name})
-    with Runner("profile", {"artifact": artifact}, target, inputs=inputs) as runner:
-        while runner.receive() is not None:
-            pass
-        seen = runner.result()
-        return seen, onnx.load(runner.folder / "optimized.onnx", load_external_data=False)
 
 
 def _add_times(

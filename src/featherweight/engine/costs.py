@@ -1,0 +1,159 @@
+"""What each layer costs on the target, in float and in integers: measured once, kept in the store.
+
+The original and its plain int8 form are profiled kernel by kernel in the measuring process; a kernel's time
+goes to the layers that it stands for (exchange/attribution.py). Nothing is measured before somebody asks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from featherweight.engine.jobs import Runner
+from featherweight.engine.store import digest
+from featherweight.exchange.attribution import Attribution, attribute, write_named
+from featherweight.graph import Graph, trace
+from featherweight.model import Entry, Model
+from featherweight.recipe import Recipe, Step
+from featherweight.runtime import Artifact, Runtime, Target
+from featherweight.tools.costs import node_macs
+
+if TYPE_CHECKING:
+    from featherweight.engine.run import Run
+
+_PLAIN = {"range": "minmax", "weight_range": "minmax", "samples": 8}  # integers whose values do not matter
+
+
+def example_call(entry: Entry) -> tuple[np.ndarray, ...]:
+    """Arrays of one call with one example; recurrent states may have the batch on another axis."""
+    batch = {axes[0] for axes in entry.dynamic_axes.values() if 0 in axes}
+    made = []
+    for name, value in zip(entry.input_names, entry.example_inputs, strict=True):
+        for axis, symbol in entry.dynamic_axes.get(name, {}).items():
+            value = value.narrow(axis, 0, 1) if symbol in batch else value
+        made.append(value.numpy())
+    return tuple(made)
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """Where the time of a call of one entry goes.
+
+    Attributes:
+        latency_s: Median of calls that were not profiled.
+        calls: Profiled calls.
+        kernels: Optimized node -> seconds of a call.
+        optimized: The graph that ran.
+        graph: The traced one.
+        found: Which calls of it the kernels stand for.
+    """
+
+    latency_s: float
+    calls: int
+    kernels: Mapping[str, float]
+    optimized: onnx.ModelProto
+    graph: Graph
+    found: Attribution
+
+    @property
+    def kernel_s(self) -> float:
+        """Seconds of all kernels."""
+        return sum(self.kernels.get(node.name, 0.0) for node in self.optimized.graph.node)
+
+
+def profiled(artifact: Artifact, model: Model, entry: str, target: Target, place: Path) -> Profiled:
+    """Profile one entry of an artifact in the measuring process.
+
+    Args:
+        artifact: ONNX files of the model.
+        model: What it was made of.
+        entry: Which way of calling it.
+        target: Whose runtime runs it.
+        place: An empty folder.
+
+    Raises:
+        TargetError: The runtime tells nothing of its kernels.
+        RunnerError: The runtime crashed.
+    """
+    named = write_named(artifact.folder / artifact.entries[entry], place)
+    copy = Artifact(artifact.runtime, place, (named.name,), {"forward": named.name})
+    with Runner("profile", {"artifact": copy}, target, inputs=example_call(model.entries[entry])) as runner:
+        while runner.receive() is not None:
+            pass
+        seen = runner.result()
+        optimized = onnx.load(runner.folder / "optimized.onnx", load_external_data=False)
+    graph = trace(model, entry)
+    macs = {node.name: node_macs(graph, node) for node in graph}
+    found = attribute(onnx.load(named, load_external_data=False), optimized, graph, macs)
+    return Profiled(seen["latency_s"], seen["calls"], seen["kernels"], optimized, graph, found)
+
+
+class MeasuredCosts:
+    """Prices of a run's layers on its target; measured when the first one is asked for."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def seconds(self, layer: str, integers: bool) -> float | None:
+        """Seconds of one call of a layer in float or in integers; None where it was not measured."""
+        found = self._table
+        return None if found is None else found[_form(integers)]["layers"].get(layer)
+
+    def total(self, integers: bool) -> float | None:
+        """Seconds of one call of the whole network in float, or in integers wherever those pay."""
+        found = self._table
+        return None if found is None else found[_form(integers)]["total"]
+
+    @cached_property
+    def _table(self) -> dict[str, Any] | None:
+        run = self._run
+        if type(run.runtime).profile is Runtime.profile or run.target.device != "local":
+            return None
+        key = digest(
+            "costs", run.original.key, run.target.to_json(), run.runtime.version(), run.sources, run.seed
+        )
+        kept: dict[str, Any] | None = run.store.get_json("costs", key)
+        if kept is None:
+            kept = self._measure()
+            run.store.put_json("costs", key, kept)
+        return kept
+
+    def _measure(self) -> dict[str, Any]:
+        folded = self._run.apply(Recipe((Step("fold"),)))
+        integers = self._run.apply(Recipe((Step("fold"), Step("quantize", _PLAIN))))
+        forms = {_form(False): folded, _form(True): integers}
+        jobs = [(form, model, entry) for form, model in forms.items() for entry in model.entries]
+        table: dict[str, Any] = {form: {"layers": {}, "total": 0.0} for form in forms}
+        what = f"profiling layers on {self._run.target.runtime}"
+        for form, model, entry in self._run.progress.track(jobs, what, len(jobs)):
+            with tempfile.TemporaryDirectory(prefix="featherweight-") as place:
+                artifact = self._run.lower(model)
+                seen = profiled(artifact, model, entry, self._run.target, Path(place))
+            for layer, seconds in layer_seconds(seen).items():
+                layers = table[form]["layers"]
+                layers[layer] = layers.get(layer, 0.0) + seconds
+            table[form]["total"] += seen.kernel_s
+        return table
+
+
+def layer_seconds(seen: Profiled) -> dict[str, float]:
+    """Layer with weights -> seconds of its kernels in one call."""
+    layers = {node.name: node.layer for node in seen.graph if node.parameters}
+    found: dict[str, float] = {}
+    for kernel, shares in seen.found.shares.items():
+        for call, share in shares.items():
+            if call in layers:
+                spent = share * seen.kernels.get(kernel, 0.0)
+                found[layers[call]] = found.get(layers[call], 0.0) + spent
+    return found
+
+
+def _form(integers: bool) -> str:
+    return "int8" if integers else "float"
