@@ -24,6 +24,7 @@ from featherweight.model import Entry, Model, Remove, SetAttr
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
 from featherweight.runtime import Json, Target
+from featherweight.tools.integers import weight_draft
 from golden import data, inputs, model, target
 
 INT8 = Recipe.parse("version: 1\nsteps:\n  - fold: {}\n  - quantize: {samples: 16}\n")
@@ -275,7 +276,8 @@ class TestWritten:
 def test_supports_are_the_runtimes_answers_for_the_target() -> None:
     runtime = find_runtime("onnxruntime")
     asked = TargetSupports(runtime, target(isa="avx2"))
-    fmt = Quantize()._draft("weight")
+    fmt = weight_draft("int8", True, "per_channel", 32)
+    assert fmt is not None
     assert asked.float_outputs == runtime.float_outputs
     assert asked("conv2d", fmt, None)
     assert not asked("lstm", fmt, None)

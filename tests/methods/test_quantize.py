@@ -388,7 +388,7 @@ class TestParameters:
     @pytest.mark.parametrize(
         "parameters",
         [
-            {"weights": "int3"},
+            {"weights": "int9"},
             {"activations": "uint8"},
             {"granularity": "per_block"},
             {"group": 1},
