@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from featherweight.engine.catalog import doctor, methods, runtimes
 from featherweight.engine.compare import compare_artifacts
 from featherweight.engine.delivered import ABOUT, delivered, described
 from featherweight.engine.devices import for_runtime
+from featherweight.engine.effort import plan
 from featherweight.engine.environment import describe, describe_device
 from featherweight.engine.files import load_examples, weigh_files
 from featherweight.engine.fit import Fit, Fitted, Question
@@ -31,7 +33,6 @@ from featherweight.engine.run import Run, write_model
 from featherweight.engine.sources import follow, load_original, load_sources, scoring_code, several_entries
 from featherweight.engine.store import Store, digest, told_as_machine_error
 from featherweight.engine.targets import fit_targets, known_isa
-from featherweight.engine.template import template
 from featherweight.engine.timing import Limits
 from featherweight.errors import (
     BudgetError,
@@ -42,6 +43,7 @@ from featherweight.errors import (
     TargetError,
     nearest,
 )
+from featherweight.figures import seconds
 from featherweight.method import Progress, Silent
 from featherweight.outcome import Budget, Preference, Result
 from featherweight.plugins import find_runtime
@@ -63,7 +65,7 @@ __all__ = [
     "runtimes",
 ]
 
-_TRIALS = 8  # with holes and no --trials
+_TRIALS = 8  # of a recipe with holes and no --trials
 
 
 def fit(
@@ -109,9 +111,12 @@ def fit(
             installed; then the fastest is found by measuring.
         device: Where it is measured: ``local``, ``ssh:[user@]host[:port]`` or ``adb:serial``.
         isa: Instruction set that decides integer ranges; '' is the device's.
-        recipe: A YAML file or a recipe; with holes it is searched; None searches the template.
-        trials: Artifacts to measure at most; 8 by default, 1 without holes.
-        time_limit: No trial starts after so many seconds; one always does.
+        recipe: A YAML file or a recipe; with holes it is searched; None tries what suits the network and
+            the time.
+        trials: Artifacts to measure at most; by default 3, 8 or 16, as the effort is, 8 for a recipe with
+            holes, 1 without holes.
+        time_limit: Seconds that there are. Without a recipe they decide the effort (engine/effort.py). No
+            trial starts that would be ready later; one always does.
         limits: How long and how well to measure.
         threads: Cores that the runtime may use.
         tune: Measure the chosen artifact with those of the runtime's options that are fastest for it.
@@ -132,11 +137,11 @@ def fit(
         MachineError: The disk is full; nothing was written to ``out``.
         RunnerError: Measuring failed.
     """
-    place, shown = Path(out), progress or Silent()
+    place, shown, started = Path(out), progress or Silent(), time.monotonic()
     check_output(place)
     targets = fit_targets(runtime, threads, device, isa)
     question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
-    question = replace(question, tune=tune)
+    question = replace(question, tune=tune, started=started)
     sources = load_sources(
         model,
         weights=weights,
@@ -155,6 +160,9 @@ def fit(
         shown.note(f"note: {note}")
     store = Store()
     runs = [Run(sources.model, sources.data, one, store, seed=seed, progress=shown) for one in targets]
+    if question.open_ended:
+        follow(sources.model)
+        question = _planned(question, runs, trials, shown)
     limits = limits or Limits()
     name = Path(model.rpartition(":")[2] or model).stem
     key = _run_key(runs, question, limits, name)
@@ -215,7 +223,9 @@ def _question(
         raise BudgetError(f"{trials} trials are none", fix="ask for 1 or more")
     if prefer not in get_args(Preference):
         raise BudgetError(f"nothing is preferred by '{prefer}'", fix=nearest(prefer, get_args(Preference)))
-    steps = template() if recipe is None else recipe
+    if not time_limit >= 0:
+        raise BudgetError(f"a time of {time_limit} seconds is none", fix="give seconds that are not negative")
+    steps = Recipe(()) if recipe is None else recipe
     steps = steps if isinstance(steps, Recipe) else Recipe.load(steps)
     searched = recipe is None or steps.has_holes
     return Question(
@@ -227,6 +237,16 @@ def _question(
         trials=(_TRIALS if trials is None else trials) if searched else 1,
         time_limit=time_limit,
     )
+
+
+def _planned(question: Question, runs: Sequence[Run], trials: int | None, progress: Progress) -> Question:
+    """The question with what to try: it follows from the time and from how long a pass takes here."""
+    made = plan(runs[0], question.time_limit, trials)
+    progress.note(
+        f"effort {made.level}: {', then '.join(made.ways)}; {made.trials} trials at most in "
+        f"{seconds(question.time_limit)} ({seconds(made.example_s)} a pass of one example). {made.longer}"
+    )
+    return replace(question, plan=made, trials=made.trials)
 
 
 def _run_key(runs: Sequence[Run], question: Question, limits: Limits, name: str) -> str:
@@ -241,6 +261,9 @@ def _run_key(runs: Sequence[Run], question: Question, limits: Limits, name: str)
         question.budget.model_dump(),
         [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
         [question.tune, question.recipe.to_dict()],
+        []
+        if question.plan is None
+        else [[way, steps.to_dict()] for way, steps in question.plan.ways.items()],
         [[one.target.to_json(), describe_device(one.target).model_dump(mode="json")] for one in runs],
         asdict(limits),
         run.seed,

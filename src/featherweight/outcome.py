@@ -15,6 +15,8 @@ from featherweight.errors import BudgetError
 
 Axis = Literal["quality_drop", "bytes", "latency_s", "memory_bytes"]
 Preference = Literal["balanced", "latency", "bytes", "quality"]
+Level = Literal["quick", "standard", "thorough"]
+LEVELS: tuple[Level, ...] = ("quick", "standard", "thorough")
 AXES: tuple[Axis, ...] = ("quality_drop", "bytes", "latency_s", "memory_bytes")
 
 _SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -42,9 +44,9 @@ def parse_size(text: str, what: str = "size") -> int:
     return round(_quantity(text, what, dict(_SIZES), "300KB"))
 
 
-def parse_time(text: str, what: str = "time") -> float:
+def parse_time(text: str, what: str = "time", example: str = "5ms") -> float:
     """Seconds of '5ms', '10m'."""
-    return _quantity(text, what, _TIMES, "5ms")
+    return _quantity(text, what, _TIMES, example)
 
 
 def parse_drop(text: str, what: str = "drop") -> float:
@@ -126,6 +128,7 @@ class Measurement(_Record):
     energy_j: float | None = None
     macs: int | None = None
     params: int | None = None
+    weight_bits: float | None = None
 
     def value(self, axis: Axis) -> float | None:
         """The figure that a limit on this axis is held against."""
@@ -166,6 +169,7 @@ class Trial(_Record):
 
     number: int
     runtime: str = ""
+    way: str = ""
     recipe: dict[str, Any]
     state: Literal["measured", "rejected", "failed"]
     measurement: Measurement | None = None
@@ -176,8 +180,79 @@ class Trial(_Record):
     sha256: str | None = None
 
 
+class Way(_Record):
+    """One way through the methods that a search without a recipe tries.
+
+    Attributes:
+        name: What trials are told by.
+        recipe: Its steps; what they leave open was searched.
+        predicted_s: Seconds until its model is ready, as predicted before the search.
+        trials: How many trials took it.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    predicted_s: float
+    trials: int = 0
+
+
+class Effort(_Record):
+    """How much a search without a recipe did in the time that there was.
+
+    Attributes:
+        level: ``quick``, ``standard`` or ``thorough``; by the time, and by how long a pass takes.
+        time_s: Seconds that were allowed.
+        seconds: That the search took.
+        example_s: Of a float forward pass of one example in torch, by which all is predicted.
+        ways: In the order in which they were tried.
+        longer: What a longer time would add.
+    """
+
+    level: Level
+    time_s: float
+    seconds: float
+    example_s: float
+    ways: list[Way]
+    longer: str = ""
+
+
+class Spread(_Record):
+    """What a tensor holds, and the range that it is quantized to.
+
+    Attributes:
+        low: End of the range; None where nothing is quantized. Per channel or group: the smallest.
+        high: Other end; the largest.
+        seen_low: Smallest value.
+        seen_high: Largest value.
+        clipped: Share of the values outside the range.
+        counts: Values in equal bins from ``seen_low`` to ``seen_high``.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    seen_low: float
+    seen_high: float
+    clipped: float | None = None
+    counts: list[int] = []
+
+
 class LayerRow(_Record):
-    """One layer before and after, for the report."""
+    """One layer before and after, for the report. Decibels, ranges and histograms are simulated.
+
+    Attributes:
+        name: Its path; a function has its traced name.
+        type: Its class, or the operator.
+        macs: For one example.
+        params: Parameters.
+        bytes_before: Of the parameters in the original.
+        bytes_after: In the artifact.
+        stored: Type of the weight in the artifact.
+        sqnr_db: Of its output when it alone is in its formats.
+        in_place_db: Of its output inside the whole quantized network, against the float one.
+        weight: What its weight holds.
+        activation: What it reads.
+        output: What it makes.
+    """
 
     name: str
     type: str
@@ -187,6 +262,10 @@ class LayerRow(_Record):
     bytes_after: int
     stored: str
     sqnr_db: float | None = None
+    in_place_db: float | None = None
+    weight: Spread | None = None
+    activation: Spread | None = None
+    output: Spread | None = None
 
 
 class RuntimeRow(_Record):
@@ -280,6 +359,7 @@ class Result(_Record):
     runtimes: list[RuntimeRow] = []
     kernels: list[KernelRow] = []
     examples: dict[str, Any] = {}
+    effort: Effort | None = None
     run: str = ""
 
     def to_json(self) -> str:

@@ -16,7 +16,6 @@ from featherweight.engine.evaluate import Scales, Weighed
 from featherweight.engine.fit import Fit, Question
 from featherweight.engine.lanes import Lane
 from featherweight.engine.run import Run
-from featherweight.engine.template import template
 from featherweight.engine.timing import Limits
 from featherweight.errors import (
     DataError,
@@ -28,7 +27,7 @@ from featherweight.errors import (
 )
 from featherweight.method import Method, Silent
 from featherweight.outcome import Budget, Environment, Latency, Measurement
-from featherweight.recipe import Choice, Recipe
+from featherweight.recipe import Choice, Recipe, Step
 
 RANGES = ("mse", "percentile", "minmax")
 ENVIRONMENT = Environment(
@@ -36,6 +35,7 @@ ENVIRONMENT = Environment(
 )
 TWIN = Measurement(quality=0.9, quality_drop=0.0, bytes=1000, latency_s=Latency(median=1.0, q1=1, q3=1))
 OPEN = Recipe.parse("version: 1\nsteps:\n  - quantize: {range: {choice: [mse, percentile, minmax]}}\n")
+TEMPLATE = Recipe((Step("fold"), Step("quantize")))
 FILLED = Recipe.parse("version: 1\nsteps:\n  - quantize: {range: mse}\n")
 
 
@@ -81,7 +81,7 @@ class World:
             runtime=SimpleNamespace(version=lambda: "1"),
             warnings={"a warning of the run": None},
             apply=lambda recipe: recipe.to_dict()["steps"][-1]["quantize"]["range"],
-            context=lambda: "context",
+            context=lambda model: "context",
             step=self.step,
         )
         scales = SimpleNamespace(
@@ -328,13 +328,13 @@ class TestWarnings:
 def test_holes_are_asked_of_the_model_that_reaches_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[tuple[str, Any]] = []
 
-    def holes(name: str, model: Any, context: Any) -> dict[str, Choice]:
-        known.append((name, model))
-        return {"range": Choice(RANGES)} if name == "quantize" else {}
+    def holes(step: Step, model: Any, context: Any) -> dict[str, Choice]:
+        known.append((step.method, model))
+        return {"range": Choice(RANGES)} if step.method == "quantize" else {}
 
     monkeypatch.setattr(fit_module, "step_holes", holes)
     world = World(both(**{key: seen() for key in RANGES}))
-    result = world.fit(asked(template(), open_ended=True, trials=9)).answer().result
+    result = world.fit(asked(TEMPLATE, open_ended=True, trials=9)).answer().result
     assert sorted(world.weighed) == sorted(RANGES)
     assert known[:2] == [("fold", "original"), ("quantize", "original, folded")]
     assert result.recipe["steps"][0] == {"fold": {}}

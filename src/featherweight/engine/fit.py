@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from featherweight.engine.deadline import OutOfTime
+from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
@@ -21,6 +25,7 @@ from featherweight.model import Model
 from featherweight.outcome import (
     Budget,
     Chosen,
+    Effort,
     Measurement,
     Preference,
     Relaxation,
@@ -47,7 +52,9 @@ class Question:
         recipe: Steps to run; what they leave open is searched.
         open_ended: The recipe is a template, whose holes are asked of the models that reach its steps.
         trials: Artifacts to measure at most; each runtime gets one at least.
-        time_limit: No trial starts after so many seconds.
+        time_limit: Seconds that there are: no trial starts that would be ready later, but one always does.
+        plan: What a template tries in this time, instead of ``recipe``.
+        started: When the time began, by ``time.monotonic``; None: when the search does.
         tune: Measure the chosen artifact with the runtime's options that are fastest for it.
     """
 
@@ -58,6 +65,8 @@ class Question:
     open_ended: bool
     trials: int
     time_limit: float
+    plan: Plan | None = None
+    started: float | None = None
     tune: bool = True
 
     @property
@@ -115,6 +124,13 @@ class Fit:
         self.weighed: dict[int, tuple[Lane, Weighed]] = {}
         self.direct: dict[int, Direct] = {}
         self.trials = max(question.trials, len(lanes))
+        self.started = time.monotonic() if question.started is None else question.started
+        self.deadline = self.started + question.time_limit
+        self.weighing_s = 0.0  # what scoring and timing the last artifact took
+        self.slowest = (
+            0.0,
+            1.0,
+        )  # seconds of the trial whose steps took longest, and their ratio to the prediction
         self.selecting, self.reporting = self._halves()
         self.baseline = self.scales.baseline(None, self.selecting)
         self.search = Search(
@@ -126,7 +142,8 @@ class Fit:
             seed=self.run.seed,
             trials=self.trials,
             runtimes=list(self.lanes),
-            deadline_s=question.time_limit,
+            ways=None if question.plan is None else question.plan.ways,
+            deadline_s=self.deadline - time.monotonic(),
         )
 
     def _halves(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -173,8 +190,18 @@ class Fit:
         """Try candidates until there is none; the error that stopped the last one that failed."""
         last = None
         while (candidate := self.search.ask()) is not None:
-            last = self._try(candidate) or last
+            if self._fits(candidate):
+                last = self._try(candidate) or last
+            else:
+                self.search.rule_out(candidate)
         return last
+
+    def _fits(self, candidate: Candidate) -> bool:
+        """Whether a candidate will be ready in time, as far as one knows; the first answer always is."""
+        if self.question.plan is None or not self._measured:
+            return True
+        predicted = self.question.plan.predicted_s[candidate.way] * self.slowest[1]
+        return time.monotonic() + predicted + self.weighing_s <= self.deadline
 
     def _try(self, candidate: Candidate) -> FeatherweightError | None:
         """Run and weigh one candidate; the error that stopped it, if one did."""
@@ -184,6 +211,8 @@ class Fit:
             model = self._model(candidate, lane)
             if model is None:
                 return None
+            ready = time.monotonic()
+            self._learn(candidate, ready - started)
             weighed = lane.scales.weigh(model)
             seen = lane.measurement(weighed, self.selecting)
         except (LoadError, RecipeError, RunnerError, TargetError) as error:  # of this recipe, not of all
@@ -193,6 +222,12 @@ class Fit:
                 candidate, Failure(_without_paths(error.what)), seconds=time.monotonic() - started
             )
             return error
+        except OutOfTime:
+            said = "the time limit came while it was made"
+            self.run.progress.note(f"trial {candidate.number} failed: {said}")
+            self.search.tell(candidate, Failure(said), seconds=time.monotonic() - started)
+            return None
+        self.weighing_s = time.monotonic() - ready
         self.weighed[candidate.number] = lane, weighed
         self.search.tell(
             candidate,
@@ -202,6 +237,12 @@ class Fit:
             sha256=weighed.artifact.sha256,
         )
         return None
+
+    def _learn(self, candidate: Candidate, taken_s: float) -> None:
+        """How steps compare with their prediction; what the store had already tells nothing."""
+        plan = self.question.plan
+        if plan is not None and taken_s > self.slowest[0]:
+            self.slowest = taken_s, taken_s / max(plan.predicted_s[candidate.way], 1e-9)
 
     def _rejected(self, seen: Measurement) -> str | None:
         """Why this is no answer, whatever its figures; a filled recipe is reported, never rejected."""
@@ -215,12 +256,13 @@ class Fit:
 
         A template's holes are asked of the model that reaches the step, since layers change on the way.
         """
+        lane.run.until = self.deadline if self._measured else math.inf  # there is one answer always
         if not self.question.open_ended:
             self._announce(candidate)
             return lane.run.apply(candidate.recipe)
-        model, context = lane.run.original, lane.run.context()
+        model = lane.run.original
         for index, step in enumerate(candidate.recipe.steps):
-            candidate.fill(index, step_holes(step.method, model, context))
+            candidate.fill(index, step_holes(step, model, lane.run.context(model)))
             if index == len(candidate.recipe.steps) - 1:
                 if not self.search.accept(candidate):
                     return None
@@ -231,7 +273,8 @@ class Fit:
     def _announce(self, candidate: Candidate) -> None:
         steps = " -> ".join(_told(step) for step in candidate.recipe.to_dict()["steps"])
         where = f" on {candidate.runtime}" if candidate.runtime else ""
-        self.run.progress.note(f"trial {candidate.number}{where}: {steps or 'the original'}")
+        way = f" ({candidate.way})" if candidate.way else ""
+        self.run.progress.note(f"trial {candidate.number}{where}{way}: {steps or 'the original'}")
 
     # ---- the choice
 
@@ -273,8 +316,16 @@ class Fit:
             runtimes=rows,
             kernels=[] if interrupted else lane.scales.kernels(weighed),
             examples=self._examples(),
+            effort=self._effort(),
         )
         return Fitted(result, lane, weighed, finished=not interrupted and self.search.ended != "time")
+
+    def _effort(self) -> Effort | None:
+        """What was done in the time, where no recipe said what to do."""
+        if self.question.plan is None:
+            return None
+        trials = Counter(trial.way for trial in self.search.trials)
+        return self.question.plan.told(trials, time.monotonic() - self.started)
 
     def _seen(self, number: int, indices: np.ndarray | None) -> Measurement:
         """What was seen of a trial's artifact on these scored examples."""

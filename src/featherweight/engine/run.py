@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featherweight.data import Data
+from featherweight.engine.costs import MeasuredCosts
+from featherweight.engine.deadline import Bounded
 from featherweight.engine.devices import for_runtime
 from featherweight.engine.environment import resolve
 from featherweight.engine.scratch import MappedScratch
@@ -93,6 +96,8 @@ class Run:
         self.sources = sources_digest()
         self.warnings: dict[str, None] = {}  # in the order in which they came, once each
         self.scratch = MappedScratch(store.folder / "scratch")
+        self.costs = MeasuredCosts(self)
+        self.until = math.inf  # when the time for steps is up, by time.monotonic
         self._float_keys: dict[str, str] = {}  # of a model with formats -> of the float network behind it
         self._floats: dict[str, Model] = {}
 
@@ -109,8 +114,9 @@ class Run:
             target=self.target,
             supports=TargetSupports(self.runtime, for_runtime(self.target)),
             seed=self.seed,
-            progress=self.progress,
+            progress=self.progress if self.until == math.inf else Bounded(self.progress, self.until),
             scratch=self.scratch,
+            costs=self.costs,
             memo=forgetful if model is None or not model.key else self._memo(model),
         )
 

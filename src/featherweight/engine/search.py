@@ -55,7 +55,7 @@ __all__ = [
 
 Ended = Literal["trials", "time", "exhausted"]
 _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
-_RUNTIME = "runtime"  # what Optuna calls the draw; those of holes begin with a step's number
+_RUNTIME, _WAY = "runtime", "way"  # what Optuna calls the draws; those of holes begin with a step's number
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
@@ -66,6 +66,14 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Opening:
+    """One of the first candidates: a runtime and a recipe, with the default of every hole."""
+
+    runtime: str
+    way: str
+
+
 class Candidate:
     """A recipe whose holes are being filled.
 
@@ -73,6 +81,7 @@ class Candidate:
         number: Counts the trials from 0.
         recipe: As far as it is filled.
         runtime: Which one it is for, where the search has several.
+        way: Which of the search's recipes it fills, where it has several.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class Candidate:
     ) -> None:
         self.number = number
         self.recipe = recipe
-        self.runtime = ""
+        self.runtime = self.way = ""
         self.draws: list[Draw] = []
         self.proposal = proposal
         self._search = search
@@ -91,11 +100,20 @@ class Candidate:
         """What tells this candidate from others: its holes and their values, in order."""
         return tuple(draw.key for draw in self.draws)
 
-    def place(self, runtimes: Choice, runtime: str | None) -> None:
-        """Draw the runtime before any hole of the recipe; the first candidates are given theirs."""
-        self._search.tried.enter(self.point, runtimes.size)
-        self.runtime = self._value(_RUNTIME, runtimes) if runtime is None else runtime
-        self.draws.append(Draw(_RUNTIME, runtimes, self.runtime))
+    def place(self, runtimes: Sequence[str], ways: Mapping[str, Recipe], opening: Opening | None) -> None:
+        """Draw the runtime and the recipe before any of its holes; the first candidates are given theirs."""
+        if len(runtimes) > 1:
+            self.runtime = self._placed(_RUNTIME, runtimes, None if opening is None else opening.runtime)
+        if ways:
+            self.way = self._placed(_WAY, tuple(ways), None if opening is None else opening.way)
+            self.recipe = ways[self.way]
+
+    def _placed(self, name: str, options: Sequence[str], given: str | None) -> str:
+        hole = Choice(tuple(options))
+        self._search.tried.enter(self.point, hole.size)
+        value: str = self._value(name, hole) if given is None else given
+        self.draws.append(Draw(name, hole, value))
+        return value
 
     def fill(self, step: int, holes: Mapping[str, Hole]) -> dict[str, Any]:
         """Values for holes of one step (counted from 0), by address; the recipe takes them over.
@@ -138,6 +156,8 @@ class Search:
         trials: Largest number of candidates.
         runtimes: Names among which each candidate takes one; the first candidates take one each, with the
             default of every hole. One or none: there is no such choice.
+        ways: Recipes among which each candidate takes one, instead of ``recipe``; the first candidates take
+            one after the other, on each runtime, with the default of every hole.
         deadline_s: Seconds from now after which no candidate is proposed.
         storage: A journal to go on from; without one the search is forgotten with the process.
         clock: Seconds, never going back.
@@ -158,6 +178,7 @@ class Search:
         seed: int = 0,
         trials: int = 20,
         runtimes: Sequence[str] = (),
+        ways: Mapping[str, Recipe] | None = None,
         deadline_s: float | None = None,
         storage: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -167,15 +188,18 @@ class Search:
         self.recipe, self.budget, self.baseline = recipe, budget, baseline
         self.prefer, self.confident, self.limit = prefer, confident, trials
         self.runtimes = tuple(runtimes) if len(runtimes) > 1 else ()
+        self.ways = dict(ways or {})
         self._clock = clock
         self._deadline = math.inf if deadline_s is None else clock() + deadline_s
         self.trials: list[Trial] = []
         self.tried = Tried()
         self._asked = 0
-        self._repeated = False
+        self._repeated = self._out_of_time = False
         self._lock = None if storage is None else _hold(storage)
         self._study = self._open(storage, seed)
         known = self._take_up()
+        openings = [Opening(one, way) for way in self.ways or ("",) for one in self.runtimes or ("",)]
+        self._openings = openings[self._asked :]
         # A search that goes on must not draw again what it drew before.
         self.random = random.Random(f"{seed}/{known}")
         self._study.sampler = _sampler(self.random.randrange(2**32), trials, bool(self._excesses(baseline)))
@@ -189,7 +213,7 @@ class Search:
     def ended(self) -> Ended | None:
         """Why no further candidate will come; None: one will."""
         if self.tried.exhausted:
-            return "exhausted"
+            return "time" if self._out_of_time else "exhausted"
         if self._asked >= self.limit:
             return "trials"
         return "time" if self._asked and self._clock() >= self._deadline else None
@@ -210,13 +234,24 @@ class Search:
 
     def accept(self, candidate: Candidate) -> bool:
         """Whether a candidate that the caller filled is new; one that is not is dropped, so ask again."""
-        self._repeated = self.tried.has(candidate.point)
-        if self._repeated:
-            self._asked -= 1
-            if candidate.proposal is not None:
-                self._study.tell(candidate.proposal, state=TrialState.FAIL)
+        if self.tried.has(candidate.point):
+            self._drop(candidate)
+            return False
+        self._repeated = False
         self.tried.finish(candidate.point)
-        return not self._repeated
+        return True
+
+    def _drop(self, candidate: Candidate) -> None:
+        self._repeated = True
+        self._asked -= 1
+        if candidate.proposal is not None:
+            self._study.tell(candidate.proposal, state=TrialState.FAIL)
+        self.tried.finish(candidate.point)
+
+    def rule_out(self, candidate: Candidate) -> None:
+        """Drop a candidate whose way takes longer than there is time for, and propose its way no more."""
+        self._out_of_time = True
+        self._drop(candidate)
 
     def tell(
         self,
@@ -240,6 +275,7 @@ class Search:
         trial = Trial(
             number=candidate.number,
             runtime=candidate.runtime,
+            way=candidate.way,
             recipe=candidate.recipe.to_dict(),
             state="failed" if seen is None else "rejected" if rejected else "measured",
             measurement=seen,
@@ -278,6 +314,7 @@ class Search:
             seed,
         ]
         space += [list(self.runtimes)] if self.runtimes else []
+        space += [[name, way.to_dict()] for name, way in self.ways.items()]
         name = hashlib.sha256(canonical(space).encode()).hexdigest()[:16]
         try:
             journal = None if storage is None else JournalStorage(_backend(storage))
@@ -310,12 +347,11 @@ class Search:
         return len(self._study.trials)
 
     def _candidate(self, explore: bool) -> Candidate:
-        first = self._asked < max(1, len(self.runtimes))
-        proposal = None if first or explore else self._study.ask()
-        candidate = Candidate(self, self._asked, self.recipe, proposal, first)
-        if self.runtimes:
-            candidate.place(Choice(self.runtimes), self.runtimes[self._asked] if first else None)
+        opening = self._openings.pop(0) if self._openings else None
+        proposal = None if opening or explore else self._study.ask()
+        candidate = Candidate(self, self._asked, self.recipe, proposal, opening is not None)
         self._asked += 1
+        candidate.place(self.runtimes, self.ways, opening)
         return candidate
 
     def _record(self, candidate: Candidate, trial: Trial) -> None:

@@ -1,20 +1,117 @@
-"""The recipe that ``fit`` searches when none is given: Method.holes x Runtime.supports."""
+"""The recipes that ``fit`` tries when none is given: ways through the methods, each with its holes open.
+
+A way is a recipe whose steps say only what makes it that way; what else may vary is asked of the models that
+reach its steps (Method.holes). The first way is the strongest default, and ways without equalization or with
+plain rounding stand beside it, since neither pays everywhere: what is measured decides.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from featherweight.graph import trace
 from featherweight.method import Context
 from featherweight.model import Model
-from featherweight.plugins import find_method
+from featherweight.outcome import Level
+from featherweight.plugins import find_method, method_names
 from featherweight.recipe import Hole, Recipe, Step
+from featherweight.tools.costs import node_macs
 
-_STEPS = ("fold", "quantize")  # structure before formats, as the order rule asks
+_LINEAR = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention"})
+_RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+_DOMINATES = 0.5  # share of the multiply-accumulates from which on a network is of that kind
+_GROUP = 32  # weights of a matrix that share a scale at 4 bits
 
 
-def template() -> Recipe:
-    """Steps with all their holes open: they are asked of the model that reaches the step."""
-    return Recipe(tuple(Step(name, {}) for name in _STEPS))
+@dataclass(frozen=True)
+class Shape:
+    """What a network consists of, as far as it decides between ways.
+
+    Attributes:
+        linear: Share of its multiply-accumulates in matrices: transformers.
+        recurrent: Whether it has recurrent layers, whose activations are quantized on the fly only.
+    """
+
+    linear: float
+    recurrent: bool
+
+    @property
+    def of_matrices(self) -> bool:
+        """Whether activations quantized on the fly, or weights alone, may be faster than static integers."""
+        return self.recurrent or self.linear > _DOMINATES
 
 
-def step_holes(name: str, model: Model, context: Context) -> dict[str, Hole]:
-    """What the search may vary of a step on the model that reaches it."""
-    return find_method(name).holes(model, context)
+def shape_of(model: Model) -> Shape:
+    """What a network consists of."""
+    linear = total = 0
+    recurrent = False
+    for entry in model.entries:
+        graph = trace(model, entry)
+        for node in graph:
+            macs = node_macs(graph, node)
+            total += macs
+            linear += macs if node.op in _LINEAR else 0
+            recurrent |= node.op in _RECURRENT
+    return Shape(linear / max(total, 1), recurrent)
+
+
+def ways(level: Level, shape: Shape, samples: int, iterations: int) -> dict[str, Recipe]:
+    """Recipes to try at a level, by name, in the order in which they are tried.
+
+    Args:
+        level: How thorough.
+        shape: Of the network.
+        samples: Calibration examples of each step.
+        iterations: Of the reconstruction of each block.
+    """
+    few = {"samples": samples}
+    fold, equalize, static = Step("fold"), Step("equalize"), Step("quantize", few)
+    gptq = Step("rounding", {"how": "gptq", **few})
+    blocks = Step("rounding", {"how": "blocks", "iterations": iterations, **few})
+    dynamic = Step("quantize", {"activations": "dynamic", **few})
+    alone = Step("quantize", {"activations": "none", **few})
+    int4 = {"weights": "int4", "activations": "none", "granularity": "per_group", "group": _GROUP, **few}
+    found: dict[str, tuple[Step, ...]] = {
+        "nearest": (fold, static, Step("correct_bias", few)),
+        "gptq": (fold, equalize, static, gptq),
+        "gptq, not equalized": (fold, static, gptq),
+        "blocks": (fold, equalize, static, blocks),
+        "mixed": (fold, equalize, Step("mixed_precision", few), gptq),
+        "dynamic": (fold, dynamic, gptq),
+        "dynamic, nearest": (fold, dynamic),
+        "weights": (fold, alone, gptq),
+        "weights, nearest": (fold, alone),
+        "weights, 4 bits": (fold, Step("quantize", int4), gptq),
+    }
+    known = set(method_names())  # FIXME while methods are being written
+    found = {
+        name: tuple(step for step in steps if step.method in known)
+        for name, steps in found.items()
+        if known >= {step.method for step in steps if step.method == "mixed_precision"}
+    }
+    return {name: Recipe(found[name]) for name in _order(level, shape) if name in found}
+
+
+def _order(level: Level, shape: Shape) -> list[str]:
+    matrices = shape.of_matrices
+    if level == "quick":
+        order = ["nearest", *(["dynamic, nearest", "weights, nearest"] if matrices else [])]
+    elif level == "standard":
+        order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order += ["nearest", "gptq, not equalized"]
+    else:
+        order = ["blocks", "gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order += ["mixed", "nearest", "gptq, not equalized"]
+    if shape.recurrent:  # static integers leave recurrent layers as they are
+        order.sort(key=lambda name: not name.startswith("dynamic"))
+    return order
+
+
+def step_holes(step: Step, model: Model, context: Context) -> dict[str, Hole]:
+    """What the search may vary of a step on the model that reaches it: what the step does not say itself."""
+    holes: Mapping[str, Any] = find_method(step.method).holes(model, context)
+    return {
+        address: hole for address, hole in holes.items() if address.partition("/")[0] not in step.parameters
+    }

@@ -1,0 +1,216 @@
+"""How much work the time allows: which ways are worth trying, and with how many examples and iterations.
+
+Everything is counted in forward passes of one example, which are timed once on this machine. A level is taken
+when its strongest way is predicted to be ready in half of the time, since what it makes is measured too::
+
+    quick     up to a minute, or a network that is large for the time: fold, quantize, correct_bias
+    standard  fold, equalize, quantize, rounding by GPTQ; what does not pay is left out by measuring
+    thorough  from 15 minutes on: also the reconstruction of blocks, and mixed precision
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from featherweight.engine.run import Run
+from featherweight.engine.store import digest
+from featherweight.engine.template import Shape, shape_of, ways
+from featherweight.outcome import LEVELS, Effort, Level, Way
+from featherweight.recipe import Recipe, Step
+from featherweight.tools.simulate import Replay
+
+_FROM: Mapping[Level, float] = {"quick": 0.0, "standard": 61.0, "thorough": 900.0}  # seconds
+_TRIALS: Mapping[Level, int] = {"quick": 3, "standard": 8, "thorough": 16}
+_STRONGEST: Mapping[Level, str] = {"quick": "nearest", "standard": "gptq", "thorough": "blocks"}
+_READY = 0.5  # share of the time in which the strongest way must be ready
+_TIGHT = 0.25  # share of the time from which on a quicker way goes first, so that an answer stands early
+_FEWEST, _MOST = 16, 256  # calibration examples
+_LEAST, _LARGEST = 250, 20000  # iterations of a block
+_RECONSTRUCTION = 0.4  # share of the time that goes to the reconstruction of blocks
+# Forward passes that a step costs for each calibration example (rounding: by GPTQ), and for each iteration.
+_PASSES = {"equalize": 2.0, "quantize": 4.0, "correct_bias": 4.0, "rounding": 10.0, "mixed_precision": 12.0}
+_PASSES_OF_ITERATION = 100.0
+_S_OF_PARAMETER = 4e-7  # for ranges and rounding, whatever the examples
+_TIMED = 8  # examples of the timed pass
+_ADDS: Mapping[Level, str] = {
+    "quick": "",
+    "standard": "equalization, rounding by GPTQ and a search over settings",
+    "thorough": "the reconstruction of blocks, mixed precision and more settings",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search without a recipe tries.
+
+    Attributes:
+        level: How thorough.
+        time_s: Seconds that there are.
+        example_s: Seconds of a float forward pass of one example, in torch on this machine.
+        ways: Name -> recipe whose holes are asked of the models, in the order in which they are tried.
+        predicted_s: Name -> seconds until its model is ready.
+        trials: Artifacts to measure.
+        longer: What more time would add.
+    """
+
+    level: Level
+    time_s: float
+    example_s: float
+    ways: Mapping[str, Recipe]
+    predicted_s: Mapping[str, float]
+    trials: int
+    longer: str = ""
+
+    def told(self, trials: Mapping[str, int], seconds: float) -> Effort:
+        """The same for ``result.json``.
+
+        Args:
+            trials: Way -> trials of it.
+            seconds: That the search took.
+        """
+        return Effort(
+            level=self.level,
+            time_s=self.time_s,
+            seconds=seconds,
+            example_s=self.example_s,
+            longer=self.longer,
+            ways=[
+                Way(
+                    name=name,
+                    recipe=recipe.to_dict(),
+                    predicted_s=self.predicted_s[name],
+                    trials=trials.get(name, 0),
+                )
+                for name, recipe in self.ways.items()
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What work costs here.
+
+    Attributes:
+        example_s: Seconds of a forward pass of one example.
+        parameters: Of the network.
+    """
+
+    example_s: float
+    parameters: int
+
+    def of(self, recipe: Recipe) -> float:
+        """Seconds until a recipe's model is ready, predicted."""
+        return sum(self._of_step(step) for step in recipe.steps)
+
+    def _of_step(self, step: Step) -> float:
+        if step.method not in _PASSES:
+            return 0.0
+        passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)
+        if step.parameters.get("how") == "blocks":
+            passes += _PASSES_OF_ITERATION * step.parameters["iterations"]
+        return float(passes * self.example_s + _S_OF_PARAMETER * self.parameters)
+
+    def samples(self, time_s: float, method: str) -> int:
+        """Calibration examples whose passes take a quarter of the time at most."""
+        passes = sum(_PASSES[name] for name in ("equalize", "quantize", method))
+        return int(min(max(_TIGHT * time_s / (passes * self.example_s), _FEWEST), _MOST))
+
+    def iterations(self, time_s: float) -> int:
+        """Of each block, in the share of the time that is theirs."""
+        count = _RECONSTRUCTION * time_s / (_PASSES_OF_ITERATION * self.example_s)
+        return int(min(max(count, _LEAST), _LARGEST))
+
+
+def plan(run: Run, time_s: float, trials: int | None = None) -> Plan:
+    """What to try in so many seconds.
+
+    Args:
+        run: The original and its data.
+        time_s: Seconds that there are.
+        trials: Artifacts to measure; None: as many as suit the effort.
+    """
+    return planned(pace_of(run), shape_of(run.original), time_s, trials)
+
+
+def planned(pace: Pace, shape: Shape, time_s: float, trials: int | None = None) -> Plan:
+    """The plan for a network of this pace and shape."""
+    fitting: list[Level] = [level for level in LEVELS if _fits(level, pace, shape, time_s)]
+    level = fitting[-1] if fitting else "quick"
+    tried = _ways(level, pace, shape, time_s)
+    predicted = {name: pace.of(recipe) for name, recipe in tried.items()}
+    first = next(iter(tried))
+    if predicted[first] > _TIGHT * time_s and len(tried) > 1:  # an early answer: the quickest of the others
+        quickest = min(predicted, key=lambda name: predicted[name])
+        tried = {quickest: tried[quickest], **tried}
+    return Plan(
+        level=level,
+        time_s=time_s,
+        example_s=pace.example_s,
+        ways=tried,
+        predicted_s=predicted,
+        trials=_TRIALS[level] if trials is None else trials,
+        longer=_longer(level, pace, shape),
+    )
+
+
+def _ways(level: Level, pace: Pace, shape: Shape, time_s: float) -> dict[str, Recipe]:
+    method = "correct_bias" if level == "quick" else "rounding"
+    return ways(level, shape, pace.samples(time_s, method), pace.iterations(time_s))
+
+
+def _fits(level: Level, pace: Pace, shape: Shape, time_s: float) -> bool:
+    """Whether the strongest way of a level is ready in time."""
+    strongest = _ways(level, pace, shape, time_s)[_STRONGEST[level]]
+    return level == "quick" or (time_s >= _FROM[level] and pace.of(strongest) <= _READY * time_s)
+
+
+def _longer(level: Level, pace: Pace, shape: Shape) -> str:
+    """What the next level adds, and from which time on."""
+    if level == LEVELS[-1]:
+        return "a longer time adds iterations and trials"
+    above = LEVELS[LEVELS.index(level) + 1]
+    needed = _FROM[above]
+    while not _fits(above, pace, shape, needed):
+        needed *= 1.25
+    minutes = math.ceil(needed / 60)
+    return f"--time {minutes}m or more adds {_ADDS[above]}"
+
+
+def pace_of(run: Run) -> Pace:
+    """What work costs on this machine: a forward pass is timed once and remembered."""
+    parameters = sum(tensor.numel() for tensor in run.original.parameters.values())
+    key = digest("pace", run.original.key, run.data.fingerprint, _machine(), run.sources)
+    known = run.store.get_json("pace", key)
+    if known is None:
+        known = {"example_s": _example_seconds(run)}
+        run.store.put_json("pace", key, known)
+    return Pace(max(known["example_s"], 1e-9), parameters)
+
+
+def _machine() -> list[object]:
+    from featherweight.engine.environment import describe
+    from featherweight.runtime import Target
+
+    here = describe(Target())
+    return [here.cpu, here.cores, torch.__version__, torch.get_num_threads()]
+
+
+def _example_seconds(run: Run) -> float:
+    """Seconds of one example in a batch, the quicker of two passes."""
+    replay = Replay(run.original, next(iter(run.original.entries)))
+    seen: list[float] = []
+    with torch.inference_mode():
+        for arrays in islice(run.data.calibration(_TIMED), 1):
+            batch = tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
+            for _ in range(2):
+                started = time.perf_counter()
+                replay(batch)
+                seen.append((time.perf_counter() - started) / max(len(arrays[0]), 1))
+    return min(seen, default=0.0)
