@@ -24,6 +24,7 @@ from featherweight.graph import Graph, Node, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole, Where
+from featherweight.tools.calibration import CalibrationInputs, constant_values
 from featherweight.tools.integers import (
     WEIGHTED,
     Plan,
@@ -113,16 +114,18 @@ class Quantize(Method, frozen=True, extra="forbid"):
         }
 
     def apply(self, model: Model, context: Context) -> Model:
+        notes: dict[str, None] = {}
         plans = self._plans(model, context)
-        done = self._formats(model, plans, context)
+        done = self._formats(model, plans, context, notes)
         if self.fallback:
             spared = self._worst(model.evolve(formats=done), context)
             plans = self._plans(model, context, spared)
-            done = self._formats(model, plans, context)
+            done = self._formats(model, plans, context, notes)
         refused = {layer: op for plan in plans.values() for layer, op in plan.refused.items()}
         if not done:
             raise self._nothing(model, refused, context)
-        self._note(model, refused, context)
+        for note in (*notes, *self._notes(model, refused, context)):
+            context.progress.note(f"warning: {note}")
         return model.evolve(formats={**model.formats, **done})
 
     def weight_formats(self, model: Model, context: Context) -> Formats:
@@ -173,14 +176,16 @@ class Quantize(Method, frozen=True, extra="forbid"):
 
     # ---- ranges
 
-    def _formats(self, model: Model, plans: Mapping[str, Plan], context: Context) -> Formats:
+    def _formats(
+        self, model: Model, plans: Mapping[str, Plan], context: Context, notes: dict[str, None]
+    ) -> Formats:
         formats: Formats = {}
         for entry, plan in plans.items():
             formats |= self._stored(model, plan, context)
             for value, chain in plan.dynamic.items():
                 formats[value] = tuple(_realised(fmt, "activation", context, value) for fmt in chain)
             if plan.values:
-                formats |= self._activations(model, entry, plan, context)
+                formats |= self._activations(model, entry, plan, context, notes)
         return formats
 
     def _stored(self, model: Model, plan: Plan, context: Context) -> Formats:
@@ -195,7 +200,9 @@ class Quantize(Method, frozen=True, extra="forbid"):
             formats[name] = (weight_format(weight, grid, self.weight_range, self.percentile),)
         return formats
 
-    def _activations(self, model: Model, entry: str, plan: Plan, context: Context) -> Formats:
+    def _activations(
+        self, model: Model, entry: str, plan: Plan, context: Context, notes: dict[str, None]
+    ) -> Formats:
         """One format per source of values; what is only moved shares it."""
         grids = {source: plan.grids.get(source, source) for source in plan.values.values()}
         histograms = {name: Histogram(self.momentum) for name in grids.values()}
@@ -206,16 +213,18 @@ class Quantize(Method, frozen=True, extra="forbid"):
                 histograms[grids[name]].update(value, name)
             return value
 
-        batches = 0
+        inputs = CalibrationInputs(replay.graph)
         with torch.inference_mode():
             for batch in _calibration(context, self.samples):
+                inputs.update(batch)
                 replay(batch, observe)
-                batches += 1
-        if not batches:
+        if not inputs.count:
             raise DataError(
                 "quantize found no calibration examples",
                 fix="give x_calibration or x_train, or activations: none",
             )
+        odd = (*inputs.notes(context.data, context.seed), *constant_values(histograms))
+        notes |= dict.fromkeys(odd)
         formats: Formats = {}
         for name, seen in histograms.items():
             formats[name] = (self._activation(seen, name, plan.fixed.get(name), context),)
@@ -257,22 +266,23 @@ class Quantize(Method, frozen=True, extra="forbid"):
         some = ", or what layers says," if self.layers else ""
         return f"weights {self.weights} {shared}{some} with activations {self.activations}"
 
-    def _note(self, model: Model, refused: Mapping[str, str], context: Context) -> None:
-        """Tell which layers the runtime has nothing for, and which rules mean no layer."""
+    def _notes(self, model: Model, refused: Mapping[str, str], context: Context) -> list[str]:
+        """Which layers the runtime has nothing for, and which rules mean no layer."""
+        notes = []
         if refused:
             names = ", ".join(list(refused)[:_NAMED]) + (", ..." if len(refused) > _NAMED else "")
             kinds = ", ".join(sorted(set(refused.values())))
             count = "1 layer stays" if len(refused) == 1 else f"{len(refused)} layers stay"
-            context.progress.note(
-                f"warning: {count} float, since {context.target.runtime} has no kernel of {kinds} "
-                f"for {self._asked()}: {names}"
+            notes.append(
+                f"{count} float, since {context.target.runtime} has no kernel of {kinds} for "
+                f"{self._asked()}: {names}"
             )
         layers = {path: type(layer).__name__ for path, layer in model.module.named_modules() if path}
-        for pattern in self.layers:
-            if Where.model_validate({"include": [pattern]}).unmatched(layers):
-                context.progress.note(
-                    f"warning: layers of quantize names '{pattern}', which is no layer or type of the model"
-                )
+        unmatched = (one for one in self.layers if Where.model_validate({"include": [one]}).unmatched(layers))
+        notes += [
+            f"layers of quantize names '{one}', which is no layer or type of the model" for one in unmatched
+        ]
+        return notes
 
     def _nothing(self, model: Model, refused: Mapping[str, str], context: Context) -> RecipeError:
         runtime = context.target.runtime
