@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from featherweight.graph import Node, trace
-from featherweight.tools.columns import Moments, chunks, from_rows, is_product, to_columns, to_rows
+from featherweight.tools.columns import Moments, from_rows, is_product, pieces, to_columns, to_rows
 from golden import model_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -95,12 +95,26 @@ def test_a_linear_layer_takes_any_leading_axes(shape: tuple[int, ...]) -> None:
 
 
 def test_pieces_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featherweight.tools.columns._CHUNK", 300)
+    monkeypatch.setattr("featherweight.tools.columns._PIECE", 300)
     for layer, x in ((nn.Conv2d(3, 4, 3), torch.randn(7, 3, 8, 8)), (nn.Linear(9, 2), torch.randn(50, 5, 9))):
         node = call(layer, x)
-        pieces = [piece for (piece,) in chunks(node, layer.weight.shape, x)]
-        assert len(pieces) > 1
-        torch.testing.assert_close(torch.cat(pieces, 1), to_columns(node, x, layer.weight.shape))
+        seen = [piece for (piece,) in pieces(node, layer.weight.shape, x)]
+        assert len(seen) > 1
+        torch.testing.assert_close(torch.cat(seen, 1), to_columns(node, x, layer.weight.shape))
+
+
+def test_a_share_is_picked_at_the_same_places_of_all_inputs() -> None:
+    layer, x = nn.Conv2d(4, 6, 3, padding=1, groups=2), torch.randn(5, 4, 8, 8)
+    node = call(layer, x)
+    every = {tuple(column) for column in to_columns(node, x, layer.weight.shape)[0].tolist()}
+    ((one, two),) = pieces(node, layer.weight.shape, x, 2 * x, share=0.1, seed=3)
+    assert one.shape == (2, 32, 18)
+    assert torch.equal(2 * one, two)
+    chosen = {tuple(column) for column in one[0].tolist()}
+    assert chosen <= every
+    assert len(chosen) == 32
+    ((other,),) = pieces(node, layer.weight.shape, x, share=0.1, seed=4)
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("centred", [True, False])

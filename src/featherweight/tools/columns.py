@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from featherweight.graph import Node
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
-_CHUNK = 1 << 22  # elements of columns that are held at once, some 16 MB
+_PIECE = 1 << 22  # elements of columns that are held at once, some 16 MB
 
 
 def is_product(node: Node) -> bool:
@@ -55,44 +56,71 @@ def from_rows(node: Node, rows: Tensor, shape: Sequence[int]) -> Tensor:
     return split.transpose(1, 2).flip(tuple(range(3, split.dim()))).reshape(tuple(shape))
 
 
-def to_columns(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+def to_columns(node: Node, x: Tensor, weight_shape: Sequence[int], picks: Tensor | None = None) -> Tensor:
     """An input as (groups, examples x positions, K).
 
     Args:
         node: A call for which :func:`is_product` holds.
         x: What it reads.
         weight_shape: Of its weight.
+        picks: Indices of the columns wanted, which alone are made; None: all.
     """
     if node.op == "linear":
-        return x.reshape(1, -1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat if picks is None else flat[picks])[None]
+    windows = _windows_of(node, x, weight_shape)
+    axes = (windows.dim() - 2) // 2
+    places = windows.movedim(1, 1 + axes)  # (N, *positions, C, *kernel)
+    if picks is None:
+        flat = places.reshape(-1, *places.shape[1 + axes :])
+    else:
+        flat = places[torch.unravel_index(picks, places.shape[: 1 + axes])]
+    return flat.reshape(len(flat), groups_of(node), -1).transpose(0, 1)
+
+
+def count_columns(node: Node, x: Tensor, weight_shape: Sequence[int]) -> int:
+    """How many columns an input has: examples x positions."""
+    if node.op == "linear":
+        return x.numel() // x.shape[-1]
+    windows = _windows_of(node, x, weight_shape)
+    return math.prod(windows.shape[:1] + windows.shape[2 : 2 + (windows.dim() - 2) // 2])
+
+
+def pieces(
+    node: Node, weight_shape: Sequence[int], *inputs: Tensor, share: float = 1.0, seed: int = 0
+) -> Iterator[tuple[Tensor, ...]]:
+    """The same columns of inputs of one shape, piece by piece.
+
+    Args:
+        node: A call for which :func:`is_product` holds.
+        weight_shape: Of its weight.
+        inputs: What it reads, e.g. in the float and in the stored network.
+        share: So many of the columns, picked at random.
+        seed: Of what is picked.
+    """
+    total = count_columns(node, inputs[0], weight_shape)
+    picks = torch.arange(total)
+    if share < 1:
+        wanted = max(1, round(share * total))
+        picks = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
+    width = (
+        math.prod(weight_shape[2:]) * inputs[0].shape[-1 if node.op == "linear" else 1 - len(weight_shape)]
+    )
+    for part in torch.split(picks, max(1, _PIECE // max(width, 1))):
+        yield tuple(to_columns(node, x, weight_shape, part) for x in inputs)
+
+
+def _windows_of(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """A view (N, C, *positions, *kernel) of what a convolution's filters read at each position."""
     axes = _CONVOLUTIONS.get(node.op) or _TRANSPOSED[node.op]
-    if x.dim() == axes + 1:
-        x = x[None]
+    x = x[None] if x.dim() == axes + 1 else x
     kernel = list(weight_shape[-axes:])
     dilation = _each(node, "dilation", 1, axes)
-    stride = _each(node, "stride", 1, axes)
     if node.op in _TRANSPOSED:
-        x, stride = _stretched(node, x, kernel, stride, dilation), [1] * axes
-    else:
-        x = nn.functional.pad(x, _padding(node, kernel, dilation))
-    windows = _windows(x, kernel, stride, dilation)  # (N, C, *positions, *kernel)
-    groups = groups_of(node)
-    split = windows.unflatten(1, (groups, -1))  # (N, G, C/G, *positions, *kernel)
-    places = list(range(3, 3 + axes))
-    ordered = split.permute(1, 0, *places, 2, *range(3 + axes, 3 + 2 * axes))
-    return ordered.reshape(groups, -1, split.shape[2] * math.prod(kernel))
-
-
-def chunks(node: Node, weight_shape: Sequence[int], *inputs: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The columns of inputs of one shape, few examples at a time."""
-    if node.op == "linear":
-        inputs = tuple(x.reshape(-1, x.shape[-1]) for x in inputs)
-    elif inputs[0].dim() == len(weight_shape) - 1:
-        inputs = tuple(x[None] for x in inputs)
-    count = inputs[0].shape[0]
-    each = inputs[0][:1].numel() * (1 if node.op == "linear" else math.prod(weight_shape[2:]))
-    for part in zip(*(x.split(max(1, min(count, _CHUNK // max(each, 1)))) for x in inputs), strict=True):
-        yield tuple(to_columns(node, x, weight_shape) for x in part)
+        wide = _stretched(node, x, kernel, _each(node, "stride", 1, axes), dilation)
+        return _windows(wide, kernel, [1] * axes, dilation)
+    padded = nn.functional.pad(x, _padding(node, kernel, dilation))
+    return _windows(padded, kernel, _each(node, "stride", 1, axes), dilation)
 
 
 def _each(node: Node, name: str, default: int, axes: int) -> list[int]:
@@ -121,7 +149,8 @@ def _stretched(
     axes = len(kernel)
     sizes = [(size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, step) for step in stride))] = x
+    places: list[Any] = [slice(None), slice(None), *(slice(None, None, step) for step in stride)]
+    wide[tuple(places)] = x
     padding, extra = _each(node, "padding", 0, axes), _each(node, "output_padding", 0, axes)
     ends: list[int] = []
     for axis in reversed(range(axes)):
