@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -111,3 +112,21 @@ def test_refuses_what_is_no_number(loss: float) -> None:
 def test_refuses_an_item_without_options() -> None:
     with pytest.raises(ValueError, match="no option"):
         assign([[]], {})
+
+
+def test_says_nothing_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    """The solver prints on some instances, among them several of these."""
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        items = []
+        for _ in range(60):
+            elements, loss = 10 ** rng.uniform(2, 6), 10 ** rng.normal(-6, 1.5)
+            items.append(
+                [
+                    Option(loss * 4.0 ** (8 - bits), {"bytes": elements * bits // 8})
+                    for bits in (2, 3, 4, 6, 8)
+                ]
+            )
+        most = sum(options[3].prices["bytes"] for options in items)
+        assign(items, {"bytes": most * 0.7}, count=3, distance=6)
+    assert capfd.readouterr().out == ""

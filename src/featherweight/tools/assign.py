@@ -17,15 +17,18 @@ assignment is found under a no-good cut (Balas and Jeroslow 1972) for each bette
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
-_GAP = 1e-7  # relative, within which an optimum counts as proven
-_LARGEST = 1e6  # of the scaled losses, since the solver's absolute gap is 1e-6
+_GAP = 1e-6  # relative, within which an optimum counts as proven
+_LARGEST = 1e4  # of the scaled losses, since the solver's absolute gap is 1e-6
 _LIMIT = 1e3  # what each limit is scaled to, since the solver's feasibility is 1e-6
 _INFEASIBLE = 2  # status of scipy.optimize.milp
 
@@ -157,13 +160,14 @@ class _Problem:
         constraints = [self._one_each]
         if self._rows:
             constraints.append(LinearConstraint(vstack(self._rows, format="csr"), -np.inf, self._most))
-        result = milp(
-            self._losses,
-            integrality=np.ones(len(self._losses)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": _GAP},
-        )
+        with _silence():
+            result = milp(
+                self._losses,
+                integrality=np.ones(len(self._losses)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": _GAP},
+            )
         if result.status == _INFEASIBLE:
             return None
         if result.x is None:
@@ -173,6 +177,20 @@ class _Problem:
         picked = [options[index] for options, index in zip(self._items, chosen, strict=True)]
         totals = {name: math.fsum(option.prices[name] for option in picked) for name in self._limits}
         return Assignment(chosen, math.fsum(option.loss for option in picked), totals)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """HiGHS 1.12 prints a line of its own on standard output, where a program's results belong."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _scaled(values: np.ndarray, unit: float, to: float) -> np.ndarray:
