@@ -17,6 +17,7 @@ Axis = Literal["quality_drop", "bytes", "latency_s", "memory_bytes"]
 Preference = Literal["balanced", "latency", "bytes", "quality"]
 Level = Literal["quick", "standard", "thorough"]
 LEVELS: tuple[Level, ...] = ("quick", "standard", "thorough")
+EVEN = 0.02  # the interval that latencies are measured to: figures so near to each other are even
 AXES: tuple[Axis, ...] = ("quality_drop", "bytes", "latency_s", "memory_bytes")
 
 _SIZES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -224,7 +225,7 @@ class Spread(_Record):
         high: Other end; the largest.
         seen_low: Smallest value.
         seen_high: Largest value.
-        clipped: Share of the values outside the range.
+        clipped: Share of the values that lie further than half a step outside of the grid.
         counts: Values in equal bins from ``seen_low`` to ``seen_high``.
     """
 
@@ -251,7 +252,6 @@ class LayerRow(_Record):
         in_place_db: Of its output inside the whole quantized network, against the float one.
         weight: What its weight holds.
         activation: What it reads.
-        output: What it makes.
     """
 
     name: str
@@ -265,7 +265,6 @@ class LayerRow(_Record):
     in_place_db: float | None = None
     weight: Spread | None = None
     activation: Spread | None = None
-    output: Spread | None = None
 
 
 class RuntimeRow(_Record):

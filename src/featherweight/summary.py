@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from featherweight import figures
 from featherweight.figures import MISSING, Scale, on_axis, quotient, scale_of, size
-from featherweight.outcome import AXES, Axis, KernelRow, Measurement, Result, RuntimeRow, Trial
+from featherweight.outcome import AXES, EVEN, Axis, KernelRow, Measurement, Result, RuntimeRow, Trial
 
 _FACTORS = {
     "balanced": "product of latency ratio and size ratio",
@@ -264,9 +264,15 @@ def choice(result: Result) -> list[str]:
         )
     if not result.met:
         return [*sentences, f"Trial {chosen.number} is the best so far: {reason}."]
-    if rivals and own <= min(rivals)[0]:
+    if rivals:
         best, number = min(rivals)
-        reason += f", the smallest among them; trial {number} is next with {_written(result, best)}"
+        if own <= best:
+            reason += f", the smallest among them; trial {number} is next with {_written(result, best)}"
+        elif own <= best * (1 + EVEN) and chosen.measurement.sqnr_db is not None:
+            reason += (
+                f", within {100 * EVEN:.0f}% of the smallest, {_written(result, best)} of trial {number}, "
+                f"and its outputs are nearest to the original's ({figures.decibel(chosen.measurement.sqnr_db)})"
+            )
     return [*sentences, f"Trial {chosen.number} was chosen: {reason}."]
 
 

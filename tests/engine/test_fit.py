@@ -97,7 +97,7 @@ class World:
             weigh=self.weigh,
             measurement=self.measurement,
             quality=lambda weighed, indices: SimpleNamespace(classes=()),
-            layers=lambda model, weighed: [],
+            layers=lambda model, weighed, figures: [],
         )
         return Fit([Lane(cast(Run, run), cast(Scales, scales))], question)
 

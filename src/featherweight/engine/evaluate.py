@@ -5,12 +5,12 @@ The original, lowered for the same target, is the twin of every artifact.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from featherweight.engine import parity
 from featherweight.engine.asked import told_kernels
@@ -38,10 +38,10 @@ from featherweight.model import Model
 from featherweight.outcome import KernelRow, Latency, LayerRow, Measurement
 from featherweight.runtime import Artifact
 from featherweight.tools.costs import LayerCost, layer_costs
-from featherweight.tools.simulate import layer_errors
+from featherweight.tools.layer_report import LayerFigures, by_layer, layer_figures
 
 Options = Mapping[str, Any]
-_ERROR_BATCHES = 1  # of the data's batch size; the column is a guide, the artifact's score is what counts
+_LAYER_EXAMPLES = 32  # the figures are a guide, the artifact's score is what counts
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,7 @@ class Scales:
             energy_j=timing.energy_j,
             macs=weighed.artifact.details["macs"],
             params=weighed.artifact.details["params"],
+            weight_bits=weighed.artifact.details.get("weight_bits"),
         )
 
     def baseline(self, weighed: Weighed | None, indices: np.ndarray | None = None) -> Measurement:
@@ -221,25 +222,51 @@ class Scales:
             energy_j=timing.twin_energy_j if timing else None,
             macs=self.twin.details["macs"],
             params=self.twin.details["params"],
+            weight_bits=self.twin.details.get("weight_bits"),
         )
 
     def quality(self, weighed: Weighed, indices: np.ndarray | None = None) -> Quality:
         """The artifact against its twin on these scored examples."""
         return quality(self.run.data, self.twin_scored, weighed.scored, indices=indices, seed=self.run.seed)
 
-    def layers(self, model: Model, weighed: Weighed) -> list[LayerRow]:
-        """Bytes, MACs and simulated error by layer, the original beside the artifact."""
+    def layers(self, model: Model, weighed: Weighed, *, figures: bool = True) -> list[LayerRow]:
+        """Bytes and MACs by layer, the original beside the artifact, and where the network loses (simulated).
+
+        Args:
+            model: What the artifact was made of.
+            weighed: The artifact.
+            figures: Also what takes passes through the network: errors, ranges, histograms.
+        """
         run = self.run
         stored = {name: entry.dtype for name, entry in run.runtime.stored(weighed.artifact).items()}
         before = {row.name: row for row in _rows(run.original)}
-        errors: dict[str, float] = {}
-        if model.formats:
-            errors = _errors(model, self.run)
+        seen = self._layer_figures(model) if model.formats and figures else {}
         return [
-            _layer_row(row, before.get(row.name), stored, errors)
+            _layer_row(row, before.get(row.name), stored, seen.get(row.name))
             for row in _rows(model)
             if row.macs or row.params
         ]
+
+    def _layer_figures(self, model: Model) -> dict[str, LayerFigures]:
+        """Errors, ranges and histograms of each layer on a few calibration examples."""
+
+        def compute() -> dict[str, Any]:
+            found: dict[str, LayerFigures] = {}
+            context = self.run.context(model)
+            for entry in model.entries:
+                batches = [
+                    tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in batch)
+                    for batch in self.run.data.calibration(_LAYER_EXAMPLES)
+                ]
+                calls = layer_figures(
+                    model, context.float_model(model), batches, context.scratch, context.progress, entry
+                )
+                found |= by_layer(calls)
+            return {name: one.to_json() for name, one in found.items()}
+
+        key = digest("layers", model.key, self.run.data.fingerprint, self.run.sources, torch.__version__)
+        known = self._kept("layers", key, compute)
+        return {name: LayerFigures.from_json(one) for name, one in known.items()}
 
     # ---- parts, each kept under its own key
 
@@ -340,24 +367,8 @@ def _rows(model: Model) -> list[LayerCost]:
     return [row for entry in model.entries for row in layer_costs(model, entry)]
 
 
-def _errors(model: Model, run: Run) -> dict[str, float]:
-    """Smallest SQNR of each layer's calls."""
-    import torch
-
-    found: dict[str, float] = {}
-    for entry in model.entries:
-        batches = [
-            tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in batch)
-            for batch in run.data.calibration(_ERROR_BATCHES * run.data.batch_size)
-        ][:_ERROR_BATCHES]
-        for name, decibels in layer_errors(model, batches, entry).items():
-            layer = name.partition("#")[0] if "/" not in name else name
-            found[layer] = min(decibels, found.get(layer, math.inf))
-    return found
-
-
 def _layer_row(
-    row: LayerCost, before: LayerCost | None, stored: Mapping[str, str], errors: Mapping[str, float]
+    row: LayerCost, before: LayerCost | None, stored: Mapping[str, str], seen: LayerFigures | None
 ) -> LayerRow:
     dtype = stored.get(f"{row.name}.weight", stored.get(row.name, "float32" if row.params else "–"))
     return LayerRow(
@@ -368,5 +379,8 @@ def _layer_row(
         bytes_before=before.bytes if before else row.bytes,
         bytes_after=row.bytes,
         stored=dtype,
-        sqnr_db=errors.get(row.name),
+        sqnr_db=None if seen is None else seen.alone_db,
+        in_place_db=None if seen is None else seen.in_place_db,
+        weight=None if seen is None else seen.weight,
+        activation=None if seen is None else seen.activation,
     )

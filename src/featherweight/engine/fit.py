@@ -311,7 +311,7 @@ class Fit:
             ],
             environment=lane.scales.environment,
             warnings=self._warnings(lane, weighed, rows, interrupted),
-            layers=lane.scales.layers(model, weighed),
+            layers=lane.scales.layers(model, weighed, figures=not interrupted),
             classes=list(lane.scales.quality(weighed, self.reporting).classes),
             runtimes=rows,
             kernels=[] if interrupted else lane.scales.kernels(weighed),

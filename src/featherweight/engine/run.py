@@ -29,6 +29,7 @@ from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Json, Role, Runtime, Target
 from featherweight.tools.costs import totals
+from featherweight.tools.layer_report import weight_bits
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,9 @@ class Run:
 
     def _write_artifact(self, model: Model, folder: Path) -> None:
         artifact = self.runtime.lower(model, for_runtime(self.target), folder)
-        costs = totals(model)
-        details = {**artifact.details, "macs": costs["macs"], "params": costs["params"]}
+        told = totals(model)
+        costs = {"macs": told["macs"], "params": told["params"], "weight_bits": weight_bits(model)}
+        details = {**artifact.details, **costs}
         artifact = replace(artifact, details=details)
         (folder / "artifact.json").write_text(json.dumps(artifact.to_json()))
 

@@ -1,7 +1,8 @@
 """Which measured artifact is best, what it breaks, and what it would take: pure functions of measurements.
 
 Best is, among the artifacts within budget, the smallest latency ratio x bytes
-ratio, unless another preference is given. Only measured figures count; a latency
+ratio, unless another preference is given; among those that are even within the noise
+of measuring, the one whose outputs are nearest to the original's. Only measured figures count; a latency
 that the measuring could not resolve satisfies no latency budget.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from featherweight.outcome import (
     AXES,
+    EVEN,
     Axis,
     Budget,
     Measurement,
@@ -159,7 +161,9 @@ def choose(
     if not ranked:
         return Verdict(None, met=False)
     # No excess means within budget, so one order holds both rules; a rank ends in the trial's number.
-    _, best, seen = min(ranked, key=lambda item: item[0])
+    first = min(rank for rank, _, _ in ranked)
+    even = [item for item in ranked if _is_even(item[0], first, prefer)]
+    _, best, seen = min(even, key=lambda item: (-fidelity(item[2]), item[0]))
     blocking = violations(budget, seen, confident)
     if best.state == "rejected":
         blocking = blocking or _worse(seen, baseline, budget, prefer)
@@ -168,6 +172,27 @@ def choose(
     return Verdict(
         best, met=False, blocking=tuple(blocking), relaxation=relaxation(trials, budget, confident)
     )
+
+
+def fidelity(measurement: Measurement) -> float:
+    """How near the outputs are to the original's, larger is nearer: SQNR, else agreement.
+
+    Both tell artifacts apart long before a score of right and wrong does, whose noise is larger.
+    """
+    seen = measurement.sqnr_db if measurement.sqnr_db is not None else measurement.agreement
+    return -math.inf if seen is None or math.isnan(seen) else seen
+
+
+def _is_even(
+    rank: tuple[float, tuple[float, ...], int],
+    first: tuple[float, tuple[float, ...], int],
+    prefer: Preference,
+) -> bool:
+    """Whether a trial within budget is as good as the best one, but for noise."""
+    if rank == first:
+        return True
+    even = rank[1][0] <= first[1][0] * (1 + EVEN)
+    return rank[0] == first[0] == 0 and prefer != "quality" and math.isfinite(first[1][0]) and even
 
 
 def relaxation(trials: Iterable[Trial], budget: Budget, confident: bool = False) -> Relaxation | None:
