@@ -1,0 +1,246 @@
+"""AdaRound: learn for each weight of a layer whether to round it up or down.
+
+Not the weights' own error is made small but that of what the layer gives, behind the activation function
+that follows it, on inputs as the quantized network before it makes them (Nagel et al. 2020,
+arXiv:2004.10568, eq. 25)::
+
+    min_v  E |f(W x) - f(W(v) x_stored)|^2 / E_nearest + sum over weights of (1 - |2 h(v) - 1| ** beta)
+
+with the rectified sigmoid h (tools/softround.py) and beta from 20 down to 2. One layer at a time; its
+inputs live in the scratch memory of the walk. Of large maps random windows are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featherweight.graph import Graph, Node
+from featherweight.method import Progress, Scratch, Silent, in_memory
+from featherweight.model import Model
+from featherweight.tools.partition import BlockRun, Picker
+from featherweight.tools.simulate import project, readers_of
+from featherweight.tools.softround import SoftRounding, annealed, penalty, rate_for, roundable
+from featherweight.tools.walk import Stop, Stream, walk
+
+_CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "hardswish", "silu", "gelu", "leaky_relu"})
+_ROWS = 16
+_WINDOW = 24  # positions along each side of a map that one step looks at
+_TOKENS = 1024  # rows of a matrix that one step looks at
+_WARM = 0.2  # share of the iterations without a penalty
+_SILENT = Silent()
+
+
+def adaround(
+    model: Model,
+    reference: Model,
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    weights: Collection[str],
+    iterations: int = 1000,
+    seed: int = 0,
+    entry: str = "forward",
+    start: Mapping[str, Tensor] | None = None,
+    progress: Progress = _SILENT,
+    scratch: Scratch = in_memory,
+) -> dict[str, Tensor]:
+    """Weights rounded so that each layer's output error is small.
+
+    Args:
+        model: With formats.
+        reference: The same network as float.
+        batches: Flat inputs.
+        weights: Parameters with a format to round.
+        iterations: Steps of the optimiser per layer.
+        seed: Of everything random.
+        entry: Which way of calling the module.
+        start: On-grid weights to begin near, e.g. of GPTQ; absent ones begin at the float weight.
+        progress: One bar over all layers.
+        scratch: Where layer inputs live.
+
+    Returns:
+        Parameter name -> on-grid float tensor.
+    """
+    weights = roundable(model, weights)
+    generator = torch.Generator().manual_seed(seed)
+    done: dict[str, Tensor] = {}
+    stops = walk(model, reference, batches, scratch, entry)
+    total = len(weights)
+    bar = iter(progress.track(range(total), "rounding layers", total))
+    for stop in stops:
+        names = [name for name in dict.fromkeys(stop.node.parameters.values()) if name in weights]
+        names = [name for name in names if name not in done]
+        if not names:
+            continue
+        layer = _Layer(stop, names, model, start or {}, generator, scratch)
+        done |= layer.optimised(iterations)
+        for name in names:
+            stop.stored.set_parameter(name, done[name])
+            next(bar)
+    for _ in bar:
+        continue
+    return done
+
+
+class _Layer:
+    """One layer: its inputs in the quantized network, and what it gives in the float one."""
+
+    def __init__(
+        self,
+        stop: Stop,
+        names: Sequence[str],
+        model: Model,
+        start: Mapping[str, Tensor],
+        generator: torch.Generator,
+        scratch: Scratch,
+    ) -> None:
+        stored, exact, node = stop.stored, stop.exact, stop.node
+        self._node, self._generator = node, generator
+        after = _activation(stored.graph, node)
+        self._calls = [node.fx_name] + ([after.fx_name] if after else [])
+        self._output = self._calls[-1]
+        self._run = BlockRun(stored.graph, self._calls)
+        self._activation = BlockRun(stored.graph, self._calls[1:])
+        twins = {one.name: one.fx_name for one in exact.graph.nodes}
+        theirs = [twins[one.name] for one in (node, after) if one]
+        target = BlockRun(exact.graph, theirs)
+        parameters = _Lazy(exact)
+        self._inputs = {
+            stored.graph.values[name].fx_name: [
+                _as_read(model, node, name, stored.value(name, batch)) for batch in range(stored.count)
+            ]
+            for name in dict.fromkeys(node.inputs)
+        }
+        self._targets: list[Tensor] = []
+        with torch.no_grad():
+            for batch in range(exact.count):
+                reads = {
+                    exact.graph.values[name].fx_name: exact.value(name, batch) for name in stop.twin.inputs
+                }
+                made = target(reads, parameters)[theirs[-1]]
+                self._targets.append(scratch(made if isinstance(made, Tensor) else made[0]))
+        self._parameters = _Lazy(stored)
+        self._soft = {
+            name: SoftRounding(exact.parameter(name).detach(), model.formats[name][0], start.get(name))
+            for name in names
+        }
+        first = next(iter(self._inputs.values()))
+        self._picker = Picker(stored.graph, [len(value) for value in first])
+        self._first = next(iter(self._inputs))
+
+    def optimised(self, iterations: int) -> dict[str, Tensor]:
+        """The weights, on their grids."""
+        with torch.no_grad():
+            hard = {name: one.soft((one.share() >= 0.5).float()) for name, one in self._soft.items()}
+            scale = max(float(torch.stack([self._error(hard) for _ in range(4)]).mean()), 1e-12)
+        optimiser = torch.optim.Adam([one.v for one in self._soft.values()], lr=rate_for(iterations))
+        for iteration in range(iterations):
+            shares = {name: one.share() for name, one in self._soft.items()}
+            loss = self._error({name: one.soft(shares[name]) for name, one in self._soft.items()}) / scale
+            progress = iteration / iterations
+            if progress >= _WARM:
+                undecided = [penalty(some, annealed(progress, warm=_WARM)) for some in shares.values()]
+                loss = loss + torch.stack(undecided).mean()
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+        return {name: one.hard() for name, one in self._soft.items()}
+
+    def _error(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Mean squared error on some random rows, or windows of them."""
+        picks = self._picker.draw(_ROWS, self._generator)
+        if self._node.op == "conv2d" and _cuttable(self._node, self._targets[0]):
+            return self._window_error(picks, weights)
+        inputs = {name: self._picker.take(name, values, picks) for name, values in self._inputs.items()}
+        target: Tensor = self._picker.take(self._output, self._targets, picks)
+        if self._node.op == "linear":
+            x = inputs[self._first].flatten(0, -2)
+            target = target.flatten(0, -2)
+            some = torch.randperm(len(x), generator=self._generator)[:_TOKENS]
+            inputs[self._first], target = x[some], target[some]
+        result = self._run(inputs, self._parameters.with_values(weights))[self._output]
+        made: Tensor = result if isinstance(result, Tensor) else result[0]
+        return (made - target).square().mean()
+
+    def _window_error(self, picks: Mapping[int, Sequence[int]], weights: Mapping[str, Tensor]) -> Tensor:
+        """The error of a random window of a convolution's map."""
+        node, values = self._node, self._inputs[self._first]
+        parameters = self._parameters.with_values(weights)
+        weight = parameters[node.parameters["weight"]]
+        stride, padding, dilation = (_pair(node, key, one) for key, one in _GEOMETRY)
+        where: list[tuple[slice, slice]] = []
+        zeros: list[int] = []
+        for axis in (0, 1):
+            size, full = self._targets[0].shape[2 + axis], values[0].shape[2 + axis]
+            first = int(torch.randint(max(size - _WINDOW, 0) + 1, (1,), generator=self._generator))
+            last = min(first + _WINDOW, size)
+            begin = first * stride[axis] - padding[axis]
+            end = (
+                (last - 1) * stride[axis] - padding[axis] + dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+            )
+            where.append((slice(max(begin, 0), min(end, full)), slice(first, last)))
+            zeros = [max(-begin, 0), max(end - full, 0), *zeros]
+        (rows_in, rows_out), (columns_in, columns_out) = where
+        x = torch.cat([values[b][rows, :, rows_in, columns_in] for b, rows in picks.items()])
+        target = torch.cat([self._targets[b][rows, :, rows_out, columns_out] for b, rows in picks.items()])
+        bias = node.parameters.get("bias")
+        made = functional.conv2d(
+            functional.pad(x, zeros) if any(zeros) else x,
+            weight,
+            None if bias is None else parameters[bias],
+            stride,
+            0,
+            dilation,
+            int(node.attributes.get("groups", 1)),
+        )
+        if len(self._calls) > 1:
+            made = self._activation({self._calls[0]: made}, parameters)[self._output]
+        return (made - target).square().mean()
+
+
+_GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def _pair(node: Node, key: str, default: int) -> tuple[int, int]:
+    value: Any = node.attributes.get(key, default)
+    values = [value] if isinstance(value, int) else list(value)
+    return (int(values[0]), int(values[-1]))
+
+
+def _cuttable(node: Node, target: Tensor) -> bool:
+    """Whether a convolution's map is larger than a window, and its padding is told in numbers."""
+    plain = not isinstance(node.attributes.get("padding", 0), str) and "weight" in node.parameters
+    return plain and max(target.shape[2:]) > _WINDOW and len(node.inputs) == 1
+
+
+def _activation(graph: Graph, node: Node) -> Node | None:
+    """The activation function that alone reads a layer's output."""
+    (output, *others) = node.outputs
+    readers = graph.consumers[output]
+    if others or output in graph.outputs or len(readers) != 1 or readers[0].op not in _CLAMPS:
+        return None
+    return readers[0] if len(readers[0].inputs) == 1 and not readers[0].parameters else None
+
+
+def _as_read(model: Model, node: Node, name: str, value: Tensor) -> Tensor:
+    chain = tuple(fmt for fmt in model.formats.get(name, ()) if node.op in readers_of(fmt))
+    return project(value, chain) if chain else value
+
+
+class _Lazy(dict[str, Tensor]):
+    """A stream's parameters by name, looked up when they are read."""
+
+    def __init__(self, stream: Stream, values: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(values or {})
+        self._stream = stream
+
+    def __missing__(self, name: str) -> Tensor:
+        return self._stream.parameter(name)
+
+    def with_values(self, values: Mapping[str, Tensor]) -> _Lazy:
+        """The same with other values for some."""
+        return _Lazy(self._stream, values)
