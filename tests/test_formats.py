@@ -12,15 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.formats import (
+    Binary,
+    Dynamic,
     FloatCast,
+    Granularity,
     IntQuant,
     PerChannel,
     PerGroup,
     PerTensor,
     TensorFormat,
+    Ternary,
     decode,
     encode,
 )
+from featherweight.tools.ranges import weight_format
 
 reals = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 values = st.lists(reals, min_size=1, max_size=64).map(lambda xs: torch.tensor(xs, dtype=torch.float32))
@@ -341,3 +346,273 @@ def test_half_precision_is_what_torch_rounds_to(dtype: str) -> None:
 
 def test_half_precision_saturates() -> None:
     assert torch.isfinite(FloatCast("float16").project(torch.tensor([1e6, -1e6]))).all()
+
+
+# ---- every format at every granularity, fitted to a weight as quantize fits it
+
+SHAPES = ((7,), (5, 9), (4, 3, 3, 3), (3, 4, 5), (6, 1, 3, 3), (2, 0), (0, 4))
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """A weight of any rank, with empty channels, single large elements, and none at all."""
+    shape = draw(st.sampled_from(SHAPES[1:]))
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
+    made *= draw(st.sampled_from((1e-6, 1.0, 1e4)))
+    if draw(st.booleans()) and made.numel():
+        made[draw(st.integers(0, shape[0] - 1))] = 0.0
+    if draw(st.booleans()) and made.numel():
+        made.view(-1)[draw(st.integers(0, made.numel() - 1))] *= 50
+    return made
+
+
+@st.composite
+def granularities(draw: st.DrawFn) -> Granularity:
+    kind = draw(st.sampled_from(("tensor", "channel", "group")))
+    axis = draw(st.integers(0, 1))
+    size = draw(st.integers(2, 12))
+    return {"tensor": PerTensor(), "channel": PerChannel(axis), "group": PerGroup(axis, size)}[kind]
+
+
+def drafted(granularity: Granularity) -> Tensor:
+    return torch.ones((1,) * {PerTensor: 0, PerChannel: 1, PerGroup: 2}[type(granularity)])
+
+
+@st.composite
+def integers_on(draw: st.DrawFn, weight: Tensor) -> IntQuant:
+    granularity = draw(granularities())
+    one = drafted(granularity)
+    width, symmetric = draw(st.integers(2, 16)), draw(st.booleans())
+    draft = IntQuant(-one, one, width, symmetric, granularity, draw(st.booleans()))
+    fitted = weight_format(weight, draft, draw(st.sampled_from(("minmax", "mse", "l1"))), 99.9)
+    assert isinstance(fitted, IntQuant)
+    return fitted
+
+
+@st.composite
+def codes_on(draw: st.DrawFn, weight: Tensor) -> Ternary | Binary:
+    granularity = draw(granularities())
+    one = drafted(granularity)
+    draft = Ternary(one, one / 2, granularity) if draw(st.booleans()) else Binary(one, granularity)
+    fitted = weight_format(weight, draft, "mse", 99.9)
+    assert isinstance(fitted, Ternary | Binary)
+    return fitted
+
+
+class TestEveryWeight:
+    @given(st.data(), weights())
+    @settings(max_examples=150)
+    def test_stored_integers_come_back_to_the_last_bit(self, data: st.DataObject, weight: Tensor) -> None:
+        """What rounding relies on: floats on the grid stay the integers that they are, also behind JSON."""
+        fmt = data.draw(integers_on(weight))
+        stored = fmt.project(weight)
+        again = decode(json.loads(json.dumps(encode(fmt))))
+        assert isinstance(again, IntQuant)
+        for grid in (fmt, again):
+            assert torch.equal(grid.project(stored), stored)
+            assert torch.equal(grid.quantize(stored), fmt.quantize(stored))
+            assert torch.equal(grid.dequantize(grid.quantize(stored)), stored)
+        chosen = fmt.quantize(torch.randn(weight.shape) * weight.abs().mean().nan_to_num())
+        floats = fmt.dequantize(chosen)  # any integers of the grid, not only the nearest
+        assert torch.equal(fmt.quantize(floats), chosen)
+        assert torch.equal(fmt.project(floats), floats)
+
+    @given(st.data(), weights())
+    @settings(max_examples=100)
+    def test_the_error_inside_the_range_is_at_most_half_a_step(
+        self, data: st.DataObject, weight: Tensor
+    ) -> None:
+        fmt = data.draw(integers_on(weight))
+        scale, zero_point = fmt.grid_of(weight)
+        low, high = (fmt.quant_min - zero_point) * scale, (fmt.quant_max - zero_point) * scale
+        inside = torch.minimum(torch.maximum(weight, low), high)
+        error = (fmt.project(inside) - inside).abs()
+        assert (error <= 0.5001 * scale + 1e-6 * inside.abs()).all()
+
+    @given(st.data(), weights())
+    @settings(max_examples=100)
+    def test_zero_is_exact(self, data: st.DataObject, weight: Tensor) -> None:
+        fmt = data.draw(st.one_of(integers_on(weight), codes_on(weight)))
+        zeros = fmt.project(torch.zeros_like(weight))
+        assert isinstance(fmt, Binary) or not zeros.any()
+
+    @given(st.data(), weights())
+    @settings(max_examples=100)
+    def test_empty_channels_stay_empty(self, data: st.DataObject, weight: Tensor) -> None:
+        empty = torch.zeros_like(weight)
+        fmt = data.draw(st.one_of(integers_on(empty), codes_on(empty)))
+        assert torch.equal(fmt.project(empty), empty)
+        assert torch.isfinite(fmt.project(weight)).all()
+
+    @given(st.data(), weights())
+    @settings(max_examples=100)
+    def test_bits_are_the_stored_bytes(self, data: st.DataObject, weight: Tensor) -> None:
+        fmt = data.draw(st.one_of(integers_on(weight), codes_on(weight)))
+        scales = (fmt.low if isinstance(fmt, IntQuant) else fmt.scale).numel()
+        points = fmt.width if isinstance(fmt, IntQuant) and not fmt.symmetric else 0
+        elements = weight.numel()
+        assert fmt.stored_bytes(elements) == -(-(elements * fmt.width + scales * (32 + points)) // 8)
+        if elements:
+            assert fmt.bits(elements) * elements == pytest.approx(8 * fmt.stored_bytes(elements))
+            assert fmt.bits(elements) >= fmt.width
+        else:
+            assert fmt.bits(0) == fmt.width
+
+    @given(st.data(), weights())
+    @settings(max_examples=60)
+    def test_the_gradient_is_that_of_the_weight_inside(self, data: st.DataObject, weight: Tensor) -> None:
+        fmt = data.draw(st.one_of(integers_on(weight), codes_on(weight)))
+        x = weight.clone().requires_grad_()
+        made = fmt.project(x)
+        assert torch.equal(made.detach(), fmt.project(weight))
+        made.sum().backward()
+        assert x.grad is not None
+        if isinstance(fmt, IntQuant):
+            assert ((x.grad == 0) | (x.grad == 1) | (x.grad == 0.5)).all()  # a half on an end of the range
+        else:
+            assert (x.grad == 1).all()
+
+    @given(st.data(), weights())
+    @settings(max_examples=100)
+    def test_groups_are_rows_of_the_flattened_kernel(self, data: st.DataObject, weight: Tensor) -> None:
+        """Oracle: cut the rows up by hand and store each piece per tensor; the last one is shorter."""
+        size, axis = data.draw(st.integers(2, 12)), data.draw(st.integers(0, 1))
+        one = torch.ones(1, 1)
+        draft = IntQuant(-one, one, 4, True, PerGroup(axis, size), True)
+        fmt = weight_format(weight, draft, "minmax", 100.0)
+        assert isinstance(fmt, IntQuant)
+        stored = fmt.project(weight).movedim(1 - axis, 0).flatten(1)
+        rows = weight.movedim(1 - axis, 0).flatten(1)
+        whole = IntQuant(torch.tensor(-1.0), torch.tensor(1.0), 4, True, signed=True)
+        for row, made in zip(rows, stored, strict=True):
+            for piece, got in zip(row.split(size), made.split(size), strict=True):
+                if piece.numel():
+                    alone = weight_format(piece, whole, "minmax", 100.0)
+                    assert torch.allclose(
+                        alone.project(piece), got, rtol=1e-5, atol=1e-9 + 1e-6 * piece.abs().max()
+                    )
+
+
+class TestCodes:
+    @given(st.data(), weights())
+    @settings(max_examples=100)
+    def test_project_is_idempotent_also_behind_json(self, data: st.DataObject, weight: Tensor) -> None:
+        fmt = data.draw(codes_on(weight))
+        stored = fmt.project(weight)
+        back = decode(json.loads(json.dumps(encode(fmt))))
+        assert type(back) is type(fmt)
+        assert torch.equal(fmt.project(stored), stored)
+        assert torch.equal(back.project(weight), stored)
+
+    @given(st.lists(reals, min_size=1, max_size=10))
+    def test_ternary_scales_are_the_best_of_all(self, xs: list[float]) -> None:
+        """Oracle: every choice of which elements are not zero, each with its own best scale."""
+        x = torch.tensor(xs, dtype=torch.float32)
+        fmt = weight_format(x, Ternary(torch.tensor(1.0), torch.tensor(0.5), PerTensor()), "mse", 99)
+        size = x.abs().double()
+        best = float(size.square().sum())
+        for mask in range(1, 1 << len(xs)):
+            kept = torch.tensor([bool(mask >> i & 1) for i in range(len(xs))])
+            scale = size[kept].mean()
+            error = float((size[kept] - scale).square().sum() + size[~kept].square().sum())
+            best = min(best, error)
+        error = float((fmt.project(x).double() - x.double()).square().sum())
+        assert error <= best * (1 + 1e-5) + 1e-6 * float(size.square().sum()) + 1e-12
+
+    @given(st.lists(reals, min_size=1, max_size=30), st.floats(0, 2))
+    def test_no_binary_scale_is_better(self, xs: list[float], factor: float) -> None:
+        x = torch.tensor(xs, dtype=torch.float32)
+        fmt = weight_format(x, Binary(torch.tensor(1.0), PerTensor()), "mse", 99)
+        assert isinstance(fmt, Binary)
+        other = Binary(fmt.scale * factor, PerTensor())
+        errors = [float((one.project(x).double() - x.double()).square().sum()) for one in (fmt, other)]
+        assert errors[0] <= errors[1] * (1 + 1e-5) + 1e-6 * float(x.double().square().sum())
+
+    def test_values(self) -> None:
+        x = torch.tensor([[-2.0, -0.4, 0.0, 0.6, 3.0]])
+        ternary = Ternary(torch.tensor([1.5]), torch.tensor([0.5]))
+        assert ternary.project(x).tolist() == [[-1.5, 0.0, 0.0, 1.5, 1.5]]
+        assert ternary.stored_bytes(5) == 6  # 10 bits and a scale
+        binary = Binary(torch.tensor([1.5]))
+        assert binary.project(x).tolist() == [[-1.5, -1.5, 1.5, 1.5, 1.5]]
+        assert binary.stored_bytes(5) == 5
+
+    def test_scales_are_learned(self) -> None:
+        x = torch.tensor([[-2.0, 0.1, 3.0]], requires_grad=True)
+        scale = torch.tensor([1.0], requires_grad=True)
+        for fmt in (Ternary(scale, torch.tensor([0.5])), Binary(scale)):
+            scale.grad = None
+            (fmt.project(x) * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+            assert scale.grad is not None
+            assert scale.grad.item() == (99.0 if isinstance(fmt, Ternary) else 109.0)
+            trained = fmt.with_learned({"scale": torch.tensor([0.4])})
+            stored = trained.project(x.detach())
+            assert torch.equal(trained.project(stored), stored)
+            assert stored.abs().max() == torch.tensor(0.4)
+
+    @pytest.mark.parametrize(
+        ("scale", "threshold", "said"),
+        [
+            (torch.tensor([1.0]), torch.tensor([1.0]), "below its scale"),
+            (torch.tensor([1.0]), torch.tensor([-1.0]), "at least 0"),
+            (torch.tensor([-1.0]), torch.tensor([0.5]), "finite and at least 0"),
+            (torch.tensor([torch.inf]), torch.tensor([0.5]), "finite"),
+            (torch.tensor(1.0), torch.tensor(0.5), "does not fit"),
+        ],
+    )
+    def test_what_would_not_stay_is_refused(self, scale: Tensor, threshold: Tensor, said: str) -> None:
+        with pytest.raises(ValueError, match=said):
+            Ternary(scale, threshold)
+
+
+class TestDynamic:
+    @given(st.integers(2, 16), st.booleans(), st.booleans(), st.sampled_from(("tensor", "token")), values)
+    def test_the_range_is_that_of_the_values_at_hand(
+        self, width: int, symmetric: bool, signed: bool, per: str, x: Tensor
+    ) -> None:
+        fmt = Dynamic(width, symmetric, signed, per)  # type: ignore[arg-type]
+        rows = torch.stack([x, x * 0.01])
+        stored = fmt.project(rows)
+        span = [rows] if per == "tensor" else [rows[:1], rows[1:]]
+        for part, got in zip(span, stored.split(2 if per == "tensor" else 1), strict=True):
+            fixed = IntQuant(part.min(), part.max(), width, symmetric, PerTensor(), signed)
+            near = (fixed.dequantize(fixed.quantize(part)) - got).abs()
+            assert not near[~tied(part, fixed)].any()
+
+    @given(st.sampled_from(("tensor", "token")), st.booleans(), values)
+    def test_a_second_time_changes_nothing_but_the_last_bits(
+        self, per: str, symmetric: bool, x: Tensor
+    ) -> None:
+        """The range of what is stored is the range again, to float32's precision."""
+        fmt = Dynamic(8, symmetric, True, per)  # type: ignore[arg-type]
+        once = fmt.project(x[None])
+        assert torch.allclose(fmt.project(once), once, rtol=1e-5, atol=2e-6 * float(x.abs().max()) + 1e-12)
+
+    @given(values)
+    def test_zero_is_exact_and_nothing_is_clipped(self, x: Tensor) -> None:
+        fmt = Dynamic()
+        rows = torch.cat([x, torch.zeros(1)])
+        assert fmt.project(rows)[-1] == 0
+        step = (rows.max() - rows.min()) / 255
+        assert (fmt.project(rows) - rows).abs().max() <= step * 1.001 + 1e-6
+
+    def test_it_holds_no_range(self) -> None:
+        fmt = Dynamic(8, True, True, "token", frozenset({"linear"}))
+        assert decode(json.loads(json.dumps(encode(fmt)))) == fmt
+        assert (fmt.stored_bytes(10), fmt.bits(10), fmt.learned()) == (10, 8.0, {})
+        assert fmt.project(torch.zeros(0, 3)).shape == (0, 3)
+        x = torch.randn(4, 3, requires_grad=True)
+        fmt.project(x).sum().backward()
+        assert torch.equal(x.grad, torch.ones(4, 3))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="1 bits"):
+            Dynamic(1)
+
+    def test_it_can_be_exported(self) -> None:
+        class Net(torch.nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return Dynamic(8, per="token").project(x)
+
+        x = torch.randn(4, 3)
+        program = torch.export.export(Net(), (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        other = torch.randn(9, 3)
+        assert torch.equal(program.module()(other), Net()(other))

@@ -395,9 +395,11 @@ def decode(data: Mapping[str, Any]) -> TensorFormat:
     values = {name: value for name, value in data.items() if name not in ("kind", "axis", "group")}
     if "axis" in data:
         shared: Granularity = PerTensor() if data["axis"] is None else PerChannel(data["axis"])
-        values["granularity"] = shared if data["group"] is None else PerGroup(data["axis"], data["group"])
+        shared = shared if data["group"] is None else PerGroup(data["axis"], data["group"])
+        values["granularity"] = shared
     for name in {"low", "high", "scale", "threshold"} & set(values):
-        values[name] = torch.tensor(values[name], dtype=torch.float32)
+        made = torch.tensor(values[name], dtype=torch.float32)
+        values[name] = made if made.numel() else made.new_zeros((0,) * DIMENSIONS[type(shared)])
     if values.get("readers") is not None:
         values["readers"] = frozenset(values["readers"])
     return named[data["kind"]](**values)

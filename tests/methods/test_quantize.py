@@ -156,7 +156,7 @@ class TestPlan:
         net = model_of(Net(), torch.from_numpy(tokens))
         formats = quantize(net, Data.of(x_train=tokens))
         assert values(formats) == {"/add#1:0"}
-        assert weights(formats) == {"fc.weight"}
+        assert weights(formats) == {"fc.weight", "table.weight"}  # a table is looked up, whatever is read
 
     def test_only_weights(self) -> None:
         formats = quantize(folded("residual"), data("residual"), activations="none")
