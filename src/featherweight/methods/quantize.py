@@ -254,11 +254,13 @@ class Quantize(Method, frozen=True, extra="forbid"):
         errors: dict[str, float] = {}
         for entry in model.entries:
             graph = trace(model, entry)
-            layers = {node.name: node.layer for node in graph if weights_of(node, graph)}
+            stored = [node for node in graph if set(weights_of(node, graph)) & set(model.formats)]
+            layers = {node.name: node.layer for node in stored}
+            errors |= {layer: np.inf for layer in layers.values() if layer not in errors}
             batches = _calibration(context, min(self.samples, _ERROR_EXAMPLES))
             for name, decibels in layer_errors(model, batches, entry).items():
                 if name in layers:
-                    errors[layers[name]] = min(decibels, errors.get(layers[name], np.inf))
+                    errors[layers[name]] = min(decibels, errors[layers[name]])
         return frozenset(sorted(errors, key=lambda layer: errors[layer])[: self.fallback])
 
     def _asked(self) -> str:
