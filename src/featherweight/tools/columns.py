@@ -56,34 +56,18 @@ def from_rows(node: Node, rows: Tensor, shape: Sequence[int]) -> Tensor:
     return split.transpose(1, 2).flip(tuple(range(3, split.dim()))).reshape(tuple(shape))
 
 
-def to_columns(node: Node, x: Tensor, weight_shape: Sequence[int], picks: Tensor | None = None) -> Tensor:
+def to_columns(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """An input as (groups, examples x positions, K).
 
     Args:
         node: A call for which :func:`is_product` holds.
         x: What it reads.
         weight_shape: Of its weight.
-        picks: Indices of the columns wanted, which alone are made; None: all.
     """
-    if node.op == "linear":
-        flat = x.reshape(-1, x.shape[-1])
-        return (flat if picks is None else flat[picks])[None]
-    windows = _windows_of(node, x, weight_shape)
-    axes = (windows.dim() - 2) // 2
-    places = windows.movedim(1, 1 + axes)  # (N, *positions, C, *kernel)
-    if picks is None:
-        flat = places.reshape(-1, *places.shape[1 + axes :])
-    else:
-        flat = places[torch.unravel_index(picks, places.shape[: 1 + axes])]
+    places = _places(node, x, weight_shape)
+    axes = _axes(node)
+    flat = places.reshape(-1, *places.shape[1 + axes :])
     return flat.reshape(len(flat), groups_of(node), -1).transpose(0, 1)
-
-
-def count_columns(node: Node, x: Tensor, weight_shape: Sequence[int]) -> int:
-    """How many columns an input has: examples x positions."""
-    if node.op == "linear":
-        return x.numel() // x.shape[-1]
-    windows = _windows_of(node, x, weight_shape)
-    return math.prod(windows.shape[:1] + windows.shape[2 : 2 + (windows.dim() - 2) // 2])
 
 
 def pieces(
@@ -98,28 +82,41 @@ def pieces(
         share: So many of the columns, picked at random.
         seed: Of what is picked.
     """
-    total = count_columns(node, inputs[0], weight_shape)
+    places = [_places(node, x, weight_shape) for x in inputs]
+    shape = places[0].shape[: 1 + _axes(node)]
+    total, width = math.prod(shape), math.prod(places[0].shape[len(shape) :])
     picks = torch.arange(total)
     if share < 1:
         wanted = max(1, round(share * total))
         picks = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:wanted].sort().values
-    width = (
-        math.prod(weight_shape[2:]) * inputs[0].shape[-1 if node.op == "linear" else 1 - len(weight_shape)]
-    )
-    for part in torch.split(picks, max(1, _PIECE // max(width, 1))):
-        yield tuple(to_columns(node, x, weight_shape, part) for x in inputs)
+    for part in torch.split(picks, max(1, _PIECE // width)):
+        at = torch.unravel_index(part, shape)
+        yield tuple(one[at].reshape(len(part), groups_of(node), -1).transpose(0, 1) for one in places)
+
+
+def _axes(node: Node) -> int:
+    """Axes along which a filter moves."""
+    return 0 if node.op == "linear" else _CONVOLUTIONS.get(node.op) or _TRANSPOSED[node.op]
+
+
+def _places(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+    """A view (N, *positions, C, *kernel) of what is read for each output."""
+    if node.op == "linear":
+        return x.reshape(-1, x.shape[-1])
+    return _windows_of(node, x, weight_shape).movedim(1, 1 + _axes(node))
 
 
 def _windows_of(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """A view (N, C, *positions, *kernel) of what a convolution's filters read at each position."""
-    axes = _CONVOLUTIONS.get(node.op) or _TRANSPOSED[node.op]
+    axes = _axes(node)
     x = x[None] if x.dim() == axes + 1 else x
     kernel = list(weight_shape[-axes:])
     dilation = _each(node, "dilation", 1, axes)
     if node.op in _TRANSPOSED:
         wide = _stretched(node, x, kernel, _each(node, "stride", 1, axes), dilation)
         return _windows(wide, kernel, [1] * axes, dilation)
-    padded = nn.functional.pad(x, _padding(node, kernel, dilation))
+    padding = _padding(node, kernel, dilation)
+    padded = nn.functional.pad(x, padding) if any(padding) else x
     return _windows(padded, kernel, _each(node, "stride", 1, axes), dilation)
 
 
