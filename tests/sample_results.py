@@ -8,6 +8,7 @@ from featherweight.outcome import (
     Budget,
     Chosen,
     ClassChange,
+    Effort,
     Environment,
     Flips,
     Latency,
@@ -15,11 +16,27 @@ from featherweight.outcome import (
     Measurement,
     Relaxation,
     Result,
+    Spread,
     Trial,
     Violation,
+    Way,
     WorstClass,
 )
 
+SPREAD = Spread(
+    low=-1.5, high=1.0, seen_low=-2.0, seen_high=1.0, clipped=0.0123, counts=[1, 4, 9, 100, 25, 0, 16, 1]
+)
+EFFORT = Effort(
+    level="standard",
+    time_s=300.0,
+    seconds=61.5,
+    example_s=0.0024,
+    ways=[
+        Way(name="gptq", recipe={"version": 1, "steps": [{"fold": {}}]}, predicted_s=12.0, trials=2),
+        Way(name="nearest", recipe={"version": 1, "steps": []}, predicted_s=3.0),
+    ],
+    longer="--time 15m or more adds the reconstruction of blocks",
+)
 ENVIRONMENT = Environment(
     cpu="Example CPU @ 2.80GHz",
     isa="vnni",
@@ -134,6 +151,9 @@ def full_result(**changes: object) -> Result:
             bytes_after=2304 * 4**block + 64,
             stored="int8 per channel",
             sqnr_db=None if (block, index) == (0, 0) else 41.0 - 6 * index - 5 * block,
+            in_place_db=None if (block, index) == (0, 0) else 38.0 - 6 * index - 5 * block,
+            weight=SPREAD,
+            activation=None if (block, index) == (0, 0) else SPREAD.model_copy(update={"clipped": 0.0}),
         )
         for block in range(3)
         for index in range(3)
@@ -163,6 +183,7 @@ def full_result(**changes: object) -> Result:
         "chosen": chosen(),
         "recipe": RECIPE,
         "trials": trials(),
+        "effort": EFFORT,
         "environment": ENVIRONMENT,
         "warnings": ["calibration falls back to 512 training examples"],
         "layers": layers,

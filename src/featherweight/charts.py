@@ -8,7 +8,9 @@ from typing import Any
 
 from featherweight import figures
 from featherweight.figures import scale_of
-from featherweight.outcome import Budget, Measurement, Result, Trial
+from featherweight.outcome import Budget, Measurement, Result, Spread, Trial
+
+SPARK_WIDTH, SPARK_HEIGHT = 48, 12  # of a small histogram, in the units of its drawing
 
 # Colours of similar lightness, readable on light and dark and by colour-blind eyes; the shape says the same.
 # report.css repeats them for the legend and the table.
@@ -232,3 +234,32 @@ def _budget_lines(budget: Budget, baseline: Measurement) -> dict[str, float]:
     if budget.memory_bytes is not None:
         lines["memory_bytes"] = float(budget.memory_bytes)
     return lines
+
+
+def sparkline(spread: Spread | None) -> dict[str, Any] | None:
+    """A histogram as the path of an SVG of SPARK_WIDTH x SPARK_HEIGHT, with the ends of the range marked.
+
+    Heights are square roots of the counts, so that tails show. A bin of the path is as wide as any other.
+
+    Returns:
+        ``path``, and ``low`` and ``high``: where the range's ends are across it, None outside of what was
+        seen; None where there is no histogram.
+    """
+    if spread is None or not spread.counts:
+        return None
+    largest = max(*spread.counts, 1)
+    width = SPARK_WIDTH / len(spread.counts)
+    heights = [SPARK_HEIGHT * (count / largest) ** 0.5 for count in spread.counts]
+    tops = "".join(f"V{SPARK_HEIGHT - height:.3g}h{width:.3g}" for height in heights)
+    extent = spread.seen_high - spread.seen_low
+
+    def across(end: float | None) -> float | None:
+        if end is None or extent <= 0 or not spread.seen_low < end < spread.seen_high:
+            return None
+        return round(SPARK_WIDTH * (end - spread.seen_low) / extent, 1)
+
+    return {
+        "path": f"M0 {SPARK_HEIGHT}{tops}V{SPARK_HEIGHT}Z",
+        "low": across(spread.low),
+        "high": across(spread.high),
+    }

@@ -112,6 +112,23 @@ def decibel(value: float | None) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else f"{_digits(value)} dB"
 
 
+def real_range(low: float | None, high: float | None) -> str:
+    """Both ends of a range: '-1.20 to 3.40'."""
+    return MISSING if low is None or high is None else f"{_digits(low)} to {_digits(high)}"
+
+
+def share(value: float | None) -> str:
+    """A small fraction: '0.31%', '< 0.01%', '0'."""
+    if value is None:
+        return MISSING
+    return "0" if value == 0 else "< 0.01%" if value < 1e-4 else percent(value)
+
+
+def bits(value: float | None) -> str:
+    """Stored bits of a number: '8.12 bits'."""
+    return MISSING if value is None else f"{_digits(value)} bits"
+
+
 def rate(value: float | None) -> str:
     """Examples a second: '470/s'."""
     return MISSING if value is None else f"{count(value) if value >= 100 else _digits(value)}/s"

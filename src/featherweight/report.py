@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from featherweight import figures
-from featherweight.charts import KINDS, kind, pareto_plots, vega
+from featherweight.charts import KINDS, SPARK_HEIGHT, SPARK_WIDTH, kind, pareto_plots, sparkline, vega
 from featherweight.figures import MISSING, on_axis, quotient, scale_of, seconds, size
-from featherweight.outcome import AXES, Axis, Measurement, Result, Trial
+from featherweight.outcome import AXES, Axis, LayerRow, Measurement, Result, Spread, Trial
 from featherweight.summary import (
     RUNTIME_HEADERS,
     before_after,
@@ -22,6 +22,7 @@ from featherweight.summary import (
     broken_axes,
     choice,
     doubts,
+    effort,
     gains,
     runtime_cells,
     slow_kernels,
@@ -58,6 +59,9 @@ def render(result: Result) -> str:
         blockers=blockers(result),
         doubts=doubts(result),
         choice=choice(result),
+        effort=effort(result),
+        spark=(SPARK_WIDTH, SPARK_HEIGHT),
+        losses=[_loss_cells(row) for row in result.layers if row.weight or row.activation],
         tiles=list(_tiles(result)),
         limits=list(_limits(result)),
         rows=before_after(result),
@@ -129,6 +133,26 @@ def _trial_cells(result: Result, trial: Trial) -> dict[str, Any]:
         "bytes": (size(seen.bytes), seen.bytes),
         "latency": (seconds(seen.value("latency_s")), seen.value("latency_s")),
         "ratio": (figures.ratio(seen.latency_ratio), seen.latency_ratio),
+    }
+
+
+def _loss_cells(row: LayerRow) -> dict[str, Any]:
+    """A row of the table of errors: each layer alone, in place, and what its ranges cut off."""
+    return {
+        "row": row,
+        "tensors": [_tensor_cells("weights", row.weight), _tensor_cells("inputs", row.activation)],
+    }
+
+
+def _tensor_cells(name: str, spread: Spread | None) -> dict[str, Any]:
+    low, high = (None, None) if spread is None else (spread.low, spread.high)
+    seen = MISSING if spread is None else figures.real_range(spread.seen_low, spread.seen_high)
+    return {
+        "name": name,
+        "seen": seen,
+        "range": (figures.real_range(low, high), None if low is None or high is None else high - low),
+        "clipped": (figures.share(spread.clipped if spread else None), spread.clipped if spread else None),
+        "spark": sparkline(spread),
     }
 
 

@@ -89,6 +89,7 @@ def before_after(result: Result) -> list[Row]:
         Row("Flipped predictions", MISSING, figures.flips(new)),
         _worst_class(new),
         _compared("Size", size, old.bytes, new.bytes),
+        _compared("Bits of a weight (mean, scales included)", figures.bits, old.weight_bits, new.weight_bits),
         _compared("Download size", size, old.packed_bytes, new.packed_bytes),
         Row(
             "Latency (median, quartiles)",
@@ -136,7 +137,32 @@ def _latency_change(new: Measurement) -> str:
 
 def explain(result: Result) -> list[str]:
     """What came out and why this artifact was chosen, in sentences."""
-    return [verdict(result), *gains(result), *blockers(result), *doubts(result), *choice(result)]
+    return [
+        verdict(result),
+        *gains(result),
+        *blockers(result),
+        *doubts(result),
+        *choice(result),
+        *effort(result),
+    ]
+
+
+def effort(result: Result) -> list[str]:
+    """How much was tried in the time, and what more time would add; nothing where a recipe was given."""
+    done = result.effort
+    if done is None:
+        return []
+    tried = ", ".join(f"{way.name} ({way.trials})" for way in done.ways if way.trials)
+    left = ", ".join(way.name for way in done.ways if not way.trials)
+    sentence = (
+        f"Effort {done.level}: {figures.seconds(done.seconds)} of {figures.seconds(done.time_s)}, "
+        f"where a pass of one example takes {figures.seconds(done.example_s)}"
+    )
+    if tried:
+        sentence += f"; ways tried, with their trials: {tried}"
+    if left:
+        sentence += f"; not tried: {left}"
+    return [f"{sentence}.", *([f"{done.longer[0].upper()}{done.longer[1:]}."] if done.longer else [])]
 
 
 def verdict(result: Result) -> str:
@@ -271,7 +297,8 @@ def choice(result: Result) -> list[str]:
         elif own <= best * (1 + EVEN) and chosen.measurement.sqnr_db is not None:
             reason += (
                 f", within {100 * EVEN:.0f}% of the smallest, {_written(result, best)} of trial {number}, "
-                f"and its outputs are nearest to the original's ({figures.decibel(chosen.measurement.sqnr_db)})"
+                "and its outputs are nearest to the original's "
+                f"({figures.decibel(chosen.measurement.sqnr_db)})"
             )
     return [*sentences, f"Trial {chosen.number} was chosen: {reason}."]
 
