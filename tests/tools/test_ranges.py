@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.errors import DataError
-from featherweight.formats import IntQuant, PerChannel, PerTensor
-from featherweight.tools.ranges import Histogram, RangeRule, activation_range, weight_range
+from featherweight.formats import IntQuant, PerChannel, PerGroup, PerTensor
+from featherweight.tools.ranges import (
+    Histogram,
+    RangeRule,
+    WeightRule,
+    activation_range,
+    weight_range,
+)
 
 BINS = 4096
+RULES = ("minmax", "moving_average", "percentile", "kl", "l1", "mse")
+WEIGHT_RULES = ("minmax", "percentile", "l1", "mse")
 floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 batches = st.lists(st.lists(floats, min_size=1, max_size=20), min_size=1, max_size=6)
 
@@ -31,10 +39,10 @@ def grid(symmetric: bool = False, signed: bool = False, width: int = 8) -> IntQu
     return IntQuant(torch.tensor(-1.0), torch.tensor(1.0), width, symmetric, signed=signed)
 
 
-def error(x: Tensor, fmt: IntQuant, low: float, high: float) -> float:
-    """Mean squared error of storing x over a range."""
+def error(x: Tensor, fmt: IntQuant, low: float, high: float, power: int = 2) -> float:
+    """Mean squared (or absolute) error of storing x over a range."""
     ranged = replace(fmt, low=torch.tensor(low), high=torch.tensor(high))
-    return float((ranged.project(x) - x).double().square().mean())
+    return float((ranged.project(x) - x).double().abs().pow(power).mean())
 
 
 class TestHistogram:
@@ -121,6 +129,22 @@ class TestHistogram:
         assert histogram.quantiles(fraction) == pytest.approx(wanted, abs=1.01 * width + 1e-3)
 
 
+def divergence(kept: list[tuple[float, float]], fmt: IntQuant, low: float, high: float) -> float:
+    inside = [(c, n) for c, n in kept if low <= c <= high]
+    below = sum(n for c, n in kept if c < low)
+    above = sum(n for c, n in kept if c > high)
+    p = [n for _, n in inside]
+    p[0] += below
+    p[-1] += above
+    ranged = replace(fmt, low=torch.tensor(low), high=torch.tensor(high))
+    levels = ranged.quantize(torch.tensor([c for c, _ in inside], dtype=torch.float64)).tolist()
+    q = []
+    for level in levels:
+        mine = [n for (_, n), other in zip(inside, levels, strict=True) if other == level]
+        q.append(sum(mine) / len(mine))
+    return sum(a / sum(p) * np.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+
+
 class TestActivationRange:
     X = torch.cat([torch.randn(5000, generator=torch.Generator().manual_seed(1)), torch.tensor([9.0, -6.0])])
 
@@ -135,14 +159,62 @@ class TestActivationRange:
         whole = activation_range(seen(self.X), grid(), "percentile", 100.0)
         assert whole == pytest.approx((-6.0, 9.0), abs=0.01)
 
-    @pytest.mark.parametrize("width", [3, 4, 8])
-    def test_least_squares_is_near_the_best_of_all_ranges(self, width: int) -> None:
+    @pytest.mark.parametrize(("rule", "power"), [("mse", 2), ("l1", 1)])
+    @pytest.mark.parametrize("width", [2, 3, 4, 8])
+    def test_least_error_is_near_the_best_of_all_ranges(
+        self, width: int, rule: RangeRule, power: int
+    ) -> None:
         fmt = grid(width=width)
-        low, high = activation_range(seen(self.X), fmt, "mse", 99)
-        fractions = np.linspace(0.1, 1, 46)
-        best = min(error(self.X, fmt, -6.0 * a, 9.0 * b) for a in fractions for b in fractions)
-        assert error(self.X, fmt, low, high) <= 1.1 * best
-        assert error(self.X, fmt, low, high) <= error(self.X, fmt, -6.0, 9.0)
+        low, high = activation_range(seen(self.X), fmt, rule, 99)
+        fractions = np.linspace(0.04, 1, 49)
+        best = min(error(self.X, fmt, -6.0 * a, 9.0 * b, power) for a in fractions for b in fractions)
+        assert error(self.X, fmt, low, high, power) <= 1.1 * best
+        assert error(self.X, fmt, low, high, power) <= error(self.X, fmt, -6.0, 9.0, power)
+
+    def test_l1_and_mse_differ_where_tails_are_long(self) -> None:
+        x = torch.distributions.StudentT(2.0).sample((20000,)).clamp(-300, 300)
+        widths = [
+            np.ptp(activation_range(seen(x), grid(width=4), rule, 99))
+            for rule in ("l1", "mse")  # type: ignore[arg-type]
+        ]
+        assert widths[0] < widths[1]
+
+    def test_a_moving_average_is_the_mean_at_first_and_forgets_later(self) -> None:
+        histogram = Histogram(momentum=0.75)
+        lows, highs = [], []
+        wanted = None
+        for index in range(1, 12):
+            low, high = -float(index), float(index) ** 2
+            histogram.update(torch.tensor([low, 0.0, high]), "x")
+            lows.append(low)
+            highs.append(high)
+            if index <= 4:
+                wanted = np.array([np.mean(lows), np.mean(highs)])
+            else:
+                wanted = 0.75 * wanted + 0.25 * np.array([low, high])  # type: ignore[operator]
+            assert activation_range(histogram, grid(), "moving_average", 99) == pytest.approx(tuple(wanted))
+        assert (histogram.low, histogram.high) == (-11.0, 121.0)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("width", [4, 8])
+    def test_kl_is_the_least_divergence_of_all_fractions(self, width: int, symmetric: bool) -> None:
+        """Oracle: the divergence bin by bin, as its definition reads."""
+        x = torch.cat([self.X * 0.2, torch.tensor([12.0])])
+        histogram = seen(x)
+        fmt = grid(symmetric=symmetric, signed=symmetric, width=width)
+        low, high = activation_range(histogram, fmt, "kl", 99)
+        full = (-12.0, 12.0) if symmetric else (float(x.min()), 12.0)
+        kept = [
+            (c, n) for c, n in zip(histogram.centers.tolist(), histogram.counts.tolist(), strict=True) if n
+        ]
+        least = min(
+            (divergence(kept, fmt, full[0] * f, full[1] * f), -f)
+            for f in np.linspace(0.1 if width == 4 else 0.2, 1, 91 if width == 4 else 81)
+        )
+        assert divergence(kept, fmt, low if not symmetric else -high, high) == pytest.approx(
+            least[0], rel=1e-3
+        )
+        assert high < 12.0
 
     @pytest.mark.parametrize("signed", [True, False])
     def test_least_squares_on_a_symmetric_grid_is_the_best_limit(self, signed: bool) -> None:
@@ -156,7 +228,7 @@ class TestActivationRange:
         assert low == 0
         assert 2 < high <= 9
 
-    @pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
+    @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
     def test_a_constant_is_kept(self, rule: RangeRule, value: float) -> None:
         x = torch.full((100,), value)
@@ -164,7 +236,7 @@ class TestActivationRange:
         assert np.isfinite([low, high]).all()
         assert error(x, grid(), low, high) < 1e-4
 
-    @given(st.lists(floats, min_size=2, max_size=200), st.sampled_from(["minmax", "percentile", "mse"]))
+    @given(st.lists(floats, min_size=2, max_size=200), st.sampled_from(RULES))
     @settings(max_examples=60)
     def test_stays_inside_what_was_seen_and_makes_a_format(self, xs: list[float], rule: RangeRule) -> None:
         x = torch.tensor(xs, dtype=torch.float32)
@@ -202,20 +274,22 @@ class TestWeightRange:
 
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("axis", [None, 0, 1])
-    def test_least_squares_is_the_best_fraction_of_each_channel(
-        self, axis: int | None, symmetric: bool
+    @pytest.mark.parametrize(("rule", "power"), [("mse", 2), ("l1", 1)])
+    def test_least_error_is_the_best_fraction_of_each_channel(
+        self, axis: int | None, symmetric: bool, rule: WeightRule, power: int
     ) -> None:
         fmt = self.fmt(axis, symmetric)
-        low, high = weight_range(self.W, fmt, "mse", 99)
+        low, high = weight_range(self.W, fmt, rule, 99)
         rows = self.W.reshape(1, -1) if axis is None else self.W.movedim(axis, 0).flatten(1)
         one = replace(fmt, low=torch.tensor(-1.0), high=torch.tensor(1.0), granularity=PerTensor())
         for row, first, last in zip(rows, low.reshape(-1), high.reshape(-1), strict=True):
             ends = float(row.min()), float(row.max())
-            best = min(error(row, one, ends[0] * f, ends[1] * f) for f in np.linspace(0.2, 1.0, 81))
-            assert error(row, one, float(first), float(last)) == pytest.approx(best, rel=1e-3)
+            fractions = np.linspace(0.1, 1.0, 91)
+            best = min(error(row, one, ends[0] * f, ends[1] * f, power) for f in fractions)
+            assert error(row, one, float(first), float(last), power) == pytest.approx(best, rel=1e-3)
 
-    @pytest.mark.parametrize("rule", ["minmax", "percentile", "mse"])
-    def test_empty_and_constant_channels(self, rule: RangeRule) -> None:
+    @pytest.mark.parametrize("rule", WEIGHT_RULES)
+    def test_empty_and_constant_channels(self, rule: WeightRule) -> None:
         weight = torch.stack([torch.zeros(9), torch.full((9,), 0.5), torch.full((9,), -0.5), torch.randn(9)])
         fmt = self.fmt(0, width=8)
         low, high = weight_range(weight, fmt, rule, 99.9)
@@ -226,7 +300,7 @@ class TestWeightRange:
 
     def test_one_weight_a_channel(self) -> None:
         weight = torch.tensor([[0.1], [-0.2], [0.0]])
-        for rule in ("minmax", "percentile", "mse"):
+        for rule in WEIGHT_RULES:
             low, high = weight_range(weight, self.fmt(0, width=8), rule, 99.0)  # type: ignore[arg-type]
             assert torch.allclose(torch.maximum(-low, high), weight.abs().flatten())
 
@@ -235,3 +309,15 @@ class TestWeightRange:
         weight = torch.linspace(-1, 1, 2**24 + 2).reshape(2, -1)
         low, high = weight_range(weight, self.fmt(None), "percentile", 98.0)
         assert (float(low), float(high)) == pytest.approx((-0.98, 0.98), abs=1e-3)
+
+    @pytest.mark.parametrize("rule", WEIGHT_RULES)
+    @pytest.mark.parametrize("shape", [(3, 0), (0, 3)])
+    def test_no_weights_at_all(self, rule: WeightRule, shape: tuple[int, int]) -> None:
+        weight = torch.zeros(shape)
+        for granularity, wanted in (
+            (PerChannel(0), shape[:1]),
+            (PerGroup(1, 2), (shape[0], -(-shape[1] // 2))),
+        ):
+            one = torch.ones((1,) * len(wanted))
+            low, high = weight_range(weight, IntQuant(-one, one, 4, True, granularity), rule, 99.0)
+            assert low.shape == high.shape == wanted

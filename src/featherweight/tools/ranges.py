@@ -269,8 +269,8 @@ def _shared(values: Tensor, weight: Tensor, granularity: Granularity) -> Tensor:
     if isinstance(granularity, PerTensor):
         return values[0]
     if isinstance(granularity, PerGroup):
-        rows = weight.shape[1 - granularity.axis]
-        return values.reshape(rows, -1 if rows else 0).movedim(0, 1 - granularity.axis)
+        rows, elements = granularity.rows(weight).shape
+        return values.reshape(rows, granularity.groups(elements)).movedim(0, 1 - granularity.axis)
     return values
 
 
