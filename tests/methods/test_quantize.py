@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,15 +15,27 @@ from torch.nn import functional as F
 
 from featherweight.data import Data
 from featherweight.errors import DataError, RecipeError, TargetError
-from featherweight.formats import IntQuant, PerChannel, PerTensor
+from featherweight.formats import (
+    Binary,
+    Dynamic,
+    IntQuant,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    TensorFormat,
+    Ternary,
+    decode,
+    encode,
+)
 from featherweight.graph import trace
 from featherweight.method import Context, Silent
 from featherweight.methods.quantize import Quantize
 from featherweight.model import Entry, Model
-from featherweight.tools.simulate import Replay, layer_errors
+from featherweight.tools.simulate import Replay, layer_errors, simulate
 from golden import context, data, folded, model_of, quantized, target
 
 VNNI = target(isa="vnni")
+TORCH = target("torch")
 
 
 def quantize(net: Model, examples: Data | None = None, **parameters: Any) -> dict[str, IntQuant]:
@@ -435,3 +447,277 @@ def test_a_mask_leaves_the_scores_their_steps(least: float) -> None:
     assert not any(float(fmt.low.min()) < -1e3 for chain in done.formats.values() for fmt in chain)  # type: ignore[attr-defined]
     errors = layer_errors(done, [(x,)])
     assert min(errors.values()) > 20
+
+
+def on_torch(name: str, **parameters: Any) -> dict[str, TensorFormat]:
+    """The formats that a step gives to a golden net where every kernel is simulated."""
+    net = folded(name)
+    done = Quantize.model_validate(parameters).apply(net, context(net, data(name), TORCH))
+    assert all(len(chain) == 1 for chain in done.formats.values())
+    return {key: chain[0] for key, chain in done.formats.items()}
+
+
+class Told(Silent):
+    """Progress that remembers its notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def notes(net: Model, examples: Data, on: Any = VNNI, **parameters: Any) -> list[str]:
+    told = Told()
+    asked = replace(context(net, examples, on), progress=told)
+    Quantize.model_validate(parameters).apply(net, asked)
+    return told.notes
+
+
+class TestWeights:
+    @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+    @pytest.mark.parametrize("kind", ["int8", "int7", "int6", "int5", "int4", "int3", "int2"])
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_of_every_width(self, kind: str, granularity: str, symmetric: bool) -> None:
+        asked = {"weights": kind, "granularity": granularity, "symmetric_weights": symmetric, "group": 8}
+        formats = on_torch("residual", activations="none", **asked)
+        assert weights(formats) == set(formats)
+        for name, fmt in formats.items():
+            weight = folded("residual").parameters[name].detach()
+            assert isinstance(fmt, IntQuant)
+            assert (fmt.width, fmt.symmetric) == (int(kind[3:]), symmetric)
+            assert len(fmt.project(weight).unique()) <= 2**fmt.width * fmt.low.numel()
+            groups = -(-weight[0].numel() // 8)
+            wanted = {"per_tensor": (), "per_channel": (len(weight),), "per_group": (len(weight), groups)}
+            assert fmt.low.shape == wanted[granularity]
+
+    @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+    @pytest.mark.parametrize(("kind", "made", "levels"), [("ternary", Ternary, 3), ("binary", Binary, 2)])
+    def test_of_signs(self, kind: str, made: type, levels: int, granularity: str) -> None:
+        formats = on_torch("residual", weights=kind, granularity=granularity, group=16)
+        fmt = formats["layer1.conv1.weight"]
+        assert isinstance(fmt, made)
+        weight = folded("residual").parameters["layer1.conv1.weight"].detach()
+        if granularity == "per_channel":
+            assert all(len(row.unique()) == levels for row in fmt.project(weight))
+        assert fmt.bits(weight.numel()) < {Ternary: 2, Binary: 1}[made] + 32 / 8.9
+
+    @pytest.mark.parametrize("kind", ["int8", "int4", "int3", "ternary", "binary"])
+    @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+    def test_on_grid_weights_stay_what_they_are(self, kind: str, granularity: str) -> None:
+        """Rounding relies on it: a second projection, also behind JSON, changes no bit."""
+        for name, fmt in on_torch("depthwise", weights=kind, granularity=granularity).items():
+            if name in folded("depthwise").parameters:
+                stored = fmt.project(folded("depthwise").parameters[name].detach())
+                for again in (fmt, decode(encode(fmt))):
+                    assert torch.equal(again.project(stored), stored)
+
+    def test_groups_of_a_transposed_convolution_lie_along_its_inputs(self) -> None:
+        net = model_of(nn.Sequential(nn.ConvTranspose2d(4, 6, 2)), torch.randn(2, 4, 5, 5))
+        examples = Data.of(x_train=torch.randn(20, 4, 5, 5).numpy())
+        done = Quantize(granularity="per_group", group=8).apply(net, context(net, examples, TORCH))
+        (fmt,) = done.formats["0.weight"]
+        assert isinstance(fmt, IntQuant)
+        assert fmt.granularity == PerGroup(0, 8)
+        assert fmt.low.shape == (2, 6)  # 4 inputs of 2 x 2 for each of 6 outputs
+
+    def test_float_weights_read_integers_where_a_runtime_does(self) -> None:
+        formats = on_torch("residual", weights="none")
+        assert weights(formats) == set()
+        assert values(formats) == values(quantized("residual", "torch").formats)
+
+    def test_recurrent_ones(self) -> None:
+        formats = on_torch("lstm")
+        assert {name for name in weights(formats) if name.startswith("lstm")} == {
+            f"lstm.weight_{side}_l{layer}" for side in ("ih", "hh") for layer in (0, 1)
+        }
+        assert formats["input:x"] == Dynamic(8, per="token", readers=frozenset({"lstm"}))
+        alone = on_torch("lstm", activations="none")
+        assert values(alone) == set()
+        assert "lstm.weight_hh_l1" in alone
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_that_are_not_finite_are_named(self, bad: float) -> None:
+        module = folded("linear3d").copy_module()
+        with torch.no_grad():
+            module.get_parameter("fc1.weight")[0, 0] = bad
+        net = folded("linear3d").evolve(module=module)
+        with pytest.raises(DataError, match=r"'fc1.weight' holds NaN or infinite weights"):
+            quantize(net, data("linear3d"), activations="none")
+
+
+class TestDynamic:
+    def test_ranges_are_found_at_run_time_for_layers_with_weights_alone(self) -> None:
+        formats = on_torch("attention", activations="dynamic")
+        assert weights(formats) == {f"{layer}.weight" for layer in LAYERS_OF_ATTENTION}
+        inputs = {node.inputs[0] for node in trace(folded("attention")) if node.op == "linear"}
+        assert values(formats) == inputs
+        for name in inputs:
+            assert formats[name] == Dynamic(8, per="token", readers=frozenset({"linear"}))
+
+    def test_it_needs_no_calibration(self) -> None:
+        net = folded("attention")
+        done = Quantize(activations="dynamic").apply(net, context(net, Data.of(), TORCH))
+        assert "input:x" in done.formats
+
+    def test_the_simulation_rounds_for_its_readers_alone(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc = nn.Linear(8, 8, bias=False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.fc(x) + x
+
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        net = model_of(Net(), x)
+        done = Quantize(activations="dynamic").apply(net, context(net, Data.of(), TORCH))
+        weight = done.formats["fc.weight"][0].project(net.parameters["fc.weight"].detach())
+        rounded = torch.stack([IntQuant(row.min(), row.max()).project(row) for row in x])
+        (made,) = simulate(done)(x)
+        assert torch.allclose(made, rounded @ weight.T + x, atol=1e-6)
+
+    def test_weights_alone_where_a_runtime_has_no_such_kernel(self) -> None:
+        """Per token, else per tensor, else the layer's input stays float."""
+        net, asked = folded("residual"), []
+
+        class Some:
+            float_outputs = one_grid = joined = frozenset[str]()
+            fixed_ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+
+            def integers_pay(self, node: Any, graph: Any) -> bool:
+                return True
+
+            def __call__(self, op: str, weight: Any, activation: Any) -> bool:
+                asked.append((op, activation))
+                per_tensor = activation is not None and activation.per == "tensor"
+                return per_tensor if op == "linear" else activation is None
+
+            def realise(self, fmt: TensorFormat, role: str) -> TensorFormat:
+                return replace(fmt, signed=True)  # type: ignore[type-var]
+
+        done = Quantize(activations="dynamic").apply(
+            net, replace(context(net, Data.of(), TORCH), supports=Some())
+        )
+        assert ("linear", Dynamic(8, per="token")) in asked
+        assert values(done.formats) == {"/flatten#0:0"}
+        (fmt,) = done.formats["/flatten#0:0"]
+        assert fmt == Dynamic(8, signed=True, per="tensor", readers=frozenset({"linear"}))
+        assert "stem.0.weight" in done.formats
+
+
+LAYERS_OF_ATTENTION = ("embed", "qkv", "project", "fc1", "fc2", "head")
+
+
+class TestLayers:
+    def test_have_formats_of_their_own_and_the_last_rule_wins(self) -> None:
+        layers = {
+            "layer1": {"weights": "int4", "granularity": "per_group", "group": 16},
+            "layer1.conv2": {"weights": "ternary"},
+            "Linear": {"weights": "int3", "symmetric_weights": False},
+        }
+        formats = on_torch("residual", layers=layers)
+        first = formats["layer1.conv1.weight"]
+        assert isinstance(first, IntQuant)
+        assert (first.width, first.granularity) == (4, PerGroup(1, 16))
+        second = formats["layer1.conv2.weight"]
+        assert isinstance(second, Ternary)
+        assert second.granularity == PerChannel(0)
+        head = formats["head.weight"]
+        assert isinstance(head, IntQuant)
+        assert (head.width, head.symmetric) == (3, False)
+        assert formats["stem.0.weight"].width == 8
+
+    def test_float_is_as_if_it_were_excluded(self) -> None:
+        some = on_torch("residual", layers={"layer2.*": "float"})
+        same = on_torch("residual", where={"exclude": ["layer2.*"]})
+        assert {name: encode(fmt) for name, fmt in some.items()} == {
+            name: encode(fmt) for name, fmt in same.items()
+        }
+        back = on_torch("residual", layers={"layer2.*": "float", "layer2.conv1": {}})
+        assert "layer2.conv1.weight" in back
+        assert "layer2.conv2.weight" not in back
+
+    def test_survive_a_recipe(self) -> None:
+        asked = Quantize.model_validate({"layers": {"a.*": {"weights": "int4"}, "b": "float"}})
+        plain = asked.model_dump(mode="json")
+        assert plain["layers"] == {"a.*": {"weights": "int4"}, "b": "float"}
+        assert Quantize.model_validate(plain) == asked
+
+    def test_a_rule_that_means_no_layer_is_told(self) -> None:
+        found = notes(folded("residual"), data("residual"), layers={"layer7": "float", "head": "float"})
+        assert found == ["warning: layers of quantize names 'layer7', which is no layer or type of the model"]
+
+    def test_weight_formats_are_those_of_apply_without_calibration(self) -> None:
+        net = folded("residual")
+        for parameters in (
+            {},
+            {"weights": "int4", "granularity": "per_group"},
+            {"layers": {"head": "float"}},
+        ):
+            step = Quantize.model_validate(parameters)
+            whole = step.apply(net, context(net, data("residual"), TORCH)).formats
+            alone = step.weight_formats(net, context(net, Data.of(), TORCH))
+            assert set(alone) == weights(whole)
+            for name, (fmt,) in alone.items():
+                assert encode(fmt) == encode(whole[name][0])
+
+
+class TestRefusals:
+    def test_layers_without_a_kernel_are_counted_and_named(self) -> None:
+        """ONNX Runtime has 4-bit kernels for matrices alone."""
+        asked = {"weights": "int4", "activations": "none", "granularity": "per_group"}
+        (note,) = notes(folded("residual"), data("residual"), **asked)
+        assert note.startswith("warning: 6 layers stay float, since onnxruntime has no kernel of conv2d")
+        assert "weights int4 per group with activations none" in note
+        assert "stem.0, layer1.conv1, layer1.conv2, layer2.conv1, ..." in note
+
+    @pytest.mark.parametrize("asked", [{"weights": "int3"}, {"weights": "ternary"}, {"activations": "int4"}])
+    def test_nothing_at_all_says_what_there_is(self, asked: dict[str, str]) -> None:
+        with pytest.raises(RecipeError, match="no layer that onnxruntime takes as asked") as told:
+            quantize(folded("residual"), data("residual"), **asked)
+        assert told.value.fix is not None
+        assert "int8 per_channel" in told.value.fix
+        assert "int4 per_group" in told.value.fix
+        assert "int3" not in told.value.fix
+
+    def test_an_infinite_range_is_named(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.b(self.a(x))
+
+        x = torch.tensor([[3e38, -3e38]] * 20)
+        net = model_of(Net(), x[:2])
+        with torch.no_grad():
+            net.parameters["a.weight"].copy_(torch.eye(2))
+        with pytest.raises(DataError, match="the range of 'input:x' is infinite in float32") as told:
+            quantize(net, Data.of(x_train=x.numpy()))
+        assert told.value.fix is not None
+
+
+class TestCalibration:
+    @pytest.mark.parametrize("range", ["moving_average", "kl", "l1"])
+    def test_every_rule_makes_ranges_inside_what_was_seen(self, range: str) -> None:
+        examples = data("residual").evolve(batch_size=5)
+        formats = quantize(folded("residual"), examples, range=range)
+        whole = quantize(folded("residual"), examples, range="minmax")
+        for name in values(formats):
+            low, high = ends(formats[name])
+            assert min(ends(whole[name])[0], 0) <= low <= high <= max(ends(whole[name])[1], 0)
+        assert any(ends(formats[name]) != ends(whole[name]) for name in values(formats))
+
+    def test_what_is_odd_is_told_once(self) -> None:
+        net = folded("linear3d")
+        zeros = np.zeros((20, *net.entries["forward"].example_inputs[0].shape[1:]), np.float32)
+        found = notes(net, Data.of(x_train=zeros), fallback=1)
+        assert len([note for note in found if "'input:x' is 0 in all 20 calibration examples" in note]) == 1
+        assert all(note.startswith("warning: ") for note in found)
+        few = notes(net, Data.of(x_train=zeros[:4] + np.arange(4, dtype=np.float32)[:, None, None]))
+        assert any("4 calibration examples" in note for note in few)
+
+    def test_ordinary_data_is_no_news(self) -> None:
+        assert notes(folded("residual"), data("residual")) == []

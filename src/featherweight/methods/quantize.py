@@ -122,7 +122,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
             plans = self._plans(model, context, spared)
             done = self._formats(model, plans, context, notes)
         refused = {layer: op for plan in plans.values() for layer, op in plan.refused.items()}
-        if not done:
+        if not done or (refused and not set(done) & set(model.parameters)):
             raise self._nothing(model, refused, context)
         for note in (*notes, *self._notes(model, refused, context)):
             context.progress.note(f"warning: {note}")
