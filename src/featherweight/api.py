@@ -241,7 +241,7 @@ def _question(
 
 def _planned(question: Question, runs: Sequence[Run], trials: int | None, progress: Progress) -> Question:
     """The question with what to try: it follows from the time and from how long a pass takes here."""
-    made = plan(runs[0], question.time_limit, trials)
+    made = plan(runs[0], question.time_limit, question.budget, trials)
     progress.note(
         f"effort {made.level}: {', then '.join(made.ways)}; {made.trials} trials at most in "
         f"{seconds(question.time_limit)} ({seconds(made.example_s)} a pass of one example). {made.longer}"

@@ -261,13 +261,17 @@ def fit(
             metavar="N",
             min=1,
             show_default=False,
-            help="Artifacts to measure at most; 8 by default, 1 with a recipe that leaves nothing open.",
+            help="Artifacts to measure at most; by default 3, 8 or 16, as the effort is; 8 with a recipe "
+            "that leaves something open, 1 with one that does not.",
         ),
     ] = None,
     time: Annotated[
         str,
         typer.Option(
-            "--time", metavar="TIME", help="No trial starts after so long: 90s, 10m, 2h; one always does."
+            "--time",
+            metavar="TIME",
+            help="Time that there is: 30s, 5m, 30m, 2h. It decides the effort (see above). No trial starts "
+            "that would be ready later, and steps end with it; the first answer always comes.",
         ),
     ] = "10m",
     measure_time: MeasureTime = "20s",
@@ -289,9 +293,18 @@ def fit(
     """Find the best artifact of MODEL within a budget.
 
     Writes to --out: the artifact, recipe.yaml, result.json, report.html, model_card.md,
-    artifact.json and programs that load it (load.py, load.cpp ...). Without --recipe, folding
-    and 8-bit quantization with several settings are tried. Running again resumes; a finished
-    run is read from the store. Ctrl-C hands back the best so far.
+    artifact.json and programs that load it (load.py, load.cpp ...). Running again resumes; a
+    finished run is read from the store. Ctrl-C hands back the best so far.
+
+    Without --recipe, --time decides the effort, with a timed pass of the network: a large one
+    gets less of it. The report says which one it was, and what more time would add.
+
+    \b
+    Effort    from     what is tried
+    quick     -        fold, 8-bit quantization, bias correction
+    standard  > 1m     also equalization, rounding by GPTQ, several settings; for transformers
+                       activations quantized on the fly, and weights alone in 8 and 4 bits
+    thorough  >= 15m   also the reconstruction of blocks, mixed precision, more settings
 
     \b
     Examples:
@@ -299,6 +312,7 @@ def fit(
         --max-drop 0.5% --max-size 350KB --out fitted
       featherweight fit model.onnx --data photos/ --image-size 224 --max-latency 5ms --out fitted
       featherweight fit net.py:net --input 3x32x32 --recipe int8.yaml --out fitted
+      featherweight fit net.py:net --data data.npz --max-drop 0.5% --time 30m --out fitted
       featherweight fit net.py:net --data data.npz --runtime any --prefer latency --out fitted
       featherweight fit net.py:net --data data.npz --device ssh:pi@board --max-latency 20ms --out fitted
     """
@@ -320,7 +334,7 @@ def fit(
             isa=isa,
             recipe=recipe,
             trials=trials,
-            time_limit=parse_time(time, "--time"),
+            time_limit=parse_time(time, "--time", "5m"),
             limits=_limits(measure_time, batch),
             threads=threads,
             tune=tune,

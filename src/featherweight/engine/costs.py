@@ -111,10 +111,15 @@ class MeasuredCosts:
         found = self._table
         return None if found is None else found[_form(integers)]["total"]
 
+    @property
+    def known(self) -> bool:
+        """Whether the runtime tells what its kernels take, so that layers have prices."""
+        return type(self._run.runtime).profile is not Runtime.profile and self._run.target.device == "local"
+
     @cached_property
     def _table(self) -> dict[str, Any] | None:
         run = self._run
-        if type(run.runtime).profile is Runtime.profile or run.target.device != "local":
+        if not self.known:
             return None
         key = digest(
             "costs", run.original.key, run.target.to_json(), run.runtime.version(), run.sources, run.seed

@@ -15,14 +15,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
 from featherweight.engine.run import Run
 from featherweight.engine.store import digest
-from featherweight.engine.template import Shape, shape_of, ways
-from featherweight.outcome import LEVELS, Effort, Level, Way
+from featherweight.engine.template import Amounts, Shape, shape_of, ways
+from featherweight.holes import Choice
+from featherweight.outcome import LEVELS, Budget, Effort, Level, Way
 from featherweight.recipe import Recipe, Step
 from featherweight.tools.simulate import Replay
 
@@ -38,6 +40,7 @@ _RECONSTRUCTION = 0.4  # share of the time that goes to the reconstruction of bl
 _PASSES = {"equalize": 2.0, "quantize": 4.0, "correct_bias": 4.0, "rounding": 10.0, "mixed_precision": 12.0}
 _PASSES_OF_ITERATION = 100.0
 _S_OF_PARAMETER = 4e-7  # for ranges and rounding, whatever the examples
+_LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
 _TIMED = 8  # examples of the timed pass
 _ADDS: Mapping[Level, str] = {
     "quick": "",
@@ -117,6 +120,11 @@ class Pace:
             passes += _PASSES_OF_ITERATION * step.parameters["iterations"]
         return float(passes * self.example_s + _S_OF_PARAMETER * self.parameters)
 
+    def amounts(self, level: Level, time_s: float, limits: Mapping[str, Any]) -> Amounts:
+        """How much of everything fits into the time."""
+        method = "correct_bias" if level == "quick" else "rounding"
+        return Amounts(self.samples(time_s, method), self.iterations(time_s), limits)
+
     def samples(self, time_s: float, method: str) -> int:
         """Calibration examples whose passes take a quarter of the time at most."""
         passes = sum(_PASSES[name] for name in ("equalize", "quantize", method))
@@ -128,25 +136,36 @@ class Pace:
         return int(min(max(count, _LEAST), _LARGEST))
 
 
-def plan(run: Run, time_s: float, trials: int | None = None) -> Plan:
+def plan(run: Run, time_s: float, budget: Budget, trials: int | None = None) -> Plan:
     """What to try in so many seconds.
 
     Args:
-        run: The original and its data.
+        run: The original, its data and its target.
         time_s: Seconds that there are.
+        budget: What mixed precision has to keep.
         trials: Artifacts to measure; None: as many as suit the effort.
     """
-    return planned(pace_of(run), shape_of(run.original), time_s, trials)
+    limits: Mapping[str, Any] = {}
+    if budget.bytes is not None:
+        limits = {"bytes": budget.bytes}
+    elif run.costs.known:
+        limits = {"latency": Choice(_LATENCIES)}
+    return planned(pace_of(run), shape_of(run.original), time_s, limits, trials)
 
 
-def planned(pace: Pace, shape: Shape, time_s: float, trials: int | None = None) -> Plan:
+def planned(
+    pace: Pace,
+    shape: Shape,
+    time_s: float,
+    limits: Mapping[str, Any] | None = None,
+    trials: int | None = None,
+) -> Plan:
     """The plan for a network of this pace and shape."""
-    fitting: list[Level] = [level for level in LEVELS if _fits(level, pace, shape, time_s)]
-    level = fitting[-1] if fitting else "quick"
-    tried = _ways(level, pace, shape, time_s)
+    limits = limits or {}
+    level: Level = [one for one in LEVELS if _fits(one, pace, shape, time_s)][-1]
+    tried = ways(level, shape, pace.amounts(level, time_s, limits))
     predicted = {name: pace.of(recipe) for name, recipe in tried.items()}
-    first = next(iter(tried))
-    if predicted[first] > _TIGHT * time_s and len(tried) > 1:  # an early answer: the quickest of the others
+    if predicted[next(iter(tried))] > _TIGHT * time_s:  # an early answer: the quickest of all
         quickest = min(predicted, key=lambda name: predicted[name])
         tried = {quickest: tried[quickest], **tried}
     return Plan(
@@ -160,14 +179,9 @@ def planned(pace: Pace, shape: Shape, time_s: float, trials: int | None = None) 
     )
 
 
-def _ways(level: Level, pace: Pace, shape: Shape, time_s: float) -> dict[str, Recipe]:
-    method = "correct_bias" if level == "quick" else "rounding"
-    return ways(level, shape, pace.samples(time_s, method), pace.iterations(time_s))
-
-
 def _fits(level: Level, pace: Pace, shape: Shape, time_s: float) -> bool:
-    """Whether the strongest way of a level is ready in time."""
-    strongest = _ways(level, pace, shape, time_s)[_STRONGEST[level]]
+    """Whether the strongest way of a level is ready in time; something quick is always tried."""
+    strongest = ways(level, shape, pace.amounts(level, time_s, {}))[_STRONGEST[level]]
     return level == "quick" or (time_s >= _FROM[level] and pace.of(strongest) <= _READY * time_s)
 
 
@@ -179,8 +193,7 @@ def _longer(level: Level, pace: Pace, shape: Shape) -> str:
     needed = _FROM[above]
     while not _fits(above, pace, shape, needed):
         needed *= 1.25
-    minutes = math.ceil(needed / 60)
-    return f"--time {minutes}m or more adds {_ADDS[above]}"
+    return f"--time {math.ceil(needed / 60)}m or more adds {_ADDS[above]}"
 
 
 def pace_of(run: Run) -> Pace:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight.graph import trace
+from featherweight.holes import parameter_of
 from featherweight.method import Context
 from featherweight.model import Model
 from featherweight.outcome import Level
-from featherweight.plugins import find_method, method_names
+from featherweight.plugins import find_method
 from featherweight.recipe import Hole, Recipe, Step
 from featherweight.tools.costs import node_macs
 
@@ -57,17 +58,26 @@ def shape_of(model: Model) -> Shape:
     return Shape(linear / max(total, 1), recurrent)
 
 
-def ways(level: Level, shape: Shape, samples: int, iterations: int) -> dict[str, Recipe]:
-    """Recipes to try at a level, by name, in the order in which they are tried.
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything the time allows.
 
-    Args:
-        level: How thorough.
-        shape: Of the network.
+    Attributes:
         samples: Calibration examples of each step.
         iterations: Of the reconstruction of each block.
+        limits: Of mixed precision; none: it has nothing to weigh against, so it is left out.
     """
+
+    samples: int
+    iterations: int
+    limits: Mapping[str, Any]
+
+
+def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
+    """Recipes to try at a level, by name, in the order in which they are tried."""
+    samples, iterations = amounts.samples, amounts.iterations
     few = {"samples": samples}
-    fold, equalize, static = Step("fold"), Step("equalize"), Step("quantize", few)
+    fold, equalize, static = Step("fold"), Step("equalize", few), Step("quantize", few)
     gptq = Step("rounding", {"how": "gptq", **few})
     blocks = Step("rounding", {"how": "blocks", "iterations": iterations, **few})
     dynamic = Step("quantize", {"activations": "dynamic", **few})
@@ -78,19 +88,15 @@ def ways(level: Level, shape: Shape, samples: int, iterations: int) -> dict[str,
         "gptq": (fold, equalize, static, gptq),
         "gptq, not equalized": (fold, static, gptq),
         "blocks": (fold, equalize, static, blocks),
-        "mixed": (fold, equalize, Step("mixed_precision", few), gptq),
+        "mixed": (fold, equalize, Step("mixed_precision", {**amounts.limits, **few}), gptq),
         "dynamic": (fold, dynamic, gptq),
         "dynamic, nearest": (fold, dynamic),
         "weights": (fold, alone, gptq),
         "weights, nearest": (fold, alone),
         "weights, 4 bits": (fold, Step("quantize", int4), gptq),
     }
-    known = set(method_names())  # FIXME while methods are being written
-    found = {
-        name: tuple(step for step in steps if step.method in known)
-        for name, steps in found.items()
-        if known >= {step.method for step in steps if step.method == "mixed_precision"}
-    }
+    if not amounts.limits:
+        found.pop("mixed", None)
     return {name: Recipe(found[name]) for name in _order(level, shape) if name in found}
 
 
@@ -110,8 +116,7 @@ def _order(level: Level, shape: Shape) -> list[str]:
 
 
 def step_holes(step: Step, model: Model, context: Context) -> dict[str, Hole]:
-    """What the search may vary of a step on the model that reaches it: what the step does not say itself."""
-    holes: Mapping[str, Any] = find_method(step.method).holes(model, context)
-    return {
-        address: hole for address, hole in holes.items() if address.partition("/")[0] not in step.parameters
-    }
+    """What the search may vary of a step on the model that reaches it, but for what the step says itself."""
+    holes: Mapping[str, Hole] = find_method(step.method).holes(model, context)
+    said = set(step.parameters)
+    return {**{name: hole for name, hole in holes.items() if parameter_of(name) not in said}, **step.holes()}

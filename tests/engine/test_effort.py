@@ -1,0 +1,209 @@
+"""Which effort the time and the network's size give, and what a plan tries."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from featherweight.engine import effort
+from featherweight.engine.deadline import Bounded, OutOfTime
+from featherweight.engine.effort import Pace, pace_of, plan, planned
+from featherweight.engine.run import Run
+from featherweight.engine.store import Store
+from featherweight.engine.template import Amounts, Shape, shape_of, step_holes, ways
+from featherweight.method import Silent
+from featherweight.outcome import LEVELS, Budget
+from featherweight.plugins import method_names
+from featherweight.recipe import Choice, Recipe, Step
+from golden import context, data, model, target
+from nets import NETS
+
+SMALL = Pace(example_s=0.002, parameters=300_000)
+LARGE = Pace(example_s=2.0, parameters=100_000_000)
+CONVOLUTIONS = Shape(linear=0.01, recurrent=False)
+MATRICES = Shape(linear=0.95, recurrent=False)
+RECURRENT = Shape(linear=0.1, recurrent=True)
+LIMITS = {"latency": 0.75}
+
+
+def steps(recipe: Recipe) -> list[str]:
+    return [step.method for step in recipe.steps]
+
+
+class TestLevels:
+    @pytest.mark.parametrize(
+        ("seconds", "level"),
+        [
+            (0, "quick"),
+            (30, "quick"),
+            (60, "quick"),
+            (300, "standard"),
+            (600, "standard"),
+            (1800, "thorough"),
+        ],
+    )
+    def test_follow_from_the_time(self, seconds: int, level: str) -> None:
+        assert planned(SMALL, CONVOLUTIONS, float(seconds)).level == level
+
+    @pytest.mark.parametrize(("seconds", "level"), [(300.0, "quick"), (1800.0, "standard")])
+    def test_of_a_large_network_are_lower_in_the_same_time(self, seconds: float, level: str) -> None:
+        assert planned(LARGE, CONVOLUTIONS, seconds).level == level
+
+    def test_rise_with_the_time_and_never_fall(self) -> None:
+        for pace in (SMALL, Pace(0.1, 10**7), LARGE):
+            seen = [LEVELS.index(planned(pace, CONVOLUTIONS, 10.0 * 1.3**n).level) for n in range(40)]
+            assert seen == sorted(seen)
+            assert seen[-1] == 2
+
+    def test_try_more_the_higher_they_are(self) -> None:
+        plans = [planned(SMALL, MATRICES, seconds, LIMITS) for seconds in (30.0, 300.0, 1800.0)]
+        counts = [(len(one.ways), one.trials) for one in plans]
+        assert counts == sorted(counts)
+        assert len(set(counts)) == 3
+
+    def test_keep_the_number_of_trials_that_is_asked_for(self) -> None:
+        assert planned(SMALL, CONVOLUTIONS, 300.0, trials=2).trials == 2
+
+
+class TestWays:
+    def test_of_the_strongest_default_comes_first(self) -> None:
+        first = [next(iter(planned(SMALL, CONVOLUTIONS, seconds).ways)) for seconds in (30.0, 300.0, 1800.0)]
+        assert first == ["nearest", "gptq", "nearest"]  # reconstruction takes long: an answer stands before
+        assert "blocks" in planned(SMALL, CONVOLUTIONS, 1800.0).ways
+
+    def test_of_the_strongest_is_first_where_there_is_plenty_of_time(self) -> None:
+        tiny = Pace(example_s=2e-5, parameters=1000)
+        assert next(iter(planned(tiny, CONVOLUTIONS, 7200.0).ways)) == "blocks"
+
+    def test_begin_with_a_quick_one_where_time_is_tight(self) -> None:
+        made = planned(Pace(0.05, 10**7), CONVOLUTIONS, 70.0)
+        assert made.level == "standard"
+        assert list(made.ways)[:2] == ["nearest", "gptq"]
+        assert made.predicted_s["nearest"] == min(made.predicted_s.values())
+
+    def test_without_equalization_and_with_plain_rounding_stand_beside(self) -> None:
+        found = planned(SMALL, CONVOLUTIONS, 300.0).ways
+        assert steps(found["gptq"]) == ["fold", "equalize", "quantize", "rounding"]
+        assert steps(found["gptq, not equalized"]) == ["fold", "quantize", "rounding"]
+        assert steps(found["nearest"])[:2] == ["fold", "quantize"]
+
+    def test_of_transformers_try_activations_on_the_fly_and_weights_alone(self) -> None:
+        found = planned(SMALL, MATRICES, 300.0).ways
+        assert found["dynamic"].steps[1].parameters["activations"] == "dynamic"
+        assert found["weights"].steps[1].parameters["activations"] == "none"
+        assert found["weights, 4 bits"].steps[1].parameters["weights"] == "int4"
+        assert not {"dynamic", "weights"} & set(planned(SMALL, CONVOLUTIONS, 300.0).ways)
+
+    def test_of_recurrent_networks_begin_on_the_fly(self) -> None:
+        for seconds in (30.0, 300.0):
+            assert next(iter(planned(SMALL, RECURRENT, seconds).ways)).startswith("dynamic")
+
+    def test_of_mixed_precision_need_something_to_weigh(self) -> None:
+        assert "mixed" not in planned(SMALL, CONVOLUTIONS, 1800.0).ways
+        found = planned(SMALL, CONVOLUTIONS, 1800.0, {"bytes": 5000}).ways
+        assert found["mixed"].steps[2].parameters["bytes"] == 5000
+
+    @pytest.mark.parametrize("level", LEVELS)
+    @pytest.mark.parametrize("shape", [CONVOLUTIONS, MATRICES, RECURRENT])
+    def test_are_recipes_of_methods_that_exist(self, level: Any, shape: Shape) -> None:
+        for recipe in ways(level, shape, Amounts(32, 500, LIMITS)).values():
+            assert set(steps(recipe)) <= set(method_names())
+            recipe.methods()
+
+    def test_hold_no_hole_twice(self) -> None:
+        said = Step("quantize", {"activations": "dynamic"})
+        begun = model("linear3d")
+        asked = context(begun, data("linear3d"), target())
+        assert "activations" in step_holes(Step("quantize"), begun, asked)
+        assert "activations" not in step_holes(said, begun, asked)
+        own = Step("quantize", {"samples": Choice((8, 16))})
+        assert step_holes(own, begun, asked)["samples"] == Choice((8, 16))
+
+
+class TestAmounts:
+    def test_of_examples_grow_with_the_time(self) -> None:
+        pace = Pace(0.05, 10**6)
+        counts = [pace.samples(seconds, "rounding") for seconds in (1.0, 60.0, 300.0, 7200.0)]
+        assert counts == sorted(counts)
+        assert counts[0] == 16
+        assert counts[-1] == 256
+        assert 16 < counts[2] < 256
+
+    def test_of_iterations_grow_with_the_time(self) -> None:
+        counts = [SMALL.iterations(seconds) for seconds in (1.0, 900.0, 1800.0, 1e9)]
+        assert counts[0] == 250
+        assert counts[-1] == 20000
+        assert counts[2] == pytest.approx(2 * counts[1], abs=1)
+
+    def test_are_what_the_steps_take(self) -> None:
+        recipe = ways("thorough", CONVOLUTIONS, Amounts(20, 333, {}))["blocks"]
+        rounding = recipe.steps[-1]
+        assert rounding.parameters == {"how": "blocks", "iterations": 333, "samples": 20}
+
+    def test_are_predicted_in_passes(self) -> None:
+        twice = Pace(2 * SMALL.example_s, 0)
+        recipe = ways("standard", CONVOLUTIONS, Amounts(64, 333, {}))["gptq"]
+        assert twice.of(recipe) == pytest.approx(2 * Pace(SMALL.example_s, 0).of(recipe))
+        assert Pace(SMALL.example_s, 10**8).of(recipe) > Pace(SMALL.example_s, 0).of(recipe) + 10
+
+
+class TestLonger:
+    def test_tells_from_which_time_on_the_next_level_is_taken(self) -> None:
+        for pace in (SMALL, LARGE):
+            for seconds in (30.0, 300.0):
+                made = planned(pace, CONVOLUTIONS, seconds)
+                minutes = float(made.longer.split()[1].removesuffix("m"))
+                above = planned(pace, CONVOLUTIONS, 60 * minutes)
+                assert LEVELS.index(above.level) >= LEVELS.index(made.level) + 1
+
+    def test_of_the_highest_adds_no_level(self) -> None:
+        assert "iterations" in planned(SMALL, CONVOLUTIONS, 3600.0).longer
+
+
+class TestPlan:
+    def run(self, folder: Path) -> Run:
+        return Run(model("residual"), data("residual"), target(), Store(folder))
+
+    def test_times_a_pass_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = pace_of(self.run(tmp_path))
+        assert 0 < first.example_s < 1
+        assert first.parameters == sum(p.numel() for p in model("residual").module.parameters())
+        monkeypatch.setattr(effort, "_example_seconds", lambda run: pytest.fail("timed again"))
+        assert pace_of(self.run(tmp_path)) == first
+
+    def test_takes_the_bytes_of_the_budget(self, tmp_path: Path) -> None:
+        made = plan(self.run(tmp_path), 1e5, Budget(bytes=4000))
+        assert made.ways["mixed"].steps[2].parameters["bytes"] == 4000
+
+    def test_is_told_with_its_trials(self, tmp_path: Path) -> None:
+        made = plan(self.run(tmp_path), 300.0, Budget())
+        told = made.told({"gptq": 3}, 12.5)
+        assert (told.level, told.time_s, told.seconds) == ("standard", 300.0, 12.5)
+        assert [way.name for way in told.ways] == list(made.ways)
+        assert {way.name: way.trials for way in told.ways}["gptq"] == 3
+
+
+@pytest.mark.parametrize(("net", "matrices"), [("residual", False), ("attention", True), ("lstm", True)])
+def test_shapes_of_networks(net: str, matrices: bool) -> None:
+    assert net in NETS
+    assert shape_of(model(net)).of_matrices == matrices
+    assert shape_of(model(net)).recurrent == any(
+        isinstance(layer, nn.LSTM) for layer in model(net).module.modules()
+    )
+
+
+class TestBounded:
+    def test_ends_when_the_time_is_up(self) -> None:
+        done = []
+        with pytest.raises(OutOfTime):
+            for item in Bounded(Silent(), time.monotonic() + 0.05).track(range(10**6), "step"):
+                done.append(item)
+                time.sleep(0.01)
+        assert 1 <= len(done) <= 10
+
+    def test_lets_work_in_time_pass(self) -> None:
+        assert list(Bounded(Silent(), time.monotonic() + 60).track(range(5), "step", 5)) == [0, 1, 2, 3, 4]
