@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from featherweight.engine import fit as fit_module
+from featherweight.engine.deadline import Bounded
+from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Scales, Weighed
 from featherweight.engine.fit import Fit, Question
 from featherweight.engine.lanes import Lane
@@ -62,6 +65,8 @@ class World:
     examples: int = 200
     runtime: str = "onnxruntime"
     weighed: list[str] = field(default_factory=list)
+    slow: Mapping[str, float] = field(default_factory=dict)  # seconds that the step of this range takes
+    run: Any = None
 
     def fit(self, question: Question) -> Fit:
         data = SimpleNamespace(
@@ -84,6 +89,7 @@ class World:
             context=lambda model: "context",
             step=self.step,
         )
+        self.run = run
         scales = SimpleNamespace(
             twin_scored=SimpleNamespace(rows={"accuracy": np.zeros((self.examples, 1))}),
             environment=ENVIRONMENT,
@@ -102,6 +108,10 @@ class World:
         return Fit([Lane(cast(Run, run), cast(Scales, scales))], question)
 
     def step(self, model: Any, method: Method, number: int) -> str:
+        seconds = self.slow.get(getattr(method, "range", ""), 0.0)
+        until = getattr(self.run, "until", math.inf)
+        for _ in Bounded(Silent(), until).track(range(round(seconds / 0.005)), "a slow step"):
+            time.sleep(0.005)
         return str(getattr(method, "range", f"{model}, folded"))
 
     def weigh(self, model: str) -> Any:
@@ -323,6 +333,101 @@ class TestWarnings:
         result = World(both(mse=seen())).fit(asked(FILLED, trials=1)).answer().result
         assert not result.examples["halved"]
         assert not any("the same" in warning for warning in result.warnings)
+
+
+def way(name: str) -> Recipe:
+    return Recipe((Step("quantize", {"range": name}),))
+
+
+def planned(time_s: float = 60.0, **predicted: float) -> Plan:
+    """Ways that are told by their ranges, with what is predicted of them."""
+    ways = {name: way(name) for name in predicted}
+    return Plan("standard", time_s, 0.001, ways, predicted, trials=9, longer="--time 15m adds more")
+
+
+def searched(plan: Plan, **changes: Any) -> Question:
+    return asked(Recipe(()), open_ended=True, plan=plan, trials=9, time_limit=plan.time_s, **changes)
+
+
+@pytest.fixture
+def _no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "step_holes", lambda step, model, context: {})
+
+
+@pytest.mark.usefixtures("_no_holes")
+class TestWays:
+    def test_are_tried_in_their_order_and_told(self) -> None:
+        world = World(both(mse=seen(), percentile=seen(), minmax=seen()))
+        fitted = world.fit(searched(planned(minmax=0.1, mse=0.1, percentile=0.1))).answer()
+        assert world.weighed == ["minmax", "mse", "percentile"]
+        assert [trial.way for trial in fitted.result.trials] == world.weighed
+        assert fitted.finished
+        told = fitted.result.effort
+        assert told is not None
+        assert {one.name: one.trials for one in told.ways} == {"minmax": 1, "mse": 1, "percentile": 1}
+        assert told.longer == "--time 15m adds more"
+        assert 0 <= told.seconds < 60
+
+    def test_that_would_be_ready_too_late_do_not_start(self) -> None:
+        world = World(both(mse=seen(), percentile=seen(), minmax=seen()))
+        fitted = world.fit(searched(planned(mse=0.1, percentile=1e6, minmax=0.2))).answer()
+        assert world.weighed == ["mse", "minmax"]
+        assert not fitted.finished  # with more time there would be more
+        assert fitted.result.effort is not None
+        assert [one.trials for one in fitted.result.effort.ways] == [1, 0, 1]
+        assert any("the time limit ended the search after 2 of 9" in said for said in fitted.result.warnings)
+
+    def test_of_the_first_answer_start_whatever_they_take(self) -> None:
+        world = World(both(mse=seen()))
+        assert world.fit(searched(planned(mse=1e6))).answer().result.chosen.sha256 == "mse"
+
+    def test_slower_than_predicted_are_learned_from(self) -> None:
+        """The first one takes a hundred times what was predicted, so the second one would not be ready."""
+        world = World(both(mse=seen(), percentile=seen()), slow={"mse": 0.2})
+        plan = planned(1.0, mse=0.002, percentile=0.1)
+        world.fit(searched(plan)).answer()
+        assert world.weighed == ["mse"]
+
+    def test_end_within_the_time_though_a_step_would_not(self) -> None:
+        world = World(both(mse=seen(), percentile=seen()), slow={"percentile": 30.0})
+        started = time.monotonic()
+        fitted = world.fit(searched(planned(0.5, mse=0.01, percentile=0.01))).answer()
+        assert time.monotonic() - started < 5
+        assert fitted.result.chosen.sha256 == "mse"
+        failed = fitted.result.trials[1]
+        assert (failed.state, failed.reason) == ("failed", "the time limit came while it was made")
+        assert failed.seconds >= 0.3
+        assert not fitted.finished
+
+    def test_are_not_cut_off_before_there_is_an_answer(self) -> None:
+        world = World(both(mse=seen()), slow={"mse": 0.3})
+        fitted = world.fit(searched(planned(0.05, mse=0.01))).answer()
+        assert fitted.result.chosen.sha256 == "mse"
+
+    def test_that_fail_leave_the_others(self) -> None:
+        world = World(both(mse=TargetError("no dynamic here"), percentile=seen()))
+        fitted = world.fit(searched(planned(mse=0.1, percentile=0.1))).answer()
+        assert [trial.state for trial in fitted.result.trials] == ["failed", "measured"]
+        assert fitted.finished
+
+    def test_interrupted_hand_back_the_best_so_far(self) -> None:
+        world = World(both(mse=seen(), percentile=KeyboardInterrupt()))
+        fitted = world.fit(searched(planned(mse=0.1, percentile=0.1))).answer()
+        assert fitted.result.chosen.sha256 == "mse"
+        assert not fitted.finished
+
+    def test_that_are_even_are_told_apart_by_their_outputs(self) -> None:
+        near = {"sqnr_db": 30.0}, {"sqnr_db": 20.0}
+        one, two = (
+            seen(ratio=ratio).model_copy(update=more) for ratio, more in zip((0.505, 0.5), near, strict=True)
+        )
+        fitted = World(both(mse=one, percentile=two)).fit(searched(planned(mse=0.1, percentile=0.1))).answer()
+        assert fitted.result.chosen.sha256 == "mse"
+        faster = seen(ratio=0.4).model_copy(update={"sqnr_db": 20.0})
+        fitted = (
+            World(both(mse=one, percentile=faster)).fit(searched(planned(mse=0.1, percentile=0.1))).answer()
+        )
+        assert fitted.result.chosen.sha256 == "percentile"
 
 
 def test_holes_are_asked_of_the_model_that_reaches_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,7 @@ class Fit:
         except OutOfTime:
             said = "the time limit came while it was made"
             self.run.progress.note(f"trial {candidate.number} failed: {said}")
+            self.search.out_of_time = True
             self.search.tell(candidate, Failure(said), seconds=time.monotonic() - started)
             return None
         self.weighing_s = time.monotonic() - ready

@@ -194,7 +194,7 @@ class Search:
         self.trials: list[Trial] = []
         self.tried = Tried()
         self._asked = 0
-        self._repeated = self._out_of_time = False
+        self._repeated = self.out_of_time = False
         self._lock = None if storage is None else _hold(storage)
         self._study = self._open(storage, seed)
         known = self._take_up()
@@ -213,7 +213,7 @@ class Search:
     def ended(self) -> Ended | None:
         """Why no further candidate will come; None: one will."""
         if self.tried.exhausted:
-            return "time" if self._out_of_time else "exhausted"
+            return "time" if self.out_of_time else "exhausted"
         if self._asked >= self.limit:
             return "trials"
         return "time" if self._asked and self._clock() >= self._deadline else None
@@ -250,7 +250,7 @@ class Search:
 
     def rule_out(self, candidate: Candidate) -> None:
         """Drop a candidate whose way takes longer than there is time for, and propose its way no more."""
-        self._out_of_time = True
+        self.out_of_time = True
         self._drop(candidate)
 
     def tell(
