@@ -13,19 +13,18 @@ Results are on-grid floats, so every runtime stores the same integers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from featherweight.errors import DataError
-from featherweight.formats import TensorFormat
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
+from featherweight.tools.batches import calibration_batches
+from featherweight.tools.biases import corrected_biases, settled, with_biases, with_values
+from featherweight.tools.gptq import Settings, gptq
+from featherweight.tools.simulate import project
 
 Way = Literal["gptq", "adaround", "blocks", "hqq", "nearest"]
 
@@ -54,8 +53,17 @@ class Rounding(Method, frozen=True, extra="forbid"):
         weights = self._selected(model)
         if not weights:
             return model.evolve()
-        parameters, formats = self._rounded(model, context, weights)
-        return _with(model, parameters, formats)
+        batches: list[tuple[Tensor, ...]] = []
+        if self.correct_bias or self.how not in ("hqq", "nearest"):
+            batches = calibration_batches(context, self.samples, "rounding")
+        worked = with_biases(model, weights) if self.correct_bias else model
+        reference = context.float_model(model)
+        if self.how == "gptq":
+            worked = self._gptq(worked, reference, batches, weights, context)
+        else:
+            worked = self._nearest(worked, reference, weights)
+            worked = self._corrected(worked, reference, batches, weights, context)
+        return settled(model, worked)
 
     def _selected(self, model: Model) -> frozenset[str]:
         """Weights with formats that no excluded layer reads."""
@@ -69,43 +77,65 @@ class Rounding(Method, frozen=True, extra="forbid"):
         }
         return frozenset(read - held)
 
-    def _rounded(
-        self, model: Model, context: Context, weights: frozenset[str]
-    ) -> tuple[Mapping[str, Tensor], Mapping[str, tuple[TensorFormat, ...]]]:
-        """New values by parameter, and the formats that changed."""
-        nearest = {
-            name: model.formats[name][-1].project(model.module.get_parameter(name).detach())
-            for name in weights
-        }
-        return nearest, {}
+    def _gptq(
+        self,
+        model: Model,
+        reference: Model,
+        batches: list[tuple[Tensor, ...]],
+        weights: frozenset[str],
+        context: Context,
+    ) -> Model:
+        settings = Settings(damping=self.damping, correct_bias=self.correct_bias)
+        left = set(weights)
+        for entry in model.entries:
+            found = gptq(
+                model,
+                reference,
+                batches,
+                weights=left,
+                settings=settings,
+                seed=context.seed,
+                entry=entry,
+                progress=context.progress,
+                scratch=context.scratch,
+            )
+            model = with_values(model, found)
+            left -= set(found)
+        return self._nearest(model, reference, frozenset(left))
 
-    def _batches(self, context: Context) -> list[tuple[Tensor, ...]]:
-        found: list[tuple[Tensor, ...]] = []
-        seen = 0
-        for arrays in context.data.calibration(self.samples):
-            found.append(
-                tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
+    def _nearest(self, model: Model, reference: Model, weights: frozenset[str]) -> Model:
+        """The nearest on-grid value of each weight."""
+        known = reference.parameters
+        return with_values(
+            model,
+            {
+                name: project(known.get(name, model.module.get_parameter(name)).detach(), model.formats[name])
+                for name in weights
+            },
+        )
+
+    def _corrected(
+        self,
+        model: Model,
+        reference: Model,
+        batches: list[tuple[Tensor, ...]],
+        weights: frozenset[str],
+        context: Context,
+    ) -> Model:
+        if not self.correct_bias:
+            return model
+        for entry in model.entries:
+            found = corrected_biases(
+                model,
+                reference,
+                batches,
+                selects=lambda node: node.parameters.get("weight") in weights,
+                entry=entry,
+                progress=context.progress,
+                scratch=context.scratch,
             )
-            seen += len(arrays[0])
-            if seen >= self.samples:
-                break
-        if not found:
-            raise DataError(
-                f"rounding by {self.how} found no calibration examples",
-                fix="give x_calibration or x_train, or how: hqq",
-            )
-        return found
+            model = with_values(model, found)
+        return model
 
 
 PLUGIN = Rounding
-
-
-def _with(
-    model: Model, parameters: Mapping[str, Tensor], formats: Mapping[str, tuple[TensorFormat, ...]]
-) -> Model:
-    """The model with other values; the input is untouched."""
-    module = model.copy_module()
-    with torch.no_grad():
-        for name, value in parameters.items():
-            module.get_parameter(name).copy_(value)
-    return model.evolve(module=module, formats={**model.formats, **formats})

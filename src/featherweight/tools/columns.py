@@ -65,7 +65,7 @@ def to_columns(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
         weight_shape: Of its weight.
     """
     places = _places(node, x, weight_shape)
-    axes = _axes(node)
+    axes = axes_of(node)
     flat = places.reshape(-1, *places.shape[1 + axes :])
     return flat.reshape(len(flat), groups_of(node), -1).transpose(0, 1)
 
@@ -83,7 +83,7 @@ def pieces(
         seed: Of what is picked.
     """
     places = [_places(node, x, weight_shape) for x in inputs]
-    shape = places[0].shape[: 1 + _axes(node)]
+    shape = places[0].shape[: 1 + axes_of(node)]
     total, width = math.prod(shape), math.prod(places[0].shape[len(shape) :])
     picks = torch.arange(total)
     if share < 1:
@@ -94,7 +94,7 @@ def pieces(
         yield tuple(one[at].reshape(len(part), groups_of(node), -1).transpose(0, 1) for one in places)
 
 
-def _axes(node: Node) -> int:
+def axes_of(node: Node) -> int:
     """Axes along which a filter moves."""
     return 0 if node.op == "linear" else _CONVOLUTIONS.get(node.op) or _TRANSPOSED[node.op]
 
@@ -103,12 +103,12 @@ def _places(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """A view (N, *positions, C, *kernel) of what is read for each output."""
     if node.op == "linear":
         return x.reshape(-1, x.shape[-1])
-    return _windows_of(node, x, weight_shape).movedim(1, 1 + _axes(node))
+    return _windows_of(node, x, weight_shape).movedim(1, 1 + axes_of(node))
 
 
 def _windows_of(node: Node, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
     """A view (N, C, *positions, *kernel) of what a convolution's filters read at each position."""
-    axes = _axes(node)
+    axes = axes_of(node)
     x = x[None] if x.dim() == axes + 1 else x
     kernel = list(weight_shape[-axes:])
     dilation = _each(node, "dilation", 1, axes)
