@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from conftest import Lowered
 from featherweight.data import Data
 from featherweight.errors import RecipeError, TargetError
-from featherweight.formats import IntQuant, PerChannel
+from featherweight.formats import IntQuant, PerChannel, PerGroup
 from featherweight.method import Method
 from featherweight.methods.cast import Cast
 from featherweight.methods.quantize import Quantize
@@ -121,7 +121,8 @@ class TestGoldenNets:
         artifact = lowered("onnxruntime", name, "int8")
         x = inputs(name, 5)
         rows = np.concatenate([answers(artifact, x[i : i + 1]) for i in range(5)])
-        np.testing.assert_allclose(answers(artifact, x), rows, rtol=1e-3, atol=1e-3)
+        slack = 5e-3 if name == "lstm" else 1e-3  # its kernel takes the range of the whole batch
+        np.testing.assert_allclose(answers(artifact, x), rows, rtol=slack, atol=slack)
 
     def test_float_is_parity(self, name: str, lowered: Lowered) -> None:
         x = inputs(name, 3)
@@ -299,10 +300,11 @@ class TestRefusals:
             RUNTIME.realise(asymmetric, HERE, "weight")
         assert told.value.fix is not None
         narrow = IntQuant(torch.tensor(-1.0), torch.tensor(1.0), 4, True)
-        for role in ("weight", "activation"):
-            with pytest.raises(TargetError, match="cannot store 4 bits"):
-                RUNTIME.realise(narrow, HERE, role)  # type: ignore[arg-type]
-            assert not RUNTIME.supports("conv2d", narrow, None, HERE)
+        with pytest.raises(TargetError, match="cannot store 4 bits"):
+            RUNTIME.realise(narrow, HERE, "activation")
+        assert not RUNTIME.supports("conv2d", narrow, None, HERE)
+        with pytest.raises(TargetError, match="not 3 in"):
+            RUNTIME.realise(replace(narrow, width=3), HERE, "weight")
         per_channel = IntQuant(-torch.ones(4), torch.ones(4), 8, True, PerChannel(1))
         with pytest.raises(TargetError, match="activations per channel"):
             RUNTIME.realise(per_channel, HERE, "activation")
@@ -503,8 +505,11 @@ class TestWeightsAlone:
     @pytest.mark.parametrize("group", [8, 24])
     def test_other_groups_are_refused(self, group: int, tmp_path: Path) -> None:
         method = Quantize(weights="int4", activations="none", granularity="per_group", group=group)
-        with pytest.raises(TargetError, match=f"not by 4 in {group}"):
+        with pytest.raises(RecipeError, match="no layer that onnxruntime takes as asked"):
             self.lowered(method, tmp_path)
+        one = torch.ones(2, 2)
+        with pytest.raises(TargetError, match=f"in groups of 16, 32, 64..., not 4 in {group}"):
+            RUNTIME.realise(IntQuant(-one, one, 4, True, PerGroup(1, group)), HERE, "weight")
 
     def test_half_floats(self, tmp_path: Path) -> None:
         changed, artifact = self.lowered(Cast(), tmp_path)

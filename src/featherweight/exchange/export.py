@@ -87,7 +87,7 @@ class OnnxExport:
     """
 
     model: ir.Model
-    values: Mapping[str, ir.Value]
+    values: dict[str, ir.Value]
     inside: dict[str, ir.Value]
 
     def names(self) -> dict[str, str]:

@@ -4,7 +4,9 @@ What its kernels ask for (measured, see docs/adr/0003): **unsigned** 8-bit
 activations with a zero point (``QLinearConv`` with signed ones is no faster than
 float), signed symmetric weights per channel, biases as int32 at the product of
 both scales, and a range that begins at its zero point behind ReLU, so that the
-activation disappears into the convolution's clamp. On x86 without VNNI the
+activation disappears into the convolution's clamp. Linear layers whose inputs are
+rounded at each call, weights in blocks and recurrent layers have operators of their
+own (``_ort_dynamic``, ``_ort_blocks``, ``_ort_recurrent``). On x86 without VNNI the
 ``u8s8`` kernels add pairs in 16 bits and saturate, so weights leave one bit unused.
 """
 
@@ -33,7 +35,9 @@ from featherweight.runtime import (
 )
 
 if TYPE_CHECKING:
-    from featherweight.formats import IntQuant, TensorFormat
+    import onnx_ir as ir
+
+    from featherweight.formats import TensorFormat
     from featherweight.model import Model
 
 _WEIGHTED = frozenset({"conv1d", "conv2d", "linear"})
@@ -45,7 +49,9 @@ _PASSED_THROUGH = frozenset(
 )
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 _STORED = _WEIGHTED | {"conv3d", "conv_transpose1d", "conv_transpose2d", "embedding"}
-_SMALLEST_BLOCK = 16
+_MATRICES = frozenset({"linear", "embedding"})
+_RECURRENT = frozenset({"lstm", "gru"})
+_DYNAMIC: Mapping[str, tuple[str, ...]] = {"linear": ("token", "tensor"), "lstm": ("tensor",)}
 _SATURATING = frozenset({"avx2", "avx512", "generic"})
 
 
@@ -60,33 +66,48 @@ class OnnxRuntime(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import Dynamic, FloatCast, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, IntQuant
 
         if weight is None and activation is None:
             return True
-        if isinstance(activation, Dynamic):
-            return False
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _STORED
-        if isinstance(getattr(weight, "granularity", None), PerGroup):
-            return activation is None and op == "linear" and getattr(weight, "width", 0) == 4
-        if any(fmt is not None and fmt.width != 8 for fmt in (weight, activation)):
+        if activation is not None and activation.width != 8:
             return False
-        if weight is not None:
-            return op in _WEIGHTED
-        return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
+        if weight is None:
+            static = isinstance(activation, IntQuant)
+            return static and op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
+        if _blocked(weight) or op == "embedding":
+            return activation is None and op in _MATRICES and self._stores(weight, target)
+        if weight.width != 8 or not isinstance(weight, IntQuant):
+            return False
+        if isinstance(activation, Dynamic):
+            return activation.per in _DYNAMIC.get(op, ()) and self._stores(weight, target)
+        if activation is None and op in _RECURRENT:
+            return self._stores(weight, target)
+        return op in _WEIGHTED
+
+    def _stores(self, weight: TensorFormat, target: Target) -> bool:
+        try:
+            self.realise(weight, target, "weight")
+        except TargetError:
+            return False
+        return True
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
-        from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerChannel
+        from featherweight.runtimes._ort_blocks import blocks
 
         if isinstance(fmt, FloatCast) and fmt.dtype == "float16" and role == "weight":
             return fmt
-        if role == "weight" and isinstance(fmt, IntQuant) and isinstance(fmt.granularity, PerGroup):
-            return self._blocks(fmt, fmt.granularity.size)
-        if not isinstance(fmt, IntQuant) or fmt.width != 8 or isinstance(fmt.granularity, PerGroup):
+        if isinstance(fmt, Dynamic) and fmt.width == 8 and role == "activation":
+            return replace(fmt, symmetric=fmt.per == "token", signed=False)
+        if role == "weight" and isinstance(fmt, IntQuant) and _blocked(fmt):
+            return blocks(replace(fmt, headroom=0), self.name)
+        if not isinstance(fmt, IntQuant) or _blocked(fmt) or fmt.width != 8:
             raise TargetError(
                 f"{self.name} cannot store {fmt.width} bits of this kind for a {role} here",
-                fix="use int8; for weights alone also float16, or int4 per group",
+                fix="use int8; for weights alone also float16, or int8, int4 and int2 per group or channel",
             )
         if role == "activation":
             if isinstance(fmt.granularity, PerChannel):
@@ -108,41 +129,18 @@ class OnnxRuntime(Runtime):
         headroom = 1 if target.resolved().isa in _SATURATING else 0
         return replace(fmt, signed=True, headroom=headroom)
 
-    def _blocks(self, fmt: IntQuant, size: int) -> IntQuant:
-        """The grid of a matrix that ``MatMulNBits`` multiplies by.
-
-        Raises:
-            TargetError: It has no such blocks.
-        """
-        if fmt.width != 4 or size < _SMALLEST_BLOCK or size & (size - 1):
-            raise TargetError(
-                f"{self.name} multiplies by 4 bits in groups of 16, 32, 64..., not by {fmt.width} in {size}",
-                fix="use weights: int4 and group: 32",
-            )
-        return replace(fmt, signed=fmt.symmetric, headroom=0)
-
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.exchange.export import to_onnx, write
         from featherweight.graph import trace
-        from featherweight.runtimes._ort_blocks import store_blocks
-        from featherweight.runtimes._qdq import Dialect, store_formats
+        from featherweight.runtimes._ort_kinds import Kinds
 
         files: dict[str, str] = {}
         values: dict[str, dict[str, str]] = {}
         written: list[str] = []
         for entry in model.entries:
-            graph = trace(model, entry)
-            read = (name for node in graph for name in node.parameters.values())
-            present = {*graph.values, *read}  # an entry may leave layers of others alone
-            formats = {name: fmts for name, fmts in model.formats.items() if name in present}
-            export = to_onnx(model, entry, keep=formats)
-            blocks = {name: formats.pop(name) for name in list(formats) if _grouped(formats[name][-1])}
-            grids: dict[str, Any] = {
-                name: self.realise(chain[-1], target, "weight") for name, chain in blocks.items()
-            }
-            store_blocks(export, grids, self.name)
-            dialect = Dialect(runtime=self.name)
-            store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role), dialect)
+            kinds = Kinds.of(trace(model, entry), model.formats)
+            export = to_onnx(model, entry, keep=kinds.names)
+            kinds.store(export, lambda fmt, role: self.realise(fmt, target, role), self.name)
             files[entry] = "model.onnx" if entry == "forward" else f"model.{entry}.onnx"
             written += write(export.model, out / files[entry])
             values[entry] = export.names()
@@ -154,16 +152,17 @@ class OnnxRuntime(Runtime):
     def stored(self, artifact: Artifact) -> Mapping[str, Stored]:
         import onnx_ir as ir
 
-        from featherweight.runtimes._ort_blocks import OPERATOR
+        from featherweight.runtimes._ort_blocks import OPERATOR, TABLE
 
         found: dict[str, Stored] = {}
         for name in artifact.entries.values():
             model = ir.load(artifact.folder / name)
-            packed = {id(node.inputs[1]) for node in model.graph if node.op_type == OPERATOR}
+            packed = _widths(model.graph, {OPERATOR: 1, TABLE: 0})
             for value in model.graph.initializers.values():
                 tensor = value.const_value
                 if tensor is not None and value.name is not None:
-                    dtype = "uint4" if id(value) in packed else tensor.dtype.numpy().name
+                    width = packed.get(id(value))
+                    dtype = tensor.dtype.numpy().name if width is None else f"uint{width}"
                     found[value.name] = Stored(value.name, dtype, tensor.nbytes)
         return found
 
@@ -222,10 +221,26 @@ class OnnxRuntime(Runtime):
 PLUGIN = OnnxRuntime
 
 
-def _grouped(fmt: TensorFormat) -> bool:
-    from featherweight.formats import PerGroup
+def _blocked(fmt: TensorFormat) -> bool:
+    """Whether a weight is stored in blocks."""
+    from featherweight.formats import IntQuant, PerGroup
 
-    return isinstance(getattr(fmt, "granularity", None), PerGroup)
+    return isinstance(fmt, IntQuant) and (isinstance(fmt.granularity, PerGroup) or fmt.width < 8)
+
+
+def _widths(graph: ir.Graph, places: Mapping[str, int]) -> dict[int, int]:
+    """Packed tensor -> bits of an element; ``places``: operator -> which of its inputs is packed."""
+    found: dict[int, int] = {}
+    for node in graph:
+        if node.op_type not in places:
+            continue
+        value = node.inputs[places[node.op_type]]
+        maker = None if value is None else value.producer()
+        while maker is not None:
+            value = maker.inputs[0]
+            maker = None if value is None else value.producer()
+        found[id(value)] = node.attributes["bits"].as_int()
+    return found
 
 
 def _options(target: Target) -> Any:
