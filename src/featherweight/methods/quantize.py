@@ -34,6 +34,7 @@ from featherweight.tools.integers import (
     weight_draft,
     weights_of,
 )
+from featherweight.tools.output_ranges import output_ranges, readers_of_ranges
 from featherweight.tools.ranges import Histogram, RangeRule, WeightRule, activation_range, weight_format
 from featherweight.tools.simulate import Replay, layer_errors
 
@@ -78,7 +79,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
         group: Weights that share a scale, for ``per_group``.
         symmetric_weights: Zero in the middle of the weights' grid.
         symmetric_activations: Zero in the middle of the activations' grid.
-        range: How activation ranges are chosen: minmax, moving_average, percentile, kl, l1, mse.
+        range: How activation ranges are chosen: minmax, moving_average, percentile, kl, l1, mse, or by
+            the error of the output of the layers that read them.
         weight_range: How weight ranges are chosen: minmax, percentile, l1, mse.
         percentile: Share of values inside the range, in percent, for ``percentile``.
         momentum: Of the batches' ends, for ``moving_average``.
@@ -96,7 +98,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
     group: Annotated[int, Field(ge=2)] = 32
     symmetric_weights: bool = True
     symmetric_activations: bool = False
-    range: RangeRule = "mse"
+    range: RangeRule | Literal["output"] = "mse"
     weight_range: WeightRule = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -185,7 +187,10 @@ class Quantize(Method, frozen=True, extra="forbid"):
             for value, chain in plan.dynamic.items():
                 formats[value] = tuple(_realised(fmt, "activation", context, value) for fmt in chain)
             if plan.values:
-                formats |= self._activations(model, entry, plan, context, notes)
+                seen = self._seen(model, entry, plan, context, notes)
+                formats |= self._activations(seen, plan, context)
+                if self.range == "output":
+                    formats |= self._by_output(model, entry, formats, seen, plan, context)
         return formats
 
     def _stored(self, model: Model, plan: Plan, context: Context) -> Formats:
@@ -200,10 +205,10 @@ class Quantize(Method, frozen=True, extra="forbid"):
             formats[name] = (weight_format(weight, grid, self.weight_range, self.percentile),)
         return formats
 
-    def _activations(
+    def _seen(
         self, model: Model, entry: str, plan: Plan, context: Context, notes: dict[str, None]
-    ) -> Formats:
-        """One format per source of values; what is only moved shares it."""
+    ) -> dict[str, Histogram]:
+        """What calibration shows, by the value that names a grid."""
         grids = {source: plan.grids.get(source, source) for source in plan.values.values()}
         histograms = {name: Histogram(self.momentum) for name in grids.values()}
         replay = Replay(model, entry)
@@ -225,10 +230,40 @@ class Quantize(Method, frozen=True, extra="forbid"):
             )
         odd = (*inputs.notes(context.data, context.seed), *constant_values(histograms))
         notes |= dict.fromkeys(odd)
+        return histograms
+
+    def _activations(self, seen: Mapping[str, Histogram], plan: Plan, context: Context) -> Formats:
+        """One format per source of values; what is only moved shares it."""
         formats: Formats = {}
-        for name, seen in histograms.items():
-            formats[name] = (self._activation(seen, name, plan.fixed.get(name), context),)
-        return {value: formats[grids[source]] for value, source in plan.values.items()}
+        for name, histogram in seen.items():
+            formats[name] = (self._activation(histogram, name, plan.fixed.get(name), context),)
+        return {value: formats[plan.grids.get(source, source)] for value, source in plan.values.items()}
+
+    def _by_output(
+        self,
+        model: Model,
+        entry: str,
+        formats: Formats,
+        seen: Mapping[str, Histogram],
+        plan: Plan,
+        context: Context,
+    ) -> Formats:
+        """The same formats over the ranges that suit the layers which read them."""
+        readers = readers_of_ranges(trace(model, entry), plan.values, plan.grids, set(WEIGHTED))
+        readers = {name: one for name, one in readers.items() if name not in plan.fixed}
+        limits = {name: (seen[name].low, seen[name].high) for name in readers}
+        batches = list(_calibration(context, min(self.samples, _ERROR_EXAMPLES)))
+        whole = model.evolve(formats={**model.formats, **formats})
+        reference = context.float_model(model)
+        found = output_ranges(
+            whole, reference, batches, readers, limits, context.scratch, context.progress, entry
+        )
+        better: Formats = {}
+        for name, (low, high) in found.items():
+            (fmt,) = formats[name]
+            assert isinstance(fmt, IntQuant)
+            better[name] = (replace(fmt, low=torch.tensor(low), high=torch.tensor(high)),)
+        return {value: better[source] for value, source in plan.values.items() if source in better}
 
     def _activation(
         self, seen: Histogram, name: str, fixed: tuple[float, float] | None, context: Context
@@ -244,7 +279,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
         grid = _realised(replace(draft, low=low, high=high), "activation", context, name)
         if fixed or not isinstance(grid, IntQuant):
             return grid
-        low_end, high_end = activation_range(seen, grid, self.range, self.percentile)
+        rule = "mse" if self.range == "output" else self.range
+        low_end, high_end = activation_range(seen, grid, rule, self.percentile)
         return replace(grid, low=torch.tensor(low_end), high=torch.tensor(high_end))
 
     # ---- what stays float

@@ -183,10 +183,15 @@ def _least_divergence(histogram: Histogram, fmt: IntQuant) -> tuple[float, float
     """The fraction of both ends for which what is stored tells most about what was seen.
 
     P are the counts with those outside added to the outermost bins; Q the counts inside, shared
-    evenly among the bins of each stored value that hold any. Least of sum P log(P / Q).
+    evenly among the bins of each stored value that hold any. Least of sum P log(P / Q). Zeros are
+    exact on every grid: their bin counts as its neighbours do.
     """
-    held = histogram.counts > 0
-    values, counts = histogram.centers[held], histogram.counts[held]
+    counts, middle = histogram.counts.clone(), _BINS // 2
+    counts[middle] = counts[[middle - 1, middle + 1]].max()
+    held = counts > 0
+    values, counts = histogram.centers[held], counts[held]
+    if not len(values):
+        return histogram.low, histogram.high
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     if fmt.symmetric:
         low, high = (-max(-low, high) if low < 0 else 0.0), max(-low, high)
