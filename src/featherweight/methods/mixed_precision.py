@@ -1,0 +1,301 @@
+"""Mixed precision: the bits of each layer's weights, so that the outputs suffer least within a budget.
+
+Bits are worth more where the outputs feel them. How much each layer alone would make them suffer in each
+format is found first (tools/sensitivity.py), as the rounding that follows will leave it (tools/foresight.py);
+then an integer program takes one format for each layer (tools/assign.py; HAWQ-V3, Yao et al. 2021,
+arXiv:2011.10680)::
+
+    minimise sum of losses   subject to   mean bits, bytes, seconds   <=   what was asked
+
+Losses of layers are taken to add up. They do so nearly, so the next best assignments (``rank``) deserve to be
+measured for real.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from featherweight.errors import DataError, RecipeError, TargetError
+from featherweight.formats import TensorFormat
+from featherweight.method import Context, Kind, Method, Need
+from featherweight.methods.quantize import Activations, LayerFormat, Quantize, Weights
+from featherweight.model import Entry, Model
+from featherweight.recipe import Choice, Hole
+from featherweight.tools.assign import Assignment, Option, OutOfReachError, assign
+from featherweight.tools.choices import FLOAT, Choices, Group
+from featherweight.tools.foresight import Changes, foreseen_changes, nearest_changes
+from featherweight.tools.integers import Shared
+from featherweight.tools.sensitivity import measured_losses, predicted_losses
+from featherweight.tools.simulate import sqnr_db
+
+_DIFFERENT = 10  # a next best assignment differs from a better one in one layer of so many
+_WALKED = 16  # examples in a batch of the walk
+_INTEGERS: tuple[Weights, ...] = ("int8", "int6", "int5", "int4", "int3")
+_Losses = Mapping[str, Mapping[str, float]]  # subject -> candidate -> loss
+
+
+class MixedPrecision(Method, frozen=True, extra="forbid"):
+    """Give each layer's weights their own bits: the least predicted loss within a budget.
+
+    Attributes:
+        bits: Most stored bits of a weight in the mean over the layers decided on, scales included.
+        bytes: Most bytes of all parameters.
+        latency: Most seconds of a call, as a share of the float network's, by the profile of its layers.
+        candidates: Formats to choose among, like ``layers`` of quantize, or ``float``; none given: int8,
+            int6, int5, int4 and int3, and float under a latency.
+        activations: Type of the activations.
+        granularity: What shares a weight's scale.
+        group: Weights that share a scale, for ``per_group``.
+        rounding: How the weights will be rounded, which the losses anticipate.
+        measure: How losses are found: gradient (second order, one backward pass an example) or output (the
+            network with one layer changed, a forward pass for each candidate).
+        samples: Calibration examples that losses are predicted on.
+        rank: 1 is the best assignment, 2 the next best that differs in a tenth of the layers, and so on.
+    """
+
+    kind: ClassVar[Kind] = "format"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
+
+    bits: Annotated[float, Field(gt=0, le=32)] | None = None
+    bytes: Annotated[int, Field(gt=0)] | None = None
+    latency: Annotated[float, Field(gt=0)] | None = None
+    candidates: tuple[Weights | Literal["float"] | LayerFormat, ...] = ()
+    activations: Activations = "int8"
+    granularity: Shared = "per_channel"
+    group: Annotated[int, Field(ge=2)] = 32
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    measure: Literal["gradient", "output"] = "gradient"
+    samples: Annotated[int, Field(ge=1)] = 128
+    rank: Annotated[int, Field(ge=1)] = 1
+
+    @classmethod
+    def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
+        return {"rank": Choice((1, 2, 3))}
+
+    def apply(self, model: Model, context: Context) -> Model:
+        choices = Choices.of(model, self._offers(model, context))
+        if not choices.groups:
+            raise RecipeError(
+                f"mixed_precision found no layer to quantize for {context.target.runtime}",
+                fix="check where: it excludes every layer that the runtime has integer kernels for",
+            )
+        limits = self._limits(choices, context)
+        losses = self._losses(choices, context)
+        options = [self._options(choices, one, losses[name], context) for name, one in choices.groups.items()]
+        found = self._assigned([list(own.values()) for own in options], limits)
+        labels = [list(own)[index] for own, index in zip(options, found.chosen, strict=True)]
+        context.progress.note(f"mixed_precision: {_told(choices, labels, found.loss)}")
+        pairs = zip(choices.groups.values(), labels, strict=True)
+        layers = {layer: self._rule(label) for one, label in pairs for layer in one.layers}
+        return self._quantize(layers=dict(sorted(layers.items()))).apply(model, context)
+
+    # ---- candidates
+
+    def _named(self) -> dict[str, LayerFormat | Literal["float"]]:
+        """Candidates by a name that tells them apart."""
+        given: tuple[str | LayerFormat, ...] = self.candidates or _INTEGERS
+        if not self.candidates and self.latency is not None:
+            given = (*given, FLOAT)
+        found: dict[str, LayerFormat | Literal["float"]] = {}
+        for one in given:
+            if one == "float" or one == "none":
+                found[FLOAT] = "float"
+            elif isinstance(one, LayerFormat):
+                found[" ".join(f"{value}" for value in one.model_dump().values())] = one
+            else:
+                found[one] = LayerFormat.model_validate({"weights": one})
+        return found
+
+    def _rule(self, label: str) -> Any:
+        rule = self._named()[label]
+        return rule.model_dump() if isinstance(rule, LayerFormat) else rule
+
+    def _quantize(self, **more: Any) -> Quantize:
+        shared = {"activations": self.activations, "granularity": self.granularity, "group": self.group}
+        return Quantize.model_validate({**shared, "where": self.where, **more})
+
+    def _offers(self, model: Model, context: Context) -> dict[str, dict[str, TensorFormat]]:
+        """Candidate -> weight -> its format, where the runtime has it; float changes nothing."""
+        offers: dict[str, dict[str, TensorFormat]] = {}
+        refused: TargetError | None = None
+        named = self._named()
+        for label, one in context.progress.track(named.items(), "formats of the weights", len(named)):
+            if one == "float":
+                offers[label] = {}
+                continue
+            try:
+                formats = self._quantize(**one.model_dump()).weight_formats(model, context)
+            except TargetError as error:
+                refused = error
+                continue
+            offers[label] = {name: chain[-1] for name, chain in formats.items()}
+        if refused is not None and not any(offers.values()):
+            raise refused
+        return offers
+
+    # ---- losses
+
+    def _losses(self, choices: Choices, context: Context) -> _Losses:
+        decisive = {"bits", "bytes", "latency", "rank"}
+        parameters = self.model_dump(mode="json", exclude=decisive) | {"candidates": list(choices.offers)}
+        found: Any = context.memo("mixed_precision", parameters, lambda: self._computed(choices, context))
+        return {name: dict(own) for name, own in found.items()}
+
+    def _computed(self, choices: Choices, context: Context) -> Any:
+        model = choices.model
+        widest = max(choices.offers, key=lambda label: len(choices.offers[label]))
+        values: Mapping[str, tuple[TensorFormat, ...]] = {}
+        if self.activations != "none":
+            made = self._quantize(**self._rule(widest)).apply(model, context).formats
+            values = {name: chain for name, chain in made.items() if name not in model.parameters}
+        total: dict[str, dict[str, float]] = {name: {} for name in choices.groups}
+        for entry, how in model.entries.items():
+            examples = _examples(context, self.samples, how)
+            fitted, judged = (examples[0::2], examples[1::2]) if len(examples) > 1 else (examples, examples)
+            subjects = choices.subjects(entry, self._changes(choices, context, fitted, entry))
+            tracked = context.progress.track(judged, f"sensitivity by {self.measure}", len(judged))
+            if self.measure == "gradient":
+                found = predicted_losses(model, tracked, subjects, values, seed=context.seed, entry=entry)
+            else:
+                found = measured_losses(model, tracked, subjects, values, entry=entry)
+            for name, own in found.items():
+                for label, loss in own.items():
+                    total[name][label] = total[name].get(label, 0.0) + loss
+        return total
+
+    def _changes(
+        self, choices: Choices, context: Context, examples: list[tuple[Tensor, ...]], entry: str
+    ) -> Changes:
+        if self.rounding == "nearest":
+            return nearest_changes(choices.model, choices.by_weight())
+        return foreseen_changes(
+            choices.model,
+            _together(examples),
+            choices.by_weight(),
+            scratch=context.scratch,
+            progress=context.progress,
+            seed=context.seed,
+            entry=entry,
+        )
+
+    # ---- prices
+
+    def _options(
+        self, choices: Choices, group: Group, losses: Mapping[str, float], context: Context
+    ) -> dict[str, Option]:
+        options = {}
+        for label in group.labels:
+            size = choices.bytes(group, label)
+            seconds = 0.0
+            if self.latency is not None:
+                integers = label != FLOAT and self.activations != "none"
+                seconds = sum(_seconds(context, layer, integers) for layer in group.layers)
+            prices = {"bits": 8.0 * size, "bytes": float(size), "latency": seconds}
+            options[label] = Option(losses[label], prices)
+        return options
+
+    def _limits(self, choices: Choices, context: Context) -> dict[str, float]:
+        """What the layers decided on may take."""
+        limits: dict[str, float] = {}
+        decided = {name for one in choices.groups.values() for name in one.weights}
+        if self.bits is not None:
+            limits["bits"] = self.bits * choices.elements
+        if self.bytes is not None:
+            others = (tensor for name, tensor in choices.model.parameters.items() if name not in decided)
+            limits["bytes"] = self.bytes - 4 * sum(tensor.numel() for tensor in others)
+        if self.latency is not None:
+            costs = context.costs
+            floats, integers = (None, None) if costs is None else (costs.total(False), costs.total(True))
+            if floats is None or integers is None:
+                raise RecipeError(
+                    f"a latency cannot be planned: {context.target.runtime} tells no times of its layers",
+                    fix="leave latency out, or take runtime onnxruntime",
+                )
+            form = self.activations != "none"
+            layers = [layer for one in choices.groups.values() for layer in one.layers]
+            inside = sum(_seconds(context, layer, form) for layer in layers)
+            limits["latency"] = self.latency * floats - ((integers if form else floats) - inside)
+        return limits
+
+    def _assigned(self, items: list[list[Option]], limits: Mapping[str, float]) -> Assignment:
+        distance = -(-len(items) // _DIFFERENT)
+        try:
+            found = assign(items, limits, count=self.rank, distance=distance)
+        except OutOfReachError as error:
+            raise self._out_of_reach(error, limits) from error
+        if len(found) < self.rank:
+            raise RecipeError(
+                f"there are only {len(found)} assignments of formats within the budget that differ enough",
+                fix=f"rank: {len(found)}",
+            )
+        return found[-1]
+
+    def _out_of_reach(self, error: OutOfReachError, limits: Mapping[str, float]) -> RecipeError:
+        asked = {"bits": self.bits, "bytes": self.bytes, "latency": self.latency}[error.limit] or 0.0
+        if error.limit == "bits":
+            smallest = error.smallest / (limits["bits"] / asked)
+        elif error.limit == "bytes":
+            smallest = error.smallest + asked - limits["bytes"]
+        else:
+            smallest = asked * error.smallest / limits["latency"] if limits["latency"] > 0 else float("inf")
+        shown = f"{smallest:,.0f}" if error.limit == "bytes" else f"{np.ceil(1000 * smallest) / 1000:g}"
+        others = [f"{name} {asked:g}" for name, asked in self._asked().items() if name != error.limit]
+        beside = f" beside {' and '.join(others)}" if others else ""
+        return RecipeError(
+            f"{error.limit} of {asked:,g} cannot be reached: the least{beside} is {shown} with "
+            f"{', '.join(self._named())}",
+            fix=f"{error.limit}: {shown.replace(',', '')}, or more candidates",
+        )
+
+    def _asked(self) -> dict[str, float]:
+        limits = {"bits": self.bits, "bytes": self.bytes, "latency": self.latency}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+PLUGIN = MixedPrecision
+
+
+def _told(choices: Choices, labels: list[str], loss: float) -> str:
+    """The assignment in a line."""
+    pairs = list(zip(choices.groups.values(), labels, strict=True))
+    size = sum(choices.bytes(one, label) for one, label in pairs)
+    layers = Counter(label for one, label in pairs for _ in one.layers)
+    counted = ", ".join(f"{layers[label]} in {label}" for label in choices.offers if layers[label])
+    bits = 8 * size / max(choices.elements, 1)
+    return f"{bits:.2f} bits a weight, {counted}; {sqnr_db(1.0, loss):.1f} dB predicted"
+
+
+def _seconds(context: Context, layer: str, integers: bool) -> float:
+    found = None if context.costs is None else context.costs.seconds(layer, integers)
+    return found or 0.0
+
+
+def _examples(context: Context, samples: int, entry: Entry) -> list[tuple[Tensor, ...]]:
+    """Calibration examples as calls of one each; as they come where the number of examples is fixed."""
+    free = all(0 in entry.dynamic_axes.get(name, {}) for name in entry.input_names)
+    found: list[tuple[Tensor, ...]] = []
+    seen = 0
+    for arrays in context.data.calibration(samples):
+        batch = tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
+        found += zip(*(torch.split(x, 1) for x in batch), strict=True) if free else [batch]
+        seen += len(arrays[0])
+        if seen >= samples:
+            break
+    if not found:
+        raise DataError("mixed_precision found no calibration examples", fix="give x_calibration or x_train")
+    return found
+
+
+def _together(examples: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Calls of more examples each."""
+    if any(x.shape[:1] != (1,) for call in examples for x in call):
+        return examples
+    parts = (examples[start : start + _WALKED] for start in range(0, len(examples), _WALKED))
+    return [tuple(torch.cat(values) for values in zip(*part, strict=True)) for part in parts]
