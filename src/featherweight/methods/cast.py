@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -45,9 +45,20 @@ class Cast(Method, frozen=True, extra="forbid"):
         if not formats:
             raise RecipeError(
                 f"cast found no weight that {context.target.runtime} stores as {self.weights}",
-                fix="check where, or take another runtime",
+                fix=self._instead(model, context),
             )
         return model.evolve(formats={**model.formats, **formats})
+
+    def _instead(self, model: Model, context: Context) -> str:
+        """What the runtime does store."""
+        operators = sorted(
+            {node.op for entry in model.entries for node in trace(model, entry) if node.parameters}
+        )
+        for kind in get_args(Cast.model_fields["weights"].annotation):
+            fmt = FloatCast(kind)
+            if kind != self.weights and any(context.supports(op, fmt, None) for op in operators):
+                return f"use weights: {kind}, which {context.target.runtime} stores"
+        return "check where, or take another runtime"
 
 
 PLUGIN = Cast
