@@ -23,7 +23,7 @@ from golden import context, data, model, target
 from nets import NETS
 
 SMALL = Pace(example_s=0.002, parameters=300_000)
-LARGE = Pace(example_s=2.0, parameters=100_000_000)
+LARGE = Pace(example_s=1.2, parameters=100_000_000)
 CONVOLUTIONS = Shape(linear=0.01, recurrent=False)
 MATRICES = Shape(linear=0.95, recurrent=False)
 RECURRENT = Shape(linear=0.1, recurrent=True)
@@ -80,7 +80,7 @@ class TestWays:
         assert next(iter(planned(tiny, CONVOLUTIONS, 7200.0).ways)) == "blocks"
 
     def test_begin_with_a_quick_one_where_time_is_tight(self) -> None:
-        made = planned(Pace(0.05, 10**7), CONVOLUTIONS, 70.0)
+        made = planned(Pace(0.03, 10**6), CONVOLUTIONS, 70.0)
         assert made.level == "standard"
         assert list(made.ways)[:2] == ["nearest", "gptq"]
         assert made.predicted_s["nearest"] == min(made.predicted_s.values())
@@ -127,7 +127,7 @@ class TestWays:
 class TestAmounts:
     def test_of_examples_grow_with_the_time(self) -> None:
         pace = Pace(0.05, 10**6)
-        counts = [pace.samples(seconds, "rounding") for seconds in (1.0, 60.0, 300.0, 7200.0)]
+        counts = [pace.samples("standard", seconds) for seconds in (1.0, 60.0, 300.0, 7200.0)]
         assert counts == sorted(counts)
         assert counts[0] == 16
         assert counts[-1] == 256
