@@ -197,31 +197,34 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
             if self.latency is not None:
                 integers = label != FLOAT and self.activations != "none"
                 seconds = sum(_seconds(context, layer, integers) for layer in group.layers)
-            prices = {"bits": 8.0 * size, "bytes": float(size), "latency": seconds}
+            prices = {
+                "bits": 8 * size / choices.elements,
+                "bytes": float(size),
+                "latency": seconds / (_total(context, integers=False) or 1.0),
+            }
             options[label] = Option(losses[label], prices)
         return options
 
     def _limits(self, choices: Choices, context: Context) -> dict[str, float]:
-        """What the layers decided on may take."""
+        """What is left of each budget for the layers decided on."""
         limits: dict[str, float] = {}
         decided = {name for one in choices.groups.values() for name in one.weights}
         if self.bits is not None:
-            limits["bits"] = self.bits * choices.elements
+            limits["bits"] = self.bits
         if self.bytes is not None:
             others = (tensor for name, tensor in choices.model.parameters.items() if name not in decided)
             limits["bytes"] = self.bytes - 4 * sum(tensor.numel() for tensor in others)
         if self.latency is not None:
-            costs = context.costs
-            floats, integers = (None, None) if costs is None else (costs.total(False), costs.total(True))
-            if floats is None or integers is None:
+            form = self.activations != "none"
+            whole, total = _total(context, integers=False), _total(context, integers=form)
+            if not whole or total is None:
                 raise RecipeError(
                     f"a latency cannot be planned: {context.target.runtime} tells no times of its layers",
                     fix="leave latency out, or take runtime onnxruntime",
                 )
-            form = self.activations != "none"
             layers = [layer for one in choices.groups.values() for layer in one.layers]
             inside = sum(_seconds(context, layer, form) for layer in layers)
-            limits["latency"] = self.latency * floats - ((integers if form else floats) - inside)
+            limits["latency"] = self.latency - (total - inside) / whole
         return limits
 
     def _assigned(self, items: list[list[Option]], limits: Mapping[str, float]) -> Assignment:
@@ -239,12 +242,7 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
 
     def _out_of_reach(self, error: OutOfReachError, limits: Mapping[str, float]) -> RecipeError:
         asked = {"bits": self.bits, "bytes": self.bytes, "latency": self.latency}[error.limit] or 0.0
-        if error.limit == "bits":
-            smallest = error.smallest / (limits["bits"] / asked)
-        elif error.limit == "bytes":
-            smallest = error.smallest + asked - limits["bytes"]
-        else:
-            smallest = asked * error.smallest / limits["latency"] if limits["latency"] > 0 else float("inf")
+        smallest = asked + error.smallest - limits[error.limit]
         shown = f"{smallest:,.0f}" if error.limit == "bytes" else f"{np.ceil(1000 * smallest) / 1000:g}"
         others = [f"{name} {asked:g}" for name, asked in self._asked().items() if name != error.limit]
         beside = f" beside {' and '.join(others)}" if others else ""
@@ -270,6 +268,10 @@ def _told(choices: Choices, labels: list[str], loss: float) -> str:
     counted = ", ".join(f"{layers[label]} in {label}" for label in choices.offers if layers[label])
     bits = 8 * size / max(choices.elements, 1)
     return f"{bits:.2f} bits a weight, {counted}; {sqnr_db(1.0, loss):.1f} dB predicted"
+
+
+def _total(context: Context, integers: bool) -> float | None:
+    return None if context.costs is None else context.costs.total(integers)
 
 
 def _seconds(context: Context, layer: str, integers: bool) -> float:
