@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-COMMANDS = ("int8", "quantize_time", "calibration_memory", "startup")
-NEEDS = {"int8": "onnxruntime", "peers": "onnxruntime"}
+COMMANDS = ("int8", "quantize", "quantize_time", "calibration_memory", "startup")
+NEEDS = dict.fromkeys(
+    ("int8", "peers", "quantize", "quantize_int8", "runtimes", "runtime_peers"), "onnxruntime"
+)
 
 
 @pytest.fixture
@@ -130,3 +132,130 @@ def test_stripped_file_computes_the_same(benchmark, tmp_path: Path) -> None:  # 
         for name in ("a.onnx", "b.onnx")
     ]
     np.testing.assert_array_equal(*outputs)
+
+
+# ---- quantization in depth
+
+
+def test_scenes_and_views_are_seeded_and_differ(benchmark, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from PIL import Image
+
+    pictures = benchmark("pictures")
+    random = np.random.default_rng(0)
+    backs, stamps = tmp_path / "templates", tmp_path / "stamps" / "animals"
+    backs.mkdir(), stamps.mkdir(parents=True)
+    for index in range(3):
+        Image.fromarray(random.integers(0, 256, (300, 400, 3), np.uint8)).save(backs / f"{index}.jpg")
+        Image.fromarray(random.integers(0, 256, (120, 100, 4), np.uint8)).save(stamps / f"{index}.png")
+    places = {pictures.STAMPS: stamps.parent, pictures.TEMPLATES: backs}
+    monkeypatch.setattr(pictures, "debian", lambda package, folder, place: places[package])
+    made = pictures.scenes(4, 0, tmp_path)
+    assert made.shape == (4, 224, 224, 3) and made.dtype == np.uint8
+    np.testing.assert_array_equal(made, pictures.scenes(4, 0, tmp_path))
+    assert (made != pictures.scenes(4, 1, tmp_path)).mean() > 0.5
+
+    views = pictures.views(sorted(backs.glob("*.jpg")), 6, seed=1)
+    np.testing.assert_array_equal(views, pictures.views(sorted(backs.glob("*.jpg")), 6, seed=1))
+    assert len({view.tobytes() for view in views}) == 6
+    ready = pictures.prepared(views)
+    assert ready.shape == (6, 3, 224, 224) and -1 <= ready.min() < ready.max() <= 1
+
+
+def test_a_debian_package_that_cannot_be_had_is_told(benchmark, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    pictures = benchmark("pictures")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="apt cannot get no-such-package"):
+        pictures.debian("no-such-package", tmp_path, "usr/share")
+    assert not (tmp_path / "no-such-package").exists()
+
+
+def test_every_recipe_of_the_tables_is_one(benchmark) -> None:  # type: ignore[no-untyped-def]
+    bits = benchmark("quantize_bits")
+    recipes = benchmark("quantize_recipes")
+    for case in (*bits.FEW_BITS, *bits.ABLATION):
+        assert case.judged == "" or case.judged in case.recipes
+        for name in case.recipes:
+            made = recipes.recipe(name, case.bits, 8, 10)
+            assert made.steps[0].method == "fold"
+            assert len(list(made.methods())) == len(made.steps)
+    steps = recipes.recipe("equalize + gptq", recipes.W4A4, 8).steps
+    assert [step.method for step in steps] == ["fold", "equalize", "quantize", "rounding"]
+    assert steps[1].parameters["weight_bits"] == steps[1].parameters["activation_bits"] == 4
+
+
+@pytest.fixture(scope="module")
+def bits_rows(tmp_path_factory):  # type: ignore[no-untyped-def]
+    """Two recipes on ResNet-20, few examples; made once."""
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(FOLDER))
+    common, bits = importlib.import_module("common"), importlib.import_module("quantize_bits")
+    layers, subjects = (
+        importlib.import_module("quantize_layers"),
+        importlib.import_module("quantize_subjects"),
+    )
+    patch.setattr(common, "RESULTS", tmp_path_factory.mktemp("results"))
+    subject = subjects.subject("resnet20", Path("nowhere"), 8, 64)
+    case = bits.Case("resnet20", "torch", bits.W4A8, ("nearest", "gptq"), "gptq", drop=100.0, alone=True)
+    settings, shown = bits.BitsSettings(8, (0,), 10), common.Shown()
+    parts = common.Parts("quantize", {}, shown)
+    found = bits.rows_of(case, subject, settings, parts, shown), case, parts, subject, settings
+    yield (*found, layers, shown)
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_few_bits_are_judged_whole_and_in_parts(benchmark, bits_rows) -> None:  # type: ignore[no-untyped-def]
+    bits = benchmark("quantize_bits")
+    rows, case = bits_rows[:2]
+    nearest, gptq = rows
+    assert gptq["weights_alone"]["sqnr_db"] > nearest["weights_alone"]["sqnr_db"] + 1
+    assert nearest["activations_alone"] == gptq["activations_alone"]
+    assert nearest["activations_alone"]["sqnr_db"] > nearest["sqnr_db"]
+    assert 4 < gptq["stored_bits"] < 5
+    assert all(line[1] == "W4A8 (simulated)" for line in bits.cells(rows))
+    (bar,) = bits.bars([case], rows)
+    assert bar.kept
+    failed = [{**row, "failed": "why"} for row in rows]
+    assert [bar.kept for bar in bits.bars([case], failed)] == [None]
+    assert bits.cells(failed)[0][3] == "failed: why"
+
+
+@pytest.mark.slow
+def test_layer_errors_are_those_of_nearest_rounding_and_less(benchmark, bits_rows) -> None:  # type: ignore[no-untyped-def]
+    layers = benchmark("quantize_layers")
+    _, _, parts, subject, settings, _, shown = bits_rows
+    rows = layers.rows_of(subject, settings, parts, shown)
+    gptq = next(row for row in rows if row["method"] == "gptq" and row["bits"] == "W4A8")
+    assert len(gptq["ratios"]) == 22
+    assert np.mean(list(gptq["ratios"].values())) < 0.9
+    assert {bar.about.split()[0] for bar in layers.bars(rows)} == {"resnet20"}
+
+
+def test_eight_bits_are_told_by_their_worst_seed(benchmark) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("onnxruntime")
+    int8 = benchmark("quantize_int8")
+    same = {"network": "net", "runtime": "onnxruntime", "bytes": 10, "seconds": 20.0}
+    ratio = {"median": 1.1, "ci95": (1.0, 1.2)}
+    rows = [
+        {**same, "method": "fp32", "seed": 0, "bytes": 40},
+        {**same, "method": int8.BEST, "seed": 0, "agreement": 0.99, "sqnr_db": 24.0},
+        {**same, "method": int8.BEST, "seed": 1, "agreement": 0.97, "sqnr_db": 25.0},
+        {**same, "method": "ort-minmax", "seed": 0, "agreement": 0.9, "sqnr_db": 9.0, "ours_to_this": ratio},
+        {**same, "method": "ort-percentile", "seed": 0, "failed": "it did"},
+    ]
+    kept = {bar.asked.split()[0]: bar.kept for bar in int8.bars(rows)}
+    assert kept == {"agreement": False, "SQNR": True, "quantized": True, "latency": False}
+    lines = {line[1]: line for line in int8.cells(rows)}
+    assert lines[int8.BEST][2:4] == ("98.0%", "[97.0%, 99.0%]")
+    assert lines["ort-percentile"][2] == "failed: it did"
+    assert lines["ort-minmax"][8] == "0.250"
+
+
+@pytest.mark.slow
+def test_memory_of_a_whole_recipe_is_told(benchmark) -> None:  # type: ignore[no-untyped-def]
+    memory = benchmark("calibration_memory")
+    common = benchmark("common")
+    rows = [memory.measured(8, 1, common.Shown(), memory.WHOLE)]
+    assert rows[0]["peak"] > rows[0]["own"] > rows[0]["runs"][0]["before"] / 4
+    assert [bar.kept for bar in memory.bars(rows)] == [True]
+    assert len(memory.cells(rows)[0]) == len(memory.HEADERS)
