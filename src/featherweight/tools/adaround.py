@@ -185,8 +185,9 @@ class _Layer:
             where.append((slice(max(begin, 0), min(end, full)), slice(first, last)))
             zeros = [max(-begin, 0), max(end - full, 0), *zeros]
         (rows_in, rows_out), (columns_in, columns_out) = where
-        x = torch.cat([values[b][rows, :, rows_in, columns_in] for b, rows in picks.items()])
-        target = torch.cat([self._targets[b][rows, :, rows_out, columns_out] for b, rows in picks.items()])
+        rows = [(batch, slice(row, row + 1)) for batch, some in picks.items() for row in some]
+        x = torch.cat([values[batch][row, :, rows_in, columns_in] for batch, row in rows])
+        target = torch.cat([self._targets[batch][row, :, rows_out, columns_out] for batch, row in rows])
         bias = node.parameters.get("bias")
         made = functional.conv2d(
             functional.pad(x, zeros) if any(zeros) else x,
@@ -239,7 +240,7 @@ class _Lazy(dict[str, Tensor]):
         self._stream = stream
 
     def __missing__(self, name: str) -> Tensor:
-        return self._stream.parameter(name)
+        return self._stream.parameter(name).detach()
 
     def with_values(self, values: Mapping[str, Tensor]) -> _Lazy:
         """The same with other values for some."""
