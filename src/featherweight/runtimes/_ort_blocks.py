@@ -157,8 +157,14 @@ class _Blocks:
         if not fmt.signed:
             points = zero_point.numpy().astype(np.uint8)
             zeros = constant(graph, f"{name}.zero_point", _packed(points, fmt.width))
-        bytes_ = _packed(padded, fmt.width)
-        held = constant(graph, name, bytes_ if table else bytes_.reshape(rows, groups, -1))
+        whole = _packed(padded, fmt.width)
+        if table and columns * fmt.width % 8:
+            raise TargetError(
+                f"'{name}' has rows of {columns} elements of {fmt.width} bits, which are no whole bytes",
+                fix="exclude its layer under where",
+            )
+        shown = whole[:, : columns * fmt.width // 8] if table else whole.reshape(rows, groups, -1)
+        held = constant(graph, name, shown)
         return cls(graph, held, scales, zeros, rows, columns, size, fmt.width, table)
 
     def multiply(self, node: ir.Node) -> ir.Node:
@@ -185,7 +191,7 @@ class _Blocks:
         if self._reshaped is None:
             shapes = ([self.rows, -1, self.size * self.width // 8], [-1])
             made: list[ir.Value] = []
-            for value, shape in zip((self.packed, self.scale), shapes, strict=True):
+            for value, shape in zip((self._padded(), self.scale), shapes, strict=True):
                 sizes = constant(
                     self.graph, f"{self.packed.name}.shape{len(made)}", np.array(shape, np.int64)
                 )
@@ -194,6 +200,20 @@ class _Blocks:
                 made.append(reshape.outputs[0])
             self._reshaped = made[0], made[1]
         return self._reshaped
+
+    def _padded(self) -> ir.Value:
+        """A table with its rows filled up to whole blocks, by the middle."""
+        import onnx_ir as ir
+
+        rest = -self.columns % self.size * self.width // 8
+        if not rest:
+            return self.packed
+        middle = _packed(np.full((1, 8), 1 << (self.width - 1), np.uint8), self.width)[0, 0]
+        sizes = constant(self.graph, f"{self.packed.name}.rest", np.array([0, 0, 0, rest], np.int64))
+        filler = constant(self.graph, f"{self.packed.name}.filler", np.array(middle))
+        pad = ir.node("Pad", [self.packed, sizes, filler])
+        self.graph.append(pad)
+        return pad.outputs[0]
 
     def look_up(self, node: ir.Node) -> ir.Node:
         import onnx_ir as ir
