@@ -174,7 +174,7 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
         self, choices: Choices, context: Context, examples: list[tuple[Tensor, ...]], entry: str
     ) -> Changes:
         if self.rounding == "nearest":
-            return nearest_changes(choices.model, choices.by_weight())
+            return nearest_changes(choices.model, choices.by_weight(), context.scratch)
         return foreseen_changes(
             choices.model,
             _together(examples),

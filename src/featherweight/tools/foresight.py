@@ -18,7 +18,7 @@ from torch import Tensor
 
 from featherweight.formats import TensorFormat
 from featherweight.graph import Graph, Node, trace
-from featherweight.method import Progress, Scratch
+from featherweight.method import Progress, Scratch, in_memory
 from featherweight.model import Model
 from featherweight.tools.columns import (
     Moments,
@@ -38,12 +38,14 @@ _DEPTH = 4  # columns for each of a row's weights below which moments say little
 Changes = dict[str, dict[str, dict[str, Tensor]]]  # weight -> candidate -> parameter -> change
 
 
-def nearest_changes(model: Model, formats: Mapping[str, Mapping[str, TensorFormat]]) -> Changes:
+def nearest_changes(
+    model: Model, formats: Mapping[str, Mapping[str, TensorFormat]], scratch: Scratch = in_memory
+) -> Changes:
     """What rounding to the nearest does: weight -> candidate -> {weight: change}."""
-    parameters = model.parameters
+    weights = {name: model.parameters[name].detach() for name in formats}
     return {
         name: {
-            label: {name: fmt.project(parameters[name].detach()) - parameters[name].detach()}
+            label: {name: scratch(fmt.project(weights[name]) - weights[name])}
             for label, fmt in candidates.items()
         }
         for name, candidates in formats.items()
@@ -90,7 +92,7 @@ def foreseen_changes(
         and nodes[0].parameters["weight"] == name
     }
     left = {name: formats[name] for name in formats if name not in products.values()}
-    found = nearest_changes(model, left)
+    found = nearest_changes(model, left, scratch)
     plain = model.evolve(formats={})
     stops = (stop for stop in walk(plain, plain, batches, scratch, entry) if stop.node.name in products)
     for stop in progress.track(stops, "foreseeing the rounding", len(products)):
