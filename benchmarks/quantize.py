@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import calibration_memory
@@ -21,6 +23,7 @@ from common import RESULTS, Bar, Parts, Shown, finish, table, tell_load
 from networks import EFFICIENTNET
 from quantize_bits import ABLATION, FEW_BITS, BitsSettings, Case
 from quantize_int8 import Int8, Int8Settings
+from quantize_recipes import Benches
 from quantize_subjects import Subject, subject
 
 from featherweight.engine.targets import fit_targets
@@ -42,6 +45,7 @@ class Settings:
     iterations: int | None
     memory: tuple[int, ...]
     fit_minutes: tuple[float, ...]
+    thorough: bool
 
 
 class Benchmark:
@@ -51,14 +55,16 @@ class Benchmark:
         settings: What the parts depend on.
         networks: Which of the networks.
         runtimes: For eight bits.
+        folder: Takes what is made.
         shown: Progress.
     """
 
     def __init__(
-        self, settings: Settings, networks: Sequence[str], runtimes: Sequence[str], shown: Shown
+        self, settings: Settings, networks: Sequence[str], runtimes: Sequence[str], folder: Path, shown: Shown
     ) -> None:
         self.settings, self.networks, self.runtimes, self.shown = settings, networks, runtimes, shown
         self.parts = Parts("quantize", asdict(settings), shown)
+        self.benches = Benches(folder, shown)
         self.rows: dict[str, list[Json]] = {}
         self.bars: list[Bar] = []
         self._subjects: dict[str, Subject | None] = {}
@@ -81,14 +87,18 @@ class Benchmark:
         one = self.subject(EFFICIENTNET) if EFFICIENTNET in self.networks else None
         if one is None:
             return
-        fields = Int8Settings(
-            self.settings.calibration, self.settings.seeds, self.settings.seconds, self.settings.fit_minutes
-        )
         rows: list[Json] = []
         for runtime in self.runtimes:
-            rows += Int8(one, runtime, fields, self.parts, self.shown).rows()
+            seeds = self.settings.seeds
+            fields = Int8Settings(
+                self.settings.calibration,
+                seeds if self.settings.thorough or runtime == self.runtimes[0] else seeds[:1],
+                self.settings.seconds,
+                self.settings.fit_minutes,
+            )
+            rows += Int8(one, runtime, fields, self.parts, self.benches, self.shown).rows()
         title = f"{one.name}, 8 bits, scored on {one.words}; others: {one.others_words}"
-        print(f"\n{title}; mean and ends over {len(fields.seeds)} calibration sets of {fields.calibration}")
+        print(f"\n{title}; mean and ends over so many calibration sets of {self.settings.calibration}")
         print(table(quantize_int8.HEADERS, quantize_int8.cells(rows)))
         self.rows["int8"], self.bars = rows, self.bars + quantize_int8.bars(rows)
 
@@ -106,15 +116,20 @@ class Benchmark:
         for case in chosen:
             one = self.subject(case.network)
             if one is not None:
-                rows += quantize_bits.rows_of(case, one, settings, self.parts, self.shown)
-        print(f"\n{title}; one calibration set of {settings.calibration}, the line of a bar over all seeds")
+                rows += quantize_bits.rows_of(case, one, settings, self.parts, self.benches, self.shown)
+        print(f"\n{title}; calibration sets of {settings.calibration}; what a bar is about over several")
         print(table(quantize_bits.HEADERS, quantize_bits.cells(rows)))
         for words in dict.fromkeys(f"{row['network']}: scored on {row['scored']}" for row in rows):
             print(words)
         self.rows[name], self.bars = rows, self.bars + quantize_bits.bars(chosen, rows)
 
     def _bits_settings(self) -> BitsSettings:
-        return BitsSettings(self.settings.calibration, self.settings.seeds, self.settings.iterations)
+        return BitsSettings(
+            self.settings.calibration,
+            self.settings.seeds,
+            self.settings.iterations,
+            self.settings.thorough,
+        )
 
     def layers(self) -> None:
         """GPTQ and AdaRound against nearest rounding, layer by layer."""
@@ -122,7 +137,7 @@ class Benchmark:
         for name in [name for name in EXAMPLES if name in self.networks]:
             one = self.subject(name)
             if one is not None:
-                rows += quantize_layers.rows_of(one, self._bits_settings(), self.parts, self.shown)
+                rows += quantize_layers.rows_of(one, self._bits_settings(), self.parts, self.benches)
         print("\nerror of each layer's output on calibration data / that of nearest rounding")
         print(table(quantize_layers.HEADERS, [quantize_layers.cells(row) for row in rows]))
         self.rows["layers"], self.bars = rows, self.bars + quantize_layers.bars(rows)
@@ -153,7 +168,9 @@ def main() -> None:
     parser.add_argument("--scored", type=int, help="examples (default 1,000 views, the full test set)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of calibration sets (0 1)")
     parser.add_argument("--seconds", type=float, default=15.0, help="longest timing of a group (default 15)")
-    parser.add_argument("--thorough", action="store_true", help="also what fit makes in 5 and in 30 minutes")
+    parser.add_argument(
+        "--thorough", action="store_true", help="all seeds everywhere; what fit makes in 5 and 30 minutes"
+    )
     parser.add_argument("--quick", action="store_true", help="few examples: numbers mean little")
     args = parser.parse_args()
     settings = Settings(
@@ -164,6 +181,7 @@ def main() -> None:
         None,
         (100, 400, 1600),
         (5.0, 30.0) if args.thorough else (),
+        args.thorough,
     )
     if args.quick:
         settings = replace(settings, calibration=16, scored=args.scored or 40, seeds=(0,), seconds=4.0)
@@ -172,11 +190,13 @@ def main() -> None:
     tell_load(shown)
     found = {target.runtime for target in fit_targets("any", 1, "local", "")}
     runtimes = args.runtimes or [name for name in _RUNTIMES if name in found]
-    benchmark = Benchmark(settings, args.networks or (EFFICIENTNET, *EXAMPLES), runtimes, shown)
-    made: dict[str, Callable[[], None]] = {name: getattr(benchmark, name) for name in TABLES}
-    for number, name in enumerate(args.tables, 1):
-        shown.note(f"table {number} of {len(args.tables)}: {name}")
-        made[name]()
+    networks = args.networks or (EFFICIENTNET, *EXAMPLES)
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = Benchmark(settings, networks, runtimes, Path(folder), shown)
+        made: dict[str, Callable[[], None]] = {name: getattr(benchmark, name) for name in TABLES}
+        for number, name in enumerate(args.tables, 1):
+            shown.note(f"table {number} of {len(args.tables)}: {name}")
+            made[name]()
     described = {**asdict(settings), "runtimes": runtimes, "tables": args.tables, "cpus": os.cpu_count()}
     finish("quantize", [benchmark.rows], benchmark.bars, described, 1)
     benchmark.parts.forget()

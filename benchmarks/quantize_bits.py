@@ -6,10 +6,8 @@ simulates formats. Weights and activations alone tell where the error sits.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -22,8 +20,10 @@ from quantize_recipes import (
     W4A4,
     W4A8,
     W4A8_GROUPS,
+    W5A8,
     W8A8,
     Bench,
+    Benches,
     Bits,
     activations_alone,
     recipe,
@@ -52,6 +52,7 @@ class Case:
         agreement: The bar: least agreement with float.
         drop: The bar: most points of accuracy lost.
         alone: Whether weights and activations are scored alone, too.
+        seeds: How many calibration sets at most, unless the run is thorough; None: all.
     """
 
     network: str
@@ -62,13 +63,15 @@ class Case:
     agreement: float | None = None
     drop: float | None = None
     alone: bool = False
+    seeds: int | None = None
 
 
 _EFF = "efficientnet_lite0"
 FEW_BITS = (
-    Case(_EFF, "torch", W4A8, (NEAREST, BEST, BLOCKS), BLOCKS, agreement=0.85),
-    Case(_EFF, "torch", W4A8_GROUPS, (NEAREST, BEST), ""),
-    Case(_EFF, "torch", MIXED, (BEST,), BEST, agreement=0.90),
+    Case(_EFF, "torch", W4A8, (NEAREST, BEST, BLOCKS), BLOCKS, agreement=0.85, seeds=1),
+    Case(_EFF, "torch", W4A8_GROUPS, (NEAREST, BEST)),
+    Case(_EFF, "torch", W5A8, (BEST,)),
+    Case(_EFF, "torch", MIXED, (BEST,), BEST, agreement=0.90, seeds=1),
     Case("resnet20", "torch", W4A8, (NEAREST, BEST, BLOCKS), BEST, drop=0.5),
     Case("depthwise", "torch", W4A8, (NEAREST, BEST, BLOCKS), BEST, drop=0.5),
     Case("resnet20", "torch", TERNARY, (NEAREST, BEST, BLOCKS), BLOCKS, drop=6.0),
@@ -98,33 +101,37 @@ class BitsSettings:
     calibration: int
     seeds: tuple[int, ...]
     iterations: int | None
+    thorough: bool = False
 
 
-def rows_of(case: Case, subject: Subject, settings: BitsSettings, parts: Parts, shown: Shown) -> list[Json]:
+def rows_of(
+    case: Case, subject: Subject, settings: BitsSettings, parts: Parts, benches: Benches, shown: Shown
+) -> list[Json]:
     """One row for each recipe; of every seed for the recipe that a bar is about, else of the first."""
     rows: list[Json] = []
-    for seed in settings.seeds:
+    for seed in settings.seeds if settings.thorough else settings.seeds[: case.seeds]:
         names = case.recipes if seed == settings.seeds[0] else tuple(filter(None, [case.judged]))
         name = f"bits-{case.network}-{case.runtime}-{case.bits.name.replace(' ', '')}-{seed}"
         if names:
-            work = _Work(case, subject, settings, shown)
+            work = _Work(case, subject, settings, benches, shown)
             rows += parts.get(name, lambda names=names, seed=seed, work=work: work.rows(names, seed))
     return rows
 
 
 class _Work:
-    def __init__(self, case: Case, subject: Subject, settings: BitsSettings, shown: Shown) -> None:
+    def __init__(
+        self, case: Case, subject: Subject, settings: BitsSettings, benches: Benches, shown: Shown
+    ) -> None:
         self.case, self.subject, self.settings, self.shown = case, subject, settings, shown
+        self._benches = benches
         self._alone: dict[str, Json] = {}  # activations that several recipes share
 
     def rows(self, names: Sequence[str], seed: int) -> list[Json]:
-        with tempfile.TemporaryDirectory() as temporary:
-            bench = Bench(self.subject, self.case.runtime, seed, Path(temporary), self.shown)
-            found = []
-            for name in names:
-                about = f"{self.case.network} {self.case.bits.name}, seed {seed}: {name}"
-                self.shown.note(about)
-                found.append(self._row(bench, name, seed))
+        bench = self._benches.get(self.subject, self.case.runtime, seed)
+        found = []
+        for name in names:
+            self.shown.note(f"{self.case.network} {self.case.bits.name}, seed {seed}: {name}")
+            found.append(self._row(bench, name, seed))
         return found
 
     def _row(self, bench: Bench, name: str, seed: int) -> Json:
@@ -142,9 +149,9 @@ class _Work:
             steps = recipe(name, self.case.bits, self.settings.calibration, self.settings.iterations)
             model, seconds = bench.model(steps)
             row |= {"seconds": seconds, "stored_bits": stored_bits(model)}
-            row |= bench.judged(bench.lower(model)[0], others=False)
+            row |= bench.judged(bench.lower(model)[0])
             if self.case.alone:
-                row["weights_alone"] = bench.judged(bench.lower(weights_alone(model))[0], others=False)
+                row["weights_alone"] = bench.judged(bench.lower(weights_alone(model))[0])
                 row["activations_alone"] = self._activations(bench, name, model)
         except FeatherweightError as error:
             row["failed"] = error.what
@@ -156,15 +163,16 @@ class _Work:
         if name not in (NEAREST, "equalize"):
             return self._alone.get(" + ".join(before) or NEAREST) if "blocks" not in name else None
         reference = bench.run.context(model).float_model(model)
-        self._alone[name] = bench.judged(bench.lower(activations_alone(model, reference))[0], others=False)
+        simulated = self._benches.get(self.subject, "torch", bench.seed)
+        self._alone[name] = simulated.judged(simulated.lower(activations_alone(model, reference))[0])
         return self._alone[name]
 
 
 # ---- what is printed
 
 HEADERS = (
-    "network", "bits", "method", "stored", "agreement", "[seeds]", "SQNR dB", "drop, points", "[seeds]",
-    "weights alone", "activations alone", "made in",
+    "network", "bits", "method", "seeds", "stored", "agreement", "[ends]", "SQNR dB", "drop, points",
+    "[ends]", "weights alone", "activations alone", "made in",
 )  # fmt: skip
 
 
@@ -179,7 +187,7 @@ def cells(rows: Sequence[Json]) -> list[tuple[str, ...]]:
         bits += " (simulated)" if seen[0]["simulated"] else ""
         if not good:
             lines.append(
-                (network, bits, method, "failed: " + seen[0]["failed"][:60], *("" for _ in HEADERS[4:]))
+                (network, bits, method, "", "failed: " + seen[0]["failed"][:60], *("" for _ in HEADERS[5:]))
             )
             continue
         lines.append((network, bits, method, *_cells(good)))
@@ -191,6 +199,7 @@ def _cells(rows: Sequence[Json]) -> tuple[str, ...]:
     drops = [row["drop_points"] for row in rows if row["drop_points"] is not None]
     several = len(rows) > 1
     return (
+        f"{len(rows)}",
         f"{mean(row['stored_bits'] for row in rows):.2f}",
         f"{mean(agreement):.2%}",
         f"[{min(agreement):.2%}, {max(agreement):.2%}]" if several else "",

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, Bar, Parts, Shown
-from quantize_recipes import BEST, NEAREST, W8A8, Bench, recipe
+from quantize_recipes import BEST, NEAREST, W8A8, Bench, Benches, recipe
 from quantize_subjects import Subject
 from runtime_peers import PEERS
 
@@ -27,6 +27,7 @@ from featherweight.runtime import Artifact
 Json = dict[str, Any]
 FLOAT = "fp32"
 OURS = (BEST, NEAREST)
+_SLOW = frozenset({"ort-percentile-asym", "nncf-mixed"})  # one seed is enough for these variants
 LEAST_AGREEMENT: Mapping[str, float] = {
     "onnxruntime": 0.98,
     "openvino": 0.96,
@@ -54,17 +55,25 @@ class Int8:
         runtime: Where it runs.
         settings: Of the benchmark.
         parts: Finished rows.
+        benches: What is shared with other tables.
         shown: Progress.
     """
 
     def __init__(
-        self, subject: Subject, runtime: str, settings: Int8Settings, parts: Parts, shown: Shown
+        self,
+        subject: Subject,
+        runtime: str,
+        settings: Int8Settings,
+        parts: Parts,
+        benches: Benches,
+        shown: Shown,
     ) -> None:
         self.subject = subject
         self.runtime = runtime
         self.settings = settings
         self.shown = shown
         self._parts = parts
+        self._benches = benches
         self._keep = RESULTS / "work" / "quantize" / subject.name / runtime
 
     def rows(self) -> list[Json]:
@@ -81,26 +90,33 @@ class Int8:
         ]
 
     def _seed(self, seed: int) -> list[Json]:
-        with tempfile.TemporaryDirectory() as temporary:
-            bench = Bench(self.subject, self.runtime, seed, Path(temporary), self.shown)
-            original = self._kept(bench.original, FLOAT, seed)
-            rows = [self._head(FLOAT, seed) | {"bytes": original.bytes, "artifact": _told(original)}]
-            for method in (*OURS, *PEERS.get(self.runtime, {})):
-                self.shown.note(f"{self.subject.name} on {self.runtime}, seed {seed}: {method}")
-                rows.append(self._row(bench, method, seed, Path(temporary)))
+        bench = self._benches.get(self.subject, self.runtime, seed)
+        original = self._kept(bench.original, FLOAT, seed)
+        rows = [self._head(FLOAT, seed) | {"bytes": original.bytes, "artifact": _told(original)}]
+        for method in self._methods(seed):
+            self.shown.note(f"{self.subject.name} on {self.runtime}, seed {seed}: {method}")
+            rows.append(self._row(bench, method, seed))
         return rows
 
-    def _row(self, bench: Bench, method: str, seed: int, temporary: Path) -> Json:
+    def _methods(self, seed: int) -> list[str]:
+        """All with the first seed; with others ours and the runtime's own, slow variants aside."""
+        own = list(PEERS.get(self.runtime, {}))
+        if seed == self.settings.seeds[0]:
+            return [*OURS, *own]
+        return [BEST, *(name for name in own if name not in _SLOW)]
+
+    def _row(self, bench: Bench, method: str, seed: int) -> Json:
         row = self._head(method, seed)
         try:
-            artifact, seconds = self._made(bench, method, seed, temporary)
+            artifact, seconds = self._made(bench, method)
+            judged = bench.judged(artifact, others=True)
             artifact = self._kept(artifact, method, seed)
             return {
                 **row,
                 "seconds": seconds,
                 "bytes": artifact.bytes,
                 "artifact": _told(artifact),
-                **bench.judged(artifact),
+                **judged,
             }
         except FeatherweightError as error:
             return {**row, "failed": error.what}
@@ -109,12 +125,12 @@ class Int8:
                 raise
             return {**row, "failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
-    def _made(self, bench: Bench, method: str, seed: int, temporary: Path) -> tuple[Artifact, float]:
+    def _made(self, bench: Bench, method: str) -> tuple[Artifact, float]:
         if method not in OURS:
             original = bench.original
             began = time.perf_counter()
             peer = PEERS[self.runtime][method]
-            artifact = peer(bench.run, self.settings.calibration, original, temporary / method)
+            artifact = peer(bench.run, self.settings.calibration, original, bench.folder / method)
             return artifact, time.perf_counter() - began
         model, seconds = bench.model(recipe(method, W8A8, self.settings.calibration))
         artifact, more = bench.lower(model)
@@ -139,10 +155,10 @@ class Int8:
             )
             seconds = time.perf_counter() - began
             artifact = self._kept(delivered(Path(temporary) / "out").artifact, method, seed)
-            bench = Bench(self.subject, self.runtime, seed, Path(temporary) / "bench", self.shown)
+            bench = self._benches.get(self.subject, self.runtime, seed)
             row = self._head(method, seed) | {"recipe": result.recipe}
             row |= {"seconds": seconds, "bytes": artifact.bytes, "artifact": _told(artifact)}
-            return row | bench.judged(artifact)
+            return row | bench.judged(artifact, others=True)
 
     def _head(self, method: str, seed: int) -> Json:
         return {
@@ -169,14 +185,12 @@ class Int8:
         seed = self.settings.seeds[0]
         made = [row for row in rows if row["seed"] == seed and "artifact" in row]
         self.shown.note(f"{self.subject.name} on {self.runtime}: latency")
-        data = self.subject.data(seed)
-        with tempfile.TemporaryDirectory() as temporary:
-            target = self.subject.run(self.runtime, seed, Path(temporary), self.shown).target
+        run = self._benches.get(self.subject, self.runtime, seed).run
         entrants = [
-            Entrant(Artifact.from_json(row["artifact"], Path(row["artifact"]["folder"])), target)
+            Entrant(Artifact.from_json(row["artifact"], Path(row["artifact"]["folder"])), run.target)
             for row in made
         ]
-        example = tuple(np.array(array[:1]) for array in data.example_inputs())
+        example = tuple(np.array(array[:1]) for array in run.data.example_inputs())
         limits = Limits(seconds=self.settings.seconds, precision=0.01, least_seconds=2.0)
         rounds = measure_paced(entrants, example, limits=limits, progress=self.shown, description="timing")
         names = [row["method"] for row in made]
@@ -202,8 +216,8 @@ def _told(artifact: Artifact) -> Json:
 # ---- what is printed
 
 HEADERS = (
-    "runtime", "method", "agreement", "[seeds]", "SQNR dB", "[seeds]", "on others", "SQNR dB", "bytes / fp32",
-    "latency / fp32 [95 %]", "ours / this", "made in",
+    "runtime", "method", "seeds", "agreement", "[ends]", "SQNR dB", "[ends]", "on others", "SQNR dB",
+    "bytes / fp32", "latency / fp32 [95 %]", "ours / this", "made in",
 )  # fmt: skip
 
 
@@ -215,7 +229,7 @@ def cells(rows: Sequence[Json]) -> list[tuple[str, ...]]:
         good = [row for row in seen if "agreement" in row]
         if not good and method != FLOAT:
             failed = "failed: " + str(seen[0].get("failed", ""))[:60]
-            lines.append((runtime, method, failed, *("" for _ in HEADERS[3:])))
+            lines.append((runtime, method, "", failed, *("" for _ in HEADERS[4:])))
             continue
         bytes_of_float = next(
             (row["bytes"] for row in rows if (row["runtime"], row["method"]) == (runtime, FLOAT)), 0
@@ -226,14 +240,16 @@ def cells(rows: Sequence[Json]) -> list[tuple[str, ...]]:
 
 def _quality_cells(rows: Sequence[Json]) -> tuple[str, ...]:
     if not rows:
-        return ("",) * 6
+        return ("",) * 7
     agreement, decibels = ([row[key] for row in rows] for key in ("agreement", "sqnr_db"))
     others = [row["others"] for row in rows if "others" in row]
+    several = len(rows) > 1
     return (
+        f"{len(rows)}",
         f"{mean(agreement):.1%}",
-        f"[{min(agreement):.1%}, {max(agreement):.1%}]",
+        f"[{min(agreement):.1%}, {max(agreement):.1%}]" if several else "",
         f"{mean(decibels):.2f}",
-        f"[{min(decibels):.2f}, {max(decibels):.2f}]",
+        f"[{min(decibels):.2f}, {max(decibels):.2f}]" if several else "",
         f"{mean(one['agreement'] for one in others):.1%}" if others else "",
         f"{mean(one['sqnr_db'] for one in others):.2f}" if others else "",
     )

@@ -8,16 +8,14 @@ layer makes of X in the float network; biases are the float ones on both sides::
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Bar, Parts, Shown
+from common import Bar, Parts
 from quantize_bits import BitsSettings
-from quantize_recipes import W4A8, W8A8, Bench, Bits, recipe
+from quantize_recipes import W4A8, W8A8, Bench, Benches, Bits, recipe
 from quantize_subjects import Subject
 
 from featherweight.errors import FeatherweightError
@@ -31,13 +29,12 @@ METHODS = ("gptq, biases left", "adaround, biases left")
 BITS = (W8A8, W4A8)
 
 
-def rows_of(subject: Subject, settings: BitsSettings, parts: Parts, shown: Shown) -> list[Json]:
+def rows_of(subject: Subject, settings: BitsSettings, parts: Parts, benches: Benches) -> list[Json]:
     """One row for each method and bits, with the ratio of each layer."""
 
     def computed() -> list[Json]:
-        with tempfile.TemporaryDirectory() as temporary:
-            bench = Bench(subject, "torch", settings.seeds[0], Path(temporary), shown)
-            return [_row(bench, bits, method, settings) for bits in BITS for method in METHODS]
+        bench = benches.get(subject, "torch", settings.seeds[0])
+        return [_row(bench, bits, method, settings) for bits in BITS for method in METHODS]
 
     rows: list[Json] = parts.get(f"layers-{subject.name}", computed)
     return rows

@@ -43,6 +43,7 @@ class Bits:
 W8A8 = Bits("W8A8")
 W4A8 = Bits("W4A8", {"weights": "int4"})
 W4A8_GROUPS = Bits("W4A8 groups of 32", {"weights": "int4", "granularity": "per_group", "group": 32})
+W5A8 = Bits("W5A8", {"weights": "int5"})
 W4A4 = Bits("W4A4", {"weights": "int4", "activations": "int4"})
 TERNARY = Bits("ternary, A8", {"weights": "ternary"})
 MIXED = Bits("5 bits in the mean, A8")
@@ -102,16 +103,17 @@ class Bench:
         self.subject = subject
         self.runtime = runtime
         self.folder = folder
-        self._seed = seed
+        self.seed = seed
         self._shown = shown
         self._spent: dict[str, float] = {}  # recipe so far -> seconds of its last step
         self._scores: dict[str, Scored] = {}
+        self._judged: dict[str, Json] = {}  # which examples, and the artifact's folder
         self._count = 0
 
     @cached_property
     def run(self) -> Run:
         """The run of a user who has done nothing before."""
-        return self.subject.run(self.runtime, self._seed, self.folder / "store", self._shown)
+        return self.subject.run(self.runtime, self.seed, self.folder / "store", self._shown)
 
     @cached_property
     def original(self) -> Artifact:
@@ -134,12 +136,12 @@ class Bench:
         began = time.perf_counter()
         return self.run.lower(model), time.perf_counter() - began
 
-    def judged(self, artifact: Artifact, *, others: bool = True) -> Json:
-        """Agreement, SQNR and drop on the scored examples; agreement and SQNR on others."""
+    def judged(self, artifact: Artifact, *, others: bool = False) -> Json:
+        """Agreement, SQNR and drop on the scored examples; with ``others`` also on those."""
         found = self._quality(artifact, self.run.data, "scored")
         if others and self.subject.others is not None:
             seen = self._quality(artifact, self._others, "others")
-            found["others"] = {key: seen[key] for key in ("agreement", "sqnr_db")}
+            found = {**found, "others": {key: seen[key] for key in ("agreement", "sqnr_db")}}
         return found
 
     @cached_property
@@ -148,20 +150,45 @@ class Bench:
         return self.subject.resolved(self.subject.others)
 
     def _quality(self, artifact: Artifact, data: Data, which: str) -> Json:
+        key = f"{which} {artifact.folder}"
+        if key in self._judged:
+            return self._judged[key]
         if which not in self._scores:
             self._scores[which] = self._scored(self.original, data, None)
         seen = quality(data, self._scores[which], self._scored(artifact, data, self._scores[which]))
-        return {
+        self._judged[key] = {
             "agreement": seen.agreement,
             "sqnr_db": seen.sqnr_db,
             "drop_points": 100 * seen.quality_drop if self.subject.labelled else None,
         }
+        return self._judged[key]
 
     def _scored(self, artifact: Artifact, data: Data, original: Scored | None) -> Scored:
         self._count += 1
         target = replace(self.run.target, threads=cpu_count() or 1)
         place = self.folder / "scores" / f"{self._count}"
         return score_artifact(artifact, target, data, place, original=original)
+
+
+class Benches:
+    """One bench for each network, runtime and seed, so that tables share what was made and scored.
+
+    Args:
+        folder: Takes everything.
+        shown: Progress.
+    """
+
+    def __init__(self, folder: Path, shown: Shown) -> None:
+        self._folder, self._shown = folder, shown
+        self._known: dict[tuple[str, str, int], Bench] = {}
+
+    def get(self, subject: Subject, runtime: str, seed: int) -> Bench:
+        """The bench, made at the first call."""
+        key = (subject.name, runtime, seed)
+        if key not in self._known:
+            place = self._folder / f"{subject.name}-{runtime}-{seed}"
+            self._known[key] = Bench(subject, runtime, seed, place, self._shown)
+        return self._known[key]
 
 
 def stored_bits(model: Model) -> float:

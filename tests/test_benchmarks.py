@@ -198,8 +198,9 @@ def bits_rows(tmp_path_factory):  # type: ignore[no-untyped-def]
     case = bits.Case("resnet20", "torch", bits.W4A8, ("nearest", "gptq"), "gptq", drop=100.0, alone=True)
     settings, shown = bits.BitsSettings(8, (0,), 10), common.Shown()
     parts = common.Parts("quantize", {}, shown)
-    found = bits.rows_of(case, subject, settings, parts, shown), case, parts, subject, settings
-    yield (*found, layers, shown)
+    benches = importlib.import_module("quantize_recipes").Benches(tmp_path_factory.mktemp("benches"), shown)
+    rows = bits.rows_of(case, subject, settings, parts, benches, shown)
+    yield rows, case, lambda: layers.rows_of(subject, settings, parts, benches)
     patch.undo()
 
 
@@ -217,14 +218,13 @@ def test_few_bits_are_judged_whole_and_in_parts(benchmark, bits_rows) -> None:  
     assert bar.kept
     failed = [{**row, "failed": "why"} for row in rows]
     assert [bar.kept for bar in bits.bars([case], failed)] == [None]
-    assert bits.cells(failed)[0][3] == "failed: why"
+    assert bits.cells(failed)[0][4] == "failed: why"
 
 
 @pytest.mark.slow
 def test_layer_errors_are_those_of_nearest_rounding_and_less(benchmark, bits_rows) -> None:  # type: ignore[no-untyped-def]
     layers = benchmark("quantize_layers")
-    _, _, parts, subject, settings, _, shown = bits_rows
-    rows = layers.rows_of(subject, settings, parts, shown)
+    rows = bits_rows[2]()
     gptq = next(row for row in rows if row["method"] == "gptq" and row["bits"] == "W4A8")
     assert len(gptq["ratios"]) == 22
     assert np.mean(list(gptq["ratios"].values())) < 0.9
@@ -246,9 +246,9 @@ def test_eight_bits_are_told_by_their_worst_seed(benchmark) -> None:  # type: ig
     kept = {bar.asked.split()[0]: bar.kept for bar in int8.bars(rows)}
     assert kept == {"agreement": False, "SQNR": True, "quantized": True, "latency": False}
     lines = {line[1]: line for line in int8.cells(rows)}
-    assert lines[int8.BEST][2:4] == ("98.0%", "[97.0%, 99.0%]")
-    assert lines["ort-percentile"][2] == "failed: it did"
-    assert lines["ort-minmax"][8] == "0.250"
+    assert lines[int8.BEST][2:5] == ("2", "98.0%", "[97.0%, 99.0%]")
+    assert lines["ort-percentile"][3] == "failed: it did"
+    assert lines["ort-minmax"][9] == "0.250"
 
 
 @pytest.mark.slow
