@@ -65,6 +65,24 @@ def test_a_limit_met_exactly_is_kept_to_the_byte() -> None:
     assert one_less.prices["bytes"] == 7 * 1_000_001 + 500_000
 
 
+def test_what_fits_exactly_fits_whatever_the_rounding_of_sums() -> None:
+    shares = [0.1, 0.2, 0.3, 0.7, 0.013, 1e-7]
+    items = [[Option(0.0, {"bits": share}), Option(1.0, {"bits": 0.0})] for share in shares]
+    total = 0.0
+    for share in reversed(shares):
+        total += share
+    (found,) = assign(items, {"bits": total})
+    assert found.loss == 0
+
+
+@pytest.mark.parametrize("limit", [-1.0, 0.0])
+def test_nothing_is_left_of_a_budget(limit: float) -> None:
+    items = [[Option(float(o), {"bytes": 0.0 if limit < 0 else 1.0}) for o in range(4)] for _ in range(20)]
+    with pytest.raises(OutOfReachError) as told:
+        assign(items, {"bytes": limit})
+    assert told.value.smallest == (0.0 if limit < 0 else 20.0)
+
+
 def test_small_losses_count_beside_large_ones() -> None:
     items = [
         [

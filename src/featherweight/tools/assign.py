@@ -30,6 +30,7 @@ from scipy.sparse import csr_array, vstack
 _GAP = 1e-6  # relative, within which an optimum counts as proven
 _LARGEST = 1e4  # of the scaled losses, since the solver's absolute gap is 1e-6
 _LIMIT = 1e3  # what each limit is scaled to, since the solver's feasibility is 1e-6
+_ROUNDING = 1e-12  # relative, of sums
 _INFEASIBLE = 2  # status of scipy.optimize.milp
 
 
@@ -94,6 +95,8 @@ def assign(
         ValueError: A loss or price is not finite, or an item has no option.
     """
     problem = _Problem(items, limits)
+    if any(least > _rounded_up(limits[name]) for name, least in _least(items, limits).items()):
+        raise _out_of_reach(items, limits)
     found: list[Assignment] = []
     while len(found) < count:
         best = problem.solve()
@@ -110,13 +113,23 @@ def assign(
 
 
 def _keeps(found: Assignment, limits: Mapping[str, float]) -> bool:
-    return all(found.prices[name] <= limit for name, limit in limits.items())
+    return all(found.prices[name] <= _rounded_up(limit) for name, limit in limits.items())
+
+
+def _rounded_up(limit: float) -> float:
+    """With room for the rounding of sums, so that what fits exactly fits."""
+    return limit + _ROUNDING * abs(limit)
+
+
+def _least(items: Sequence[Sequence[Option]], limits: Mapping[str, float]) -> dict[str, float]:
+    """The smallest sum of prices for each limit by itself."""
+    return {name: math.fsum(min(o.prices[name] for o in options) for options in items) for name in limits}
 
 
 def _out_of_reach(items: Sequence[Sequence[Option]], limits: Mapping[str, float]) -> OutOfReachError:
     """Which limit is broken, and what it would have to be beside the others."""
-    least = {name: math.fsum(min(o.prices[name] for o in options) for options in items) for name in limits}
-    alone = [name for name in limits if least[name] > limits[name]]
+    least = _least(items, limits)
+    alone = [name for name in limits if least[name] > _rounded_up(limits[name])]
     broken = alone[0] if alone else list(limits)[-1]
     others = {name: limit for name, limit in limits.items() if name != broken and name not in alone}
     priced = [[Option(option.prices[broken], option.prices) for option in options] for options in items]
