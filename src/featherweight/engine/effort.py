@@ -23,9 +23,11 @@ import torch
 from featherweight.engine.run import Run
 from featherweight.engine.store import digest
 from featherweight.engine.template import Amounts, Shape, shape_of, ways
+from featherweight.graph import trace
 from featherweight.holes import Choice
 from featherweight.outcome import LEVELS, Budget, Effort, Level, Way
 from featherweight.recipe import Recipe, Step
+from featherweight.tools.costs import node_macs
 from featherweight.tools.simulate import Replay
 
 _FROM: Mapping[Level, float] = {"quick": 0.0, "standard": 61.0, "thorough": 900.0}  # seconds
@@ -38,9 +40,13 @@ _LEAST, _LARGEST = 250, 20000  # iterations of a block
 _RECONSTRUCTION = 0.4  # share of the time that goes to the reconstruction of blocks
 # Forward passes that a step costs for each calibration example (rounding: by GPTQ), and for each iteration;
 # seen on EfficientNet-Lite0, whose layers are many and small.
-_PASSES = {"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 23.0, "mixed_precision": 25.0}
+_PASSES = {"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 4.0, "mixed_precision": 12.0}
+_OF_WEIGHTS = {
+    "rounding": 1.0,
+    "mixed_precision": 1.0,
+}  # how often all weights are rounded by GPTQ, as foresight too
+_MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
 _PASSES_OF_ITERATION = 100.0
-_S_OF_PARAMETER = 4e-7  # for ranges and rounding, whatever the examples
 _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
 _TIMED = 8  # examples of the timed pass
 _ADDS: Mapping[Level, str] = {
@@ -103,11 +109,11 @@ class Pace:
 
     Attributes:
         example_s: Seconds of a forward pass of one example.
-        parameters: Of the network.
+        weights_s: Seconds of rounding all weights by GPTQ, whatever the examples.
     """
 
     example_s: float
-    parameters: int
+    weights_s: float
 
     def of(self, recipe: Recipe) -> float:
         """Seconds until a recipe's model is ready, predicted."""
@@ -119,7 +125,7 @@ class Pace:
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)
         if step.parameters.get("how") == "blocks":
             passes += _PASSES_OF_ITERATION * step.parameters["iterations"]
-        return float(passes * self.example_s + _S_OF_PARAMETER * self.parameters)
+        return float(passes * self.example_s + _OF_WEIGHTS.get(step.method, 0.0) * self.weights_s)
 
     def amounts(self, level: Level, time_s: float, limits: Mapping[str, Any]) -> Amounts:
         """How much of everything fits into the time."""
@@ -199,13 +205,21 @@ def _longer(level: Level, pace: Pace, shape: Shape) -> str:
 
 def pace_of(run: Run) -> Pace:
     """What work costs on this machine: a forward pass is timed once and remembered."""
-    parameters = sum(tensor.numel() for tensor in run.original.parameters.values())
     key = digest("pace", run.original.key, run.data.fingerprint, _machine(), run.sources)
     known = run.store.get_json("pace", key)
     if known is None:
         known = {"example_s": _example_seconds(run)}
         run.store.put_json("pace", key, known)
-    return Pace(max(known["example_s"], 1e-9), parameters)
+    example_s = max(known["example_s"], 1e-9)
+    weights = macs = 0
+    for entry in run.original.entries:
+        graph = trace(run.original, entry)
+        for node in graph:
+            here = node_macs(graph, node)
+            macs += here
+            shapes = [graph.parameter_shapes[name] for name in node.parameters.values()] if here else []
+            weights += sum(math.prod(shape) for shape in shapes)
+    return Pace(example_s, _MACS_OF_WEIGHT * weights * example_s / max(macs, 1))
 
 
 def _machine() -> list[object]:
