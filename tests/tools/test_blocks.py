@@ -175,6 +175,37 @@ def test_a_network_of_a_fixed_batch_is_fitted_by_whole_batches() -> None:
     assert error(done) < error(start)
 
 
+class Classes(nn.Module):
+    """Returns integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu()).argmax(1)
+
+
+def test_a_network_that_returns_classes_is_fitted_to_what_they_are_told_from() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    reference = model_of(Classes(), x[:2])
+    names = ["fc1.weight", "fc2.weight"]
+    formats = {name: (ternary(reference.parameters[name].detach()),) for name in names}
+    start = reference.evolve(formats=formats)
+    found = reconstruct(start, reference, [(x,)], weights=names, iterations=80)
+    done = with_values(start, found.parameters)
+
+    def agreement(of: Model) -> float:
+        weights = {name: of.formats[name][0].project(of.parameters[name].detach()) for name in names}
+        with torch.no_grad():
+            return float(
+                (torch.func.functional_call(of.module, weights, (x,)) == reference.module(x)).float().mean()
+            )
+
+    assert agreement(done) > agreement(start)
+
+
 class Bar:
     """Remembers how far it came."""
 

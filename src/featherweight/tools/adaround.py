@@ -77,7 +77,7 @@ def adaround(
         if not names:
             continue
         layer = _Layer(stop, names, model, start or {}, generator, scratch)
-        done |= layer.optimised(iterations)
+        done |= layer.optimised(0 if stop.node.op == "embedding" else iterations)  # there nearest is best
         for name in names:
             stop.stored.set_parameter(name, done[name])
             next(bar)
@@ -128,9 +128,8 @@ class _Layer:
             name: SoftRounding(exact.parameter(name).detach(), model.formats[name][0], start.get(name))
             for name in names
         }
-        first = next(iter(self._inputs.values()))
-        self._picker = Picker(stored.graph, [len(value) for value in first])
         self._first = next(iter(self._inputs))
+        self._picker = Picker.of(stored.graph, self._first, self._inputs[self._first])
 
     def optimised(self, iterations: int) -> dict[str, Tensor]:
         """The weights, on their grids."""

@@ -26,6 +26,7 @@ from featherweight.method import Progress, Scratch, Silent, in_memory
 from featherweight.model import Model
 from featherweight.tools.chain import Chain, State
 from featherweight.tools.partition import Block, BlockRun, partition
+from featherweight.tools.simulate import readers_of
 from featherweight.tools.softround import SoftRounding, annealed, penalty, rate_for, roundable
 
 
@@ -66,6 +67,9 @@ class Settings:
 
 
 _FINE = 8  # bits; values of fewer lose so much that elements are drawn one by one
+_MOVES = frozenset(  # operators whose results are values that they read
+    {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "dropout"}
+)
 _DEFAULTS, _SILENT = Settings(), Silent()
 
 
@@ -206,7 +210,7 @@ class _Fit:
         }
         self._ranges = self._learned_ranges()
         self._pool = _Coins(settings.drop, generator)
-        self._targets = [name for name in block.outputs if isinstance(exact[name][0], Tensor)]
+        self._targets = [name for name in block.outputs if _is_float(exact[name][0])]
 
     def _bias_names(self, names: Sequence[str]) -> list[str]:
         nodes = [node for node in self._chain.graph.nodes if node.fx_name in self._block.calls]
@@ -215,21 +219,20 @@ class _Fit:
         return [name for name in found if not self._state.formats(name) and name not in self._state.done]
 
     def _learned_ranges(self) -> dict[str, _LearnedRange]:
-        """Value -> its range, one for all values that share a format; only if all are made here."""
+        """Value -> its range, one for all that share a format; only if all are made here, or moved on."""
         formats, graph = self._state.model.formats, self._chain.graph
         sharing: dict[int, list[str]] = {}
         for name in graph.values:
             for fmt in formats.get(name, ()):
                 sharing.setdefault(id(fmt), []).append(name)
-        inside = {graph.values[name].fx_name for name in graph.values}
-        inside &= set(self._block.calls)
+        made = {name for name, value in graph.values.items() if value.fx_name in self._block.calls}
+        moved = {name for name, node in graph.producer.items() if node.op in _MOVES}
         found: dict[str, _LearnedRange] = {}
         for names in sharing.values():
-            fmt = formats[names[0]][0]
-            here = [graph.values[name].fx_name in inside for name in names]
-            free = not any(name in self._state.done for name in names)
+            (fmt, *others) = formats[names[0]]
+            free = names[0] in made and set(names) <= made | moved and not set(names) & self._state.done
             plain = isinstance(fmt, IntQuant) and isinstance(fmt.granularity, PerTensor)
-            if here[0] and free and plain and len(formats[names[0]]) == 1:
+            if free and plain and not others and not readers_of(fmt):
                 assert isinstance(fmt, IntQuant)
                 found |= dict.fromkeys(names, _LearnedRange(fmt))
         return found
@@ -322,6 +325,10 @@ class _Fit:
         graph = self._chain.graph
         self._state.done |= set(self._soft) | set(self._biases) | set(self._ranges)
         self._state.done |= {n for n, v in graph.values.items() if v.fx_name in self._block.calls}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _rate(progress: float, weights: bool) -> float:

@@ -34,7 +34,7 @@ class Block:
     Attributes:
         calls: Names in the exported program, in the order of execution.
         inputs: What they read that was made before.
-        outputs: What they make that is read later or returned; one value, except in the last block.
+        outputs: What they make that is read later or returned; at least one float value.
         weights: The parameters of interest that they read.
     """
 
@@ -120,9 +120,17 @@ def _block(graph: Graph, calls: Sequence[fx.Node], start: int, end: int, held: S
     own = {call.name for call in inside}
     reads = dict.fromkeys(source.name for call in inside for source in call.all_input_nodes)
     inputs = tuple(name for name in reads if name not in own and name not in graph.parameters)
-    outputs = tuple(call.name for call in inside if any(user.name not in own for user in call.users))
+    outputs = [call for call in inside if any(user.name not in own for user in call.users)]
+    if not any(map(_is_float, outputs)):  # a network that returns classes: what they are told from
+        outputs += [call for call in inside if _is_float(call)][-1:]
     weights = dict.fromkeys(name for names in held[start:end] for name in sorted(names))
-    return Block(tuple(call.name for call in inside), inputs, outputs, tuple(weights))
+    names = tuple(call.name for call in outputs)
+    return Block(tuple(call.name for call in inside), inputs, names, tuple(weights))
+
+
+def _is_float(call: fx.Node) -> bool:
+    seen = call.meta.get("val")
+    return isinstance(seen, Tensor) and seen.is_floating_point()
 
 
 class BlockRun:
@@ -192,6 +200,13 @@ class Picker:
         self._nodes = {node.name: node for node in graph.program.graph_module.graph.nodes}
         self._sizes = list(sizes)
         self._rows = [(batch, row) for batch, size in enumerate(sizes) for row in range(size)]
+
+    @classmethod
+    def of(cls, graph: Graph, name: str, values: Sequence[Tensor]) -> Picker:
+        """One whose batches have as many rows as this value has (by its name in the program)."""
+        nodes = {node.name: node for node in graph.program.graph_module.graph.nodes}
+        axis = example_axis(nodes[name].meta.get("val")) or 0
+        return cls(graph, [value.shape[axis] for value in values])
 
     def draw(self, count: int, generator: torch.Generator) -> dict[int, list[int]]:
         """Random rows by batch."""
