@@ -17,8 +17,8 @@ def loaders(artifact: Artifact, target: Target, signature: Signature) -> dict[st
     """File name -> text."""
     file = artifact.entries[signature.entry]
     return {
-        "load.py": _python(file, settings(target), signature),
-        "load.cpp": _cpp(file, settings(target), signature),
+        "load.py": _python(file, settings(artifact, target), signature),
+        "load.cpp": _cpp(file, settings(artifact, target), signature),
     }
 
 

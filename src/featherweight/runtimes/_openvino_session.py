@@ -19,6 +19,7 @@ from featherweight.errors import TargetError, nearest
 from featherweight.runtime import Artifact, Kernel, Target
 
 _SHAPES = 4  # that get kernels of their own
+_ROUNDED = 128  # all-MiniLM-L6-v2: 0.46 of float's time and cosine 0.9987; 32: 0.52 and 0.9993
 _WARM_UP, _CALLS = 3, 20
 _DTYPES = {
     "I8": "int8",
@@ -39,14 +40,17 @@ def silent() -> None:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
-def settings(target: Target) -> dict[str, Any]:
-    """What a model is compiled with: float32 stays float32, one stream, and the target's options."""
+def settings(artifact: Artifact, target: Target) -> dict[str, Any]:
+    """What a model is compiled with: float32 stays float32, one stream, and the target's options.
+
+    Products whose inputs are rounded at each call have one range for each ``_ROUNDED`` inputs of a token.
+    """
     return {
         "INFERENCE_NUM_THREADS": target.threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ROUNDED if artifact.details.get("dynamic") else 0,
         **target.options,
     }
 
@@ -59,7 +63,7 @@ class Session:
         import openvino as ov
 
         self._core, self._tensor = ov.Core(), ov.Tensor
-        self._settings = settings(target)
+        self._settings = settings(artifact, target)
         _check(self._core, target)
         self._folder = artifact.folder
         self._files = dict(artifact.entries)
@@ -133,7 +137,7 @@ def inner_values(
     tensors = {value: tensor for value, tensor in names.items() if tensor in present}
     given = {name for output in model.outputs for name in output.names}
     model.add_outputs([tensor for tensor in dict.fromkeys(tensors.values()) if tensor not in given])
-    request = core.compile_model(model, "CPU", settings(target)).create_infer_request()
+    request = core.compile_model(model, "CPU", settings(artifact, target)).create_infer_request()
     request.infer(dict(enumerate(inputs)))
     return {value: request.get_tensor(tensor).data.copy() for value, tensor in tensors.items()}
 

@@ -11,7 +11,7 @@ bytes alone. The rows of torch's weights come in the order of torch's gates, tho
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -30,7 +30,12 @@ GATES: Mapping[str, tuple[int, ...]] = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 
 
 def store_recurrent(
-    export: OnnxExport, weights: Mapping[str, IntQuant], dynamic: Collection[str], runtime: str
+    export: OnnxExport,
+    weights: Mapping[str, IntQuant],
+    dynamic: Collection[str],
+    runtime: str,
+    *,
+    restored_by: Literal["Mul", "DequantizeLinear"] = "Mul",
 ) -> None:
     """Store the weights of recurrent layers as integers, in place.
 
@@ -39,6 +44,7 @@ def store_recurrent(
         weights: ``weight_ih`` or ``weight_hh`` of a layer and direction -> its grid.
         dynamic: Those that integers are multiplied by.
         runtime: For messages.
+        restored_by: The operator that makes floats of those that no integers are multiplied by.
 
     Raises:
         TargetError: A weight is read by something else.
@@ -56,7 +62,7 @@ def store_recurrent(
         if all(found) and all(name in dynamic for one in found for name in one):
             _dynamic(export, node, found, weights)
         else:
-            _restored(export, node, found, weights)
+            _restored(export, node, found, weights, restored_by)
     if missing:
         raise TargetError(
             f"{runtime} found no recurrent layer that reads '{sorted(missing)[0]}' alone",
@@ -130,7 +136,7 @@ def _dynamic(
 
 
 def _restored(
-    export: OnnxExport, node: ir.Node, found: list[list[str]], weights: Mapping[str, IntQuant]
+    export: OnnxExport, node: ir.Node, found: list[list[str]], weights: Mapping[str, IntQuant], operator: str
 ) -> None:
     """Integers (1, gates * hidden, inputs) for each direction, and the nodes that make floats of them."""
     import onnx_ir as ir
@@ -144,6 +150,13 @@ def _restored(
             integers, scale, zero_point = _integers(export, name, weights[name], GATES[node.op_type])
             graph.initializers.pop(str(export.values[name].name), None)
             kept = constant(graph, name, integers[None])
+            if operator == "DequantizeLinear":
+                parts = (
+                    constant(graph, f"{name}.scale", scale),
+                    constant(graph, f"{name}.zero_point", zero_point),
+                )
+                made.append(_call(graph, operator, kept, *parts, axis=1))
+                continue
             value = _call(graph, "Cast", kept, to=ir.DataType.FLOAT)
             if zero_point.any():
                 zeros = constant(graph, f"{name}.zero_point", zero_point.astype(np.float32)[:, None])

@@ -3,8 +3,9 @@
 What its kernels ask for (measured): **unsigned** 8-bit activations, signed symmetric weights per channel,
 biases left in float, since they are added behind the integers, and no rounding between a convolution and the
 sum, clamp or activation that is fused into it. Matrices of weights alone may have 8 or 4 bits per channel or
-group; the plugin keeps them so in memory (``FullyConnectedCompressed``). On x86 without VNNI the ``u8s8``
-kernels add pairs in 16 bits and saturate, so weights leave one bit unused.
+group; the plugin keeps them so in memory (``FullyConnectedCompressed``), and rounds the inputs of 8-bit ones
+at each call where a file's formats ask for it; this is a property of the whole model. On x86 without VNNI
+the ``u8s8`` kernels add pairs in 16 bits and saturate, so weights leave one bit unused.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featherweight.errors import TargetError
 from featherweight.runtime import Artifact, Json, Kernel, Role, Runtime, Session, Signature, Stored, Target
@@ -33,6 +34,9 @@ _PASSED_THROUGH = frozenset(
     {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "pad"}
 )
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+_MATRICES = frozenset({"linear", "embedding"})
+_RECURRENT = frozenset({"lstm", "gru"})
+_WIDTHS = (4, 8)
 _SATURATING = frozenset({"avx2", "avx512", "generic"})
 
 
@@ -54,28 +58,38 @@ class OpenVino(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import Dynamic, FloatCast, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerGroup
 
         if weight is None and activation is None:
             return True
-        if isinstance(activation, Dynamic):
-            return False
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _STORED
         if activation is not None and activation.width != 8:
             return False
         if weight is None:
-            return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
-        if isinstance(getattr(weight, "granularity", None), PerGroup):
-            return activation is None and op == "linear" and weight.width in (4, 8)
-        return op in _INTEGER and weight.width in ((4, 8) if activation is None else (8,))
+            static = isinstance(activation, IntQuant)
+            return static and op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
+        if not isinstance(weight, IntQuant) or weight.width not in _WIDTHS:
+            return False
+        if isinstance(activation, Dynamic):
+            plain = weight.width == 8 and weight.symmetric and not isinstance(weight.granularity, PerGroup)
+            return op == "linear" and activation.per == "token" and plain
+        if isinstance(weight.granularity, PerGroup):
+            return activation is None and op in _MATRICES
+        if op in _RECURRENT:
+            return activation is None and weight.width == 8
+        if op == "embedding":
+            return activation is None
+        return op in _INTEGER and (activation is None or weight.width == 8)
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
-        from featherweight.formats import FloatCast, IntQuant, PerGroup, PerTensor
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerGroup, PerTensor
 
         if isinstance(fmt, FloatCast) and fmt.dtype == "float16" and role == "weight":
             return fmt
-        widths = (8,) if role == "activation" else (4, 8)
+        if isinstance(fmt, Dynamic) and fmt.width == 8 and role == "activation":
+            return replace(fmt, symmetric=True, signed=True, per="token")
+        widths = (8,) if role == "activation" else _WIDTHS
         if not isinstance(fmt, IntQuant) or fmt.width not in widths:
             raise TargetError(
                 f"openvino cannot store {fmt.width} bits of this kind for a {role} here",
@@ -96,13 +110,17 @@ class OpenVino(Runtime):
         return replace(fmt, signed=True, headroom=1 if saturating else 0)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
+        from featherweight.formats import Dynamic
+
         files: dict[str, str] = {}
         values: dict[str, dict[str, str]] = {}
         for entry in model.entries:
             files[entry] = "model.xml" if entry == "forward" else f"model.{entry}.xml"
             values[entry] = self._convert(model, entry, target, out / files[entry])
         written = [name for file in files.values() for name in (file, file.removesuffix("xml") + "bin")]
-        artifact = Artifact(self.name, out, tuple(written), files, {"values": values})
+        dynamic = any(isinstance(fmt, Dynamic) for chain in model.formats.values() for fmt in chain)
+        details: dict[str, Any] = {"values": values, **({"dynamic": True} if dynamic else {})}
+        artifact = Artifact(self.name, out, tuple(written), files, details)
         self._check_stored(artifact, model)
         return artifact
 
@@ -111,13 +129,18 @@ class OpenVino(Runtime):
         from featherweight.exchange.export import to_onnx, write
         from featherweight.graph import trace
         from featherweight.runtimes._child import convert
+        from featherweight.runtimes._ort_kinds import Kinds
+        from featherweight.runtimes._ort_recurrent import store_recurrent
         from featherweight.runtimes._qdq import Dialect, store_formats
 
-        graph = trace(model, entry)
-        read = (name for node in graph for name in node.parameters.values())
-        present = {*graph.values, *read}  # an entry may leave layers of others alone
-        formats = {name: fmts for name, fmts in model.formats.items() if name in present}
-        export = to_onnx(model, entry, keep=formats)
+        kinds = Kinds.of(trace(model, entry), model.formats)
+        matrices = {name: (fmt,) for name, fmt in {**kinds.blocks, **kinds.products}.items()}
+        formats = {**kinds.rest, **matrices}
+        export = to_onnx(model, entry, keep={*formats, *kinds.recurrent})
+        grids: dict[str, Any] = {
+            name: self.realise(fmt, target, "weight") for name, fmt in kinds.recurrent.items()
+        }
+        store_recurrent(export, grids, (), self.name, restored_by="DequantizeLinear")
         dialect = Dialect(self.name, integer_biases=False, guard_floats=False, whole_blocks=True)
         store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role), dialect)
         weights, constants = _name_weights(export.model.graph), _biases(export.model.graph)
