@@ -397,6 +397,7 @@ class TestWays:
         failed = fitted.result.trials[1]
         assert (failed.state, failed.reason) == ("failed", "the time limit came while it was made")
         assert failed.seconds >= 0.3
+        assert world.run.until == math.inf  # the report's own passes are not cut off
         assert not fitted.finished
 
     def test_are_not_cut_off_before_there_is_an_answer(self) -> None:

@@ -228,6 +228,8 @@ class Fit:
             self.search.out_of_time = True
             self.search.tell(candidate, Failure(said), seconds=time.monotonic() - started)
             return None
+        finally:
+            lane.run.until = math.inf  # what is left to do with what there is does not end with the time
         self.weighing_s = time.monotonic() - ready
         self.weighed[candidate.number] = lane, weighed
         self.search.tell(
