@@ -153,6 +153,19 @@ def test_a_window_of_the_float_layer_has_no_error(monkeypatch: pytest.MonkeyPatc
     assert max(seen) < 1e-8
 
 
+def test_inputs_that_only_this_operator_reads_rounded_are_read_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module_under_test, "_WINDOW", 3)
+    coarse = IntQuant(torch.tensor(-1e-3), torch.tensor(1e-3), 2, readers=frozenset({"conv2d", "linear"}))
+    model = weights_alone("residual")
+    formats = {name: (coarse,) for name in trace(model).values if name.startswith("input:")}
+    blind = model.evolve(formats={**model.formats, **formats})
+    first = ["stem.0.weight"]
+    x = calibration("residual", 8)
+    seeing = adaround(model, folded("residual"), x, weights=first, iterations=20)
+    fooled = adaround(blind, folded("residual"), x, weights=first, iterations=20)
+    assert not torch.equal(seeing[first[0]], fooled[first[0]])
+
+
 def test_no_steps_give_the_nearest_or_where_it_starts() -> None:
     model = in_few_bits("residual")
     names = weights_of(model)

@@ -110,10 +110,14 @@ class _Layer:
         target = BlockRun(exact.graph, theirs)
         parameters = _Lazy(exact)
         self._inputs = {
-            stored.graph.values[name].fx_name: [
-                _as_read(model, node, name, stored.value(name, batch)) for batch in range(stored.count)
-            ]
+            stored.graph.values[name].fx_name: [stored.value(name, batch) for batch in range(stored.count)]
             for name in dict.fromkeys(node.inputs)
+        }
+        self._reads = {  # by the formats in which this operator alone reads them
+            stored.graph.values[name].fx_name: tuple(
+                fmt for fmt in model.formats.get(name, ()) if node.op in readers_of(fmt)
+            )
+            for name in node.inputs
         }
         self._targets: list[Tensor] = []
         with torch.no_grad():
@@ -154,7 +158,10 @@ class _Layer:
         picks = self._picker.draw(_ROWS, self._generator)
         if self._node.op == "conv2d" and _cuttable(self._node, self._targets[0]):
             return self._window_error(picks, weights)
-        inputs = {name: self._picker.take(name, values, picks) for name, values in self._inputs.items()}
+        inputs = {
+            name: project(self._picker.take(name, values, picks), self._reads[name])
+            for name, values in self._inputs.items()
+        }
         target: Tensor = self._picker.take(self._output, self._targets, picks)
         if self._node.op == "linear":
             x = inputs[self._first].flatten(0, -2)
@@ -186,6 +193,7 @@ class _Layer:
         (rows_in, rows_out), (columns_in, columns_out) = where
         rows = [(batch, slice(row, row + 1)) for batch, some in picks.items() for row in some]
         x = torch.cat([values[batch][row, :, rows_in, columns_in] for batch, row in rows])
+        x = project(x, self._reads[self._first])
         target = torch.cat([self._targets[batch][row, :, rows_out, columns_out] for batch, row in rows])
         bias = node.parameters.get("bias")
         made = functional.conv2d(
@@ -224,11 +232,6 @@ def _activation(graph: Graph, node: Node) -> Node | None:
     if others or output in graph.outputs or len(readers) != 1 or readers[0].op not in _CLAMPS:
         return None
     return readers[0] if len(readers[0].inputs) == 1 and not readers[0].parameters else None
-
-
-def _as_read(model: Model, node: Node, name: str, value: Tensor) -> Tensor:
-    chain = tuple(fmt for fmt in model.formats.get(name, ()) if node.op in readers_of(fmt))
-    return project(value, chain) if chain else value
 
 
 class _Lazy(dict[str, Tensor]):

@@ -66,6 +66,7 @@ class Settings:
     regularizer: float = 1.0
 
 
+_WARM = 0.2  # share of the iterations without a penalty
 _FINE = 8  # bits; values of fewer lose so much that elements are drawn one by one
 _MOVES = frozenset(  # operators whose results are values that they read
     {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "dropout"}
@@ -263,8 +264,8 @@ class _Fit:
                 group["lr"] = rate * _rate(done, group is optimiser.param_groups[0])
             shares = {name: one.share() for name, one in self._soft.items()}
             loss = self._error(shares) / scale
-            if done >= 0.2:
-                undecided = [penalty(some, annealed(done)) for some in shares.values()]
+            if done >= _WARM:
+                undecided = [penalty(some, annealed(done, warm=_WARM)) for some in shares.values()]
                 loss = loss + settings.regularizer * torch.stack(undecided).mean()
             optimiser.zero_grad()
             torch.autograd.backward(loss)
