@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from featherweight.graph import Node, trace
-from featherweight.tools.columns import Moments, from_rows, is_product, pieces, to_columns, to_rows
+from featherweight.tools.columns import Moments, from_rows, is_product, joined, pieces, to_columns, to_rows
 from golden import model_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -126,6 +126,10 @@ def test_moments_of_a_stream_are_those_of_all(centred: bool) -> None:
     for start in range(0, 400, 64):
         moments.add(exact[:, start : start + 64], stored[:, start : start + 64])
     seen = moments.statistics(centred)
+    halves = Moments(2, 5), Moments(2, 5)
+    halves[0].add(exact[:, :150], stored[:, :150])
+    halves[1].add(exact[:, 150:], stored[:, 150:])
+    both = joined(halves[0].statistics(centred), halves[1].statistics(centred), centred)
     x, y = exact.double(), stored.double()
     torch.testing.assert_close(seen.float_mean, x.mean(1), atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(seen.mean, y.mean(1), atol=1e-5, rtol=1e-6)
@@ -134,4 +138,6 @@ def test_moments_of_a_stream_are_those_of_all(centred: bool) -> None:
         gap, y = gap - gap.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
     torch.testing.assert_close(seen.second, y.mT @ y / 400, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen.drift, gap.mT @ y / 400, atol=1e-5, rtol=1e-5)
-    assert seen.positions == 400
+    assert seen.positions == both.positions == 400
+    for name in ("float_mean", "mean", "second", "drift"):
+        torch.testing.assert_close(getattr(both, name), getattr(seen, name), atol=1e-5, rtol=1e-5)

@@ -13,17 +13,21 @@ Results are on-grid floats, so every runtime stores the same integers.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from featherweight.graph import trace
+from featherweight.formats import IntQuant
+from featherweight.graph import Graph, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
+from featherweight.tools.adaround import adaround
 from featherweight.tools.batches import calibration_batches
 from featherweight.tools.biases import corrected_biases, settled, with_biases, with_values
+from featherweight.tools.blocks import reconstruct
 from featherweight.tools.gptq import Settings, gptq
+from featherweight.tools.hqq import robust_range
 from featherweight.tools.simulate import project
 
 Way = Literal["gptq", "adaround", "blocks", "hqq", "nearest"]
@@ -58,11 +62,13 @@ class Rounding(Method, frozen=True, extra="forbid"):
             batches = calibration_batches(context, self.samples, "rounding")
         worked = with_biases(model, weights) if self.correct_bias else model
         reference = context.float_model(model)
-        if self.how == "gptq":
-            worked = self._gptq(worked, reference, batches, weights, context)
+        if self.how == "hqq":
+            worked = self._robust(worked, reference, weights)
+        if self.how in ("hqq", "nearest"):
+            worked = self._corrected(self._nearest(worked, reference, weights), batches, weights, context)
         else:
-            worked = self._nearest(worked, reference, weights)
-            worked = self._corrected(worked, reference, batches, weights, context)
+            start = self._gptq(worked, reference, batches, weights, context)
+            worked = start if self.how == "gptq" else self._learned(worked, start, batches, weights, context)
         return settled(model, worked)
 
     def _selected(self, model: Model) -> frozenset[str]:
@@ -103,6 +109,52 @@ class Rounding(Method, frozen=True, extra="forbid"):
             left -= set(found)
         return self._nearest(model, reference, frozenset(left))
 
+    def _learned(
+        self,
+        model: Model,
+        start: Model,
+        batches: list[tuple[Tensor, ...]],
+        weights: frozenset[str],
+        context: Context,
+    ) -> Model:
+        """By gradient steps from what GPTQ found."""
+        reference = context.float_model(model)
+        begun = {name: tensor.detach() for name, tensor in start.parameters.items()}
+        model = with_values(model, {name: begun[name] for name in begun if name not in weights})
+        left = set(weights)
+        for entry in model.entries:
+            graph = trace(model, entry)
+            mine = left & {name for node in graph for name in node.parameters.values()}
+            shared: dict[str, Any] = {
+                **{"weights": mine, "iterations": self.iterations, "seed": context.seed, "entry": entry},
+                **{"start": {name: begun[name] for name in mine}},
+                **{"progress": context.progress, "scratch": context.scratch},
+            }
+            if self.how == "adaround":
+                found = adaround(model, reference, batches, **shared)
+            else:
+                made = reconstruct(model, reference, batches, fixed=_fixed(graph, context), **shared)
+                found = {
+                    name: value
+                    for name, value in made.parameters.items()
+                    if self.correct_bias or name in weights
+                }
+                model = model.evolve(formats={**model.formats, **made.formats})
+            model = with_values(model, found)
+            left -= set(found)
+        model = self._nearest(model, reference, frozenset(left))
+        return model if self.how == "blocks" else self._corrected(model, batches, weights, context)
+
+    def _robust(self, model: Model, reference: Model, weights: frozenset[str]) -> Model:
+        """Ranges by HQQ, where a format has a range."""
+        known, formats = reference.parameters, dict(model.formats)
+        for name in weights:
+            chain = formats[name]
+            if len(chain) == 1 and isinstance(chain[0], IntQuant):
+                weight = known.get(name, model.module.get_parameter(name))
+                formats[name] = (robust_range(weight, chain[0]),)
+        return model.evolve(formats=formats)
+
     def _nearest(self, model: Model, reference: Model, weights: frozenset[str]) -> Model:
         """The nearest on-grid value of each weight."""
         known = reference.parameters
@@ -117,13 +169,13 @@ class Rounding(Method, frozen=True, extra="forbid"):
     def _corrected(
         self,
         model: Model,
-        reference: Model,
         batches: list[tuple[Tensor, ...]],
         weights: frozenset[str],
         context: Context,
     ) -> Model:
         if not self.correct_bias:
             return model
+        reference = context.float_model(model)
         for entry in model.entries:
             found = corrected_biases(
                 model,
@@ -139,3 +191,9 @@ class Rounding(Method, frozen=True, extra="forbid"):
 
 
 PLUGIN = Rounding
+
+
+def _fixed(graph: Graph, context: Context) -> frozenset[str]:
+    """Values whose range their operator gives on the target."""
+    ranges = context.supports.fixed_ranges
+    return frozenset(name for node in graph if node.op in ranges for name in node.outputs)

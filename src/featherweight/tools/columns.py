@@ -228,3 +228,21 @@ class Moments:
             second = second + stored[:, :, None] * stored[:, None]
             drift = drift + gap[:, :, None] * stored[:, None]
         return Statistics(stored + gap, stored, second, drift, self.positions)
+
+
+def joined(one: Statistics, two: Statistics, centred: bool) -> Statistics:
+    """The statistics of two streams together, about their common means where both are centred."""
+    positions = one.positions + two.positions
+    shares = one.positions / positions, two.positions / positions
+    float_mean = shares[0] * one.float_mean + shares[1] * two.float_mean
+    mean = shares[0] * one.mean + shares[1] * two.mean
+    second, drift = torch.zeros_like(one.second), torch.zeros_like(one.drift)
+    for share, part in zip(shares, (one, two), strict=True):
+        second += share * part.second
+        drift += share * part.drift
+        if centred:
+            away = part.mean - mean
+            gap = part.float_mean - part.mean - (float_mean - mean)
+            second += share * away[:, :, None] * away[:, None]
+            drift += share * gap[:, :, None] * away[:, None]
+    return Statistics(float_mean, mean, second, drift, positions)

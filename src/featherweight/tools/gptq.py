@@ -6,10 +6,10 @@ output is, but for what no choice of Q changes::
     E || W x - Q x̂ ||²  =  tr (T - Q) H (T - Q)ᵀ,    H = E[x̂ x̂ᵀ],    T = W + W E[(x - x̂) x̂ᵀ] H⁻¹
 
 T are the best float weights behind what is already stored (asymmetric calibration; Li et al. 2025,
-arXiv:2504.02692). A ridge, H + damping * mean(diag H), keeps Q near T where examples are few. Where the
-bias takes the mean error, all moments are about their means. With H = L Lᵀ and e = T - Q, one row is rounded
-from its last weight to its first (GPTQ, Frantar et al. 2022, arXiv:2210.17323; the nearest-plane
-algorithm of Babai 1986)::
+arXiv:2504.02692). Ridges, H + damping * mean(diag H), keep T near W and Q near T where examples are few; each
+half of the examples tells which ridge suits the other half. Where the bias takes the mean error, all moments
+are about their means. With H = L Lᵀ and e = T - Q, a row is rounded from its last weight to its first (GPTQ,
+Frantar et al. 2022, arXiv:2210.17323; the nearest-plane algorithm of Babai 1986)::
 
     q_j = round(t_j + sum_{i > j} e_i L_ij / L_jj)
 
@@ -32,7 +32,15 @@ from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress, Scratch, Silent, in_memory
 from featherweight.model import Model
 from featherweight.tools.biases import own_bias
-from featherweight.tools.columns import Moments, Statistics, from_rows, is_product, pieces, to_rows
+from featherweight.tools.columns import (
+    Moments,
+    Statistics,
+    from_rows,
+    is_product,
+    joined,
+    pieces,
+    to_rows,
+)
 from featherweight.tools.simulate import project, readers_of
 from featherweight.tools.walk import Stop, walk
 
@@ -40,7 +48,12 @@ _BLOCK = 64  # weights of a row between two updates of all others
 _TINY = 1e-30
 _COLUMNS = 8192  # of a layer's inputs that are looked at, or
 _PER_WEIGHT = 16  # this many for each weight of a row
+_PLENTY = 20  # positions for each weight of a row, above which the ridge matters little
+_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 30.0)  # of T
 _SILENT = Silent()
+
+
+Halves = tuple[Moments, Moments]  # of the examples, every second one in each
 
 
 @dataclass(frozen=True)
@@ -48,14 +61,14 @@ class Settings:
     """How gptq solves a layer.
 
     Attributes:
-        damping: Ridge, as a share of the mean of H's diagonal.
-        follow: Share of T - W that is followed; 0: Q stays near the float weights.
+        damping: Least ridge, as a share of the mean of H's diagonal.
+        follow: Whether Q is near T; else near W.
         correct_bias: Whether biases take the mean error.
         passes: Of coordinate descent.
     """
 
     damping: float = 0.01
-    follow: float = 0.0
+    follow: bool = True
     correct_bias: bool = True
     passes: int = 4
 
@@ -95,7 +108,7 @@ def gptq(
     graph = trace(model, entry)
     calls = _calls_of(model, graph, weights)
     several = {name for name, nodes in calls.items() if len(nodes) > 1}
-    seen: dict[str, Moments] = {}
+    seen: dict[str, Halves] = {}
     if several:  # what later calls read is known from a walk in which each weight is the nearest
         stops = walk(model, reference, batches, scratch, entry)
         for stop in progress.track(stops, "reading shared layers", len(graph.nodes)):
@@ -144,23 +157,29 @@ def _shared_bias(graph: Graph, calls: Sequence[Node]) -> str | None:
 
 
 def _look(
-    stop: Stop, seen: dict[str, Moments], formats: Mapping[str, tuple[TensorFormat, ...]], seed: int
+    stop: Stop, seen: dict[str, Halves], formats: Mapping[str, tuple[TensorFormat, ...]], seed: int
 ) -> None:
     """Add what a call reads, in both networks, to the moments of its weight."""
     node, twin = stop.node, stop.twin
     name = node.parameters["weight"]
     shape = tuple(stop.stored.parameter(name).shape)
     groups, outputs, size = to_rows(node, stop.stored.parameter(name).detach()).shape
-    moments = seen.setdefault(name, Moments(groups, size))
+    halves = seen.setdefault(name, (Moments(groups, size), Moments(groups, size)))
     value, graph = node.inputs[0], stop.stored.graph
     chain = tuple(fmt for fmt in formats.get(value, ()) if node.op in readers_of(fmt))
     examples = sum(_examples(stop.stored.value(value, batch)) for batch in range(stop.stored.count))
     each = math.prod(graph.values[node.outputs[0]].shape) / (groups * outputs) / _examples_of(graph, value)
     share = max(_COLUMNS, _PER_WEIGHT * size) / max(examples * each, 1)
     for batch in range(stop.stored.count):
-        exact, stored = stop.exact.value(twin.inputs[0], batch), stop.stored.value(value, batch)
-        for pair in pieces(node, shape, exact, project(stored, chain), share=share, seed=seed + batch):
-            moments.add(*pair)
+        exact = stop.exact.value(twin.inputs[0], batch)
+        stored = project(stop.stored.value(value, batch), chain)
+        for half, moments in enumerate(halves):
+            begin = (batch + half) % 2
+            if begin >= _examples(stored):
+                continue
+            pair = (exact[begin::2], stored[begin::2]) if stored.dim() > 1 else (exact, stored)
+            for columns in pieces(node, shape, *pair, share=share, seed=seed + batch):
+                moments.add(*columns)
 
 
 def _examples(x: Tensor) -> int:
@@ -173,21 +192,20 @@ def _examples_of(graph: Graph, value: str) -> int:
 
 
 def _solved(
-    stop: Stop, fmt: TensorFormat, moments: Moments, bias: str | None, settings: Settings
+    stop: Stop, fmt: TensorFormat, halves: Halves, bias: str | None, settings: Settings
 ) -> dict[str, Tensor]:
     """A layer's weight and bias, which the stored network goes on with."""
     node, name = stop.node, stop.node.parameters["weight"]
     weight = stop.exact.parameter(stop.twin.parameters["weight"]).detach()
     rows = to_rows(node, weight.double())
-    seen = moments.statistics(centred=bias is not None)
+    parts = [half.statistics(centred=bias is not None) for half in halves if half.positions]
+    seen = parts[0] if len(parts) == 1 else joined(parts[0], parts[1], centred=bias is not None)
     levels = levels_of(fmt, weight)
     assert levels is not None
-    hessian = damped(seen, settings.damping)
-    target = rows
-    if settings.follow:
-        target = rows + settings.follow * (best_weights(rows, seen, hessian) - rows)
     grid = Levels(to_rows(node, levels.step), to_rows(node, levels.zero), levels.lowest, levels.highest)
-    chosen = round_rows(target, hessian, grid, settings.passes)
+    target = _target(rows, parts, seen) if settings.follow else rows
+    ridge = _ridge(target, parts, seen, grid, settings.damping)
+    chosen = round_rows(target, damped(seen, ridge), grid, settings.passes)
     value = fmt.project(from_rows(node, chosen, weight.shape).float())
     found = {name: value}
     if bias is not None:
@@ -197,6 +215,34 @@ def _solved(
     for parameter, tensor in found.items():
         stop.stored.set_parameter(parameter, tensor)
     return found
+
+
+def _target(rows: Tensor, parts: Sequence[Statistics], seen: Statistics) -> Tensor:
+    """T with the ridge at which each half of the examples is told best by the other; W where none is."""
+    if len(parts) == 1 or not seen.drift.any():
+        return rows
+    loss = dict.fromkeys(_RIDGES, 0.0)
+    for one, other in (parts, parts[::-1]):
+        for ridge in _RIDGES:
+            away = rows - best_weights(rows, one, damped(one, ridge))
+            loss[ridge] += float(((away @ other.second + 2 * rows @ other.drift) * away).sum())
+    ridge = min(_RIDGES, key=lambda one: loss[one])
+    return best_weights(rows, seen, damped(seen, ridge)) if loss[ridge] < 0 else rows
+
+
+def _ridge(
+    target: Tensor, parts: Sequence[Statistics], seen: Statistics, levels: Levels, least: float
+) -> float:
+    """The ridge for rounding: the least one, or where positions are few what the other half tells."""
+    if len(parts) == 1 or seen.positions >= _PLENTY * target.shape[2]:
+        return least
+    choices = (least, 10 * least, 100 * least)
+    loss = dict.fromkeys(choices, 0.0)
+    for one, other in (parts, parts[::-1]):
+        for ridge in choices:
+            chosen = round_rows(target, damped(one, ridge), levels, 0)
+            loss[ridge] += float(errors(target, chosen, other.second).sum())
+    return min(choices, key=lambda one: loss[one])
 
 
 @dataclass(frozen=True)
