@@ -111,6 +111,10 @@ class Costs(Protocol):
         """Seconds of one call of a layer in float or in integers; None where it was not measured."""
         ...
 
+    def conversion(self, layer: str) -> float | None:
+        """Seconds to turn what a float layer among integer ones reads and makes from one into the other."""
+        ...
+
     def total(self, integers: bool) -> float | None:
         """Seconds of one call of the whole network in float, or in integers wherever those pay."""
         ...

@@ -37,13 +37,17 @@ def test_every_layer_with_weights_has_a_price_in_both_forms(tmp_path: Path) -> N
         assert total > 0
         assert sum(one or 0.0 for one in seen) <= total * 1.001
         assert sum(one is not None and one > 0 for one in seen) == len(seen)
+    borders = [prices.conversion(layer) for layer in weighted()]
+    assert all(one is not None and one >= 0 for one in borders)
     assert prices.seconds("no.such.layer", True) is None
+    assert prices.conversion("no.such.layer") is None
 
 
 def test_they_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = MeasuredCosts(run(tmp_path)).total(integers=True)
+    made = run(tmp_path)
+    first = MeasuredCosts(made).total(integers=True)
     monkeypatch.setattr(costs, "profiled", lambda *_: pytest.fail("measured again"))
-    assert MeasuredCosts(run(tmp_path)).total(integers=True) == first
+    assert MeasuredCosts(made).total(integers=True) == first
     lines = [json.loads(line)["kind"] for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert lines.count("costs") == 1
 
@@ -52,6 +56,7 @@ def test_a_runtime_that_tells_no_times_has_none(tmp_path: Path) -> None:
     prices = MeasuredCosts(run(tmp_path, "torch"))
     assert prices.seconds(min(weighted()), True) is None
     assert prices.total(integers=False) is None
+    assert prices.conversion(min(weighted())) is None
     assert not (tmp_path / "journal.jsonl").exists()
 
 
@@ -69,3 +74,14 @@ def test_times_of_kernels_are_shared_among_the_layers_that_they_stand_for(tmp_pa
     }
     assert sum(layers.values()) == pytest.approx(sum(alone.values()), rel=0.5)
     assert sum(layers.values()) <= seen.kernel_s * 1.001
+
+
+def test_what_the_mixed_network_takes_beyond_its_layers_is_the_borders() -> None:
+    table = {
+        "float": {"layers": {"a": 5.0, "b": 3.0}, "total": 8.0},
+        "int8": {"layers": {"a": 2.0, "b": 1.0}, "total": 4.0},
+        "mixed": {"layers": {"a": 5.0, "b": 1.0}, "total": 9.0},
+    }
+    assert costs._excess(table, ["a"]) == pytest.approx(2.0)  # 9, less 4 + (5 - 2)
+    table["mixed"]["total"] = 6.0
+    assert costs._excess(table, ["a"]) == 0

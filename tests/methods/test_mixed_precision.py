@@ -30,10 +30,14 @@ class Prices:
     """Layers of which some are faster as float."""
 
     layers: Mapping[str, tuple[float, float]]  # float, integers
+    border: float = 0.0
 
     def seconds(self, layer: str, integers: bool) -> float | None:
         found = self.layers.get(layer)
         return None if found is None else found[integers]
+
+    def conversion(self, layer: str) -> float | None:
+        return self.border if layer in self.layers else None
 
     def total(self, integers: bool) -> float | None:
         return 1.0 + sum(pair[integers] for pair in self.layers.values())
@@ -192,6 +196,17 @@ def test_layers_stay_float_where_that_costs_no_time() -> None:
         folded(NET), replace(around(), costs=Prices(prices.layers))
     )
     assert {name.removesuffix(".weight") for name in weights(net)} == set(rest)
+
+
+def test_a_float_layer_pays_for_the_borders_around_it() -> None:
+    layers = {name.removesuffix(".weight") for name in weights(mixed())}
+    asked = {"latency": 0.99, "candidates": ["int8", "float"]}
+    left = []
+    for border in (0.0, 10.0):
+        ctx = replace(around(), costs=Prices(dict.fromkeys(layers, (3.0, 1.0)), border))
+        net = MixedPrecision.model_validate(asked).apply(folded(NET), ctx)
+        left.append(len(layers) - len(weights(net)))
+    assert left[0] > left[1]
 
 
 def test_a_latency_that_is_too_short_is_told() -> None:

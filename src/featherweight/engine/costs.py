@@ -1,13 +1,16 @@
 """What each layer costs on the target, in float and in integers: measured once, kept in the store.
 
 The original and its plain int8 form are profiled kernel by kernel in the measuring process; a kernel's time
-goes to the layers that it stands for (exchange/attribution.py). Nothing is measured before somebody asks.
+goes to the layers that it stands for (exchange/attribution.py). A third network, in which every other layer
+is float, tells what the borders between both cost for each element that is converted there. Nothing is
+measured before somebody asks.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +31,12 @@ from featherweight.tools.costs import node_macs
 if TYPE_CHECKING:
     from featherweight.engine.run import Run
 
-_PLAIN = {"range": "minmax", "weight_range": "minmax", "samples": 8}  # integers whose values do not matter
+_MIXED = "mixed"
+_PLAIN: Mapping[str, Any] = {
+    "range": "minmax",
+    "weight_range": "minmax",
+    "samples": 8,
+}  # integers whose values do not matter
 
 
 def example_call(entry: Entry) -> tuple[np.ndarray, ...]:
@@ -106,6 +114,11 @@ class MeasuredCosts:
         found = self._table
         return None if found is None else found[_form(integers)]["layers"].get(layer)
 
+    def conversion(self, layer: str) -> float | None:
+        """Seconds to turn what a float layer among integer ones reads and makes from one into the other."""
+        found = self._table
+        return None if found is None else found["conversions"].get(layer)
+
     def total(self, integers: bool) -> float | None:
         """Seconds of one call of the whole network in float, or in integers wherever those pay."""
         found = self._table
@@ -131,21 +144,50 @@ class MeasuredCosts:
         return kept
 
     def _measure(self) -> dict[str, Any]:
-        folded = self._run.apply(Recipe((Step("fold"),)))
-        integers = self._run.apply(Recipe((Step("fold"), Step("quantize", _PLAIN))))
+        fold = Step("fold")
+        folded = self._run.apply(Recipe((fold,)))
+        integers = self._run.apply(Recipe((fold, Step("quantize", _PLAIN))))
+        moved = _elements(integers)
+        spared = list(moved)[::2]
+        rules = {**_PLAIN, "layers": dict.fromkeys(spared, "float")}
         forms = {_form(False): folded, _form(True): integers}
+        if 0 < len(spared) < len(moved):
+            forms[_MIXED] = self._run.apply(Recipe((fold, Step("quantize", rules))))
+        table: dict[str, Any] = {form: {"layers": {}, "total": 0.0} for form in (*forms, _MIXED)}
         jobs = [(form, model, entry) for form, model in forms.items() for entry in model.entries]
-        table: dict[str, Any] = {form: {"layers": {}, "total": 0.0} for form in forms}
         what = f"profiling layers on {self._run.target.runtime}"
         for form, model, entry in self._run.progress.track(jobs, what, len(jobs)):
             with tempfile.TemporaryDirectory(prefix="featherweight-") as place:
-                artifact = self._run.lower(model)
-                seen = profiled(artifact, model, entry, self._run.target, Path(place))
+                seen = profiled(self._run.lower(model), model, entry, self._run.target, Path(place))
+            layers = table[form]["layers"]
             for layer, seconds in layer_seconds(seen).items():
-                layers = table[form]["layers"]
                 layers[layer] = layers.get(layer, 0.0) + seconds
             table[form]["total"] += seen.kernel_s
-        return table
+        each = 0.0
+        if _MIXED in forms:
+            each = _excess(table, spared) / sum(moved[layer] for layer in spared)
+        conversions = {layer: each * elements for layer, elements in moved.items()}
+        return {**{form: table[form] for form in (_form(False), _form(True))}, "conversions": conversions}
+
+
+def _elements(model: Model) -> dict[str, int]:
+    """Layer with integer weights, in the order of calls -> elements that one example reads and makes."""
+    found: dict[str, int] = {}
+    for entry in model.entries:
+        graph = trace(model, entry)
+        for node in graph:
+            if node.layer and set(node.parameters.values()) & model.formats.keys():
+                values = [graph.values[name].shape for name in (*node.inputs, *node.outputs)]
+                elements = sum(math.prod(shape) for shape in values) // max(graph.batch, 1)
+                found[node.layer] = found.get(node.layer, 0) + elements
+    return found
+
+
+def _excess(table: Mapping[str, Any], spared: Sequence[str]) -> float:
+    """Seconds that the mixed network takes beyond its layers and what else an integer network does."""
+    floats, integers = table[_form(False)]["layers"], table[_form(True)]["layers"]
+    change = sum(floats.get(layer, 0.0) - integers.get(layer, 0.0) for layer in spared)
+    return max(0.0, float(table[_MIXED]["total"] - table[_form(True)]["total"] - change))
 
 
 def layer_seconds(seen: Profiled) -> dict[str, float]:

@@ -195,8 +195,7 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
             size = choices.bytes(group, label)
             seconds = 0.0
             if self.latency is not None:
-                integers = label != FLOAT and self.activations != "none"
-                seconds = sum(_seconds(context, layer, integers) for layer in group.layers)
+                seconds = sum(self._seconds(context, layer, label != FLOAT) for layer in group.layers)
             prices = {
                 "bits": 8 * size / choices.elements,
                 "bytes": float(size),
@@ -223,9 +222,18 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
                     fix="leave latency out, or take runtime onnxruntime",
                 )
             layers = [layer for one in choices.groups.values() for layer in one.layers]
-            inside = sum(_seconds(context, layer, form) for layer in layers)
+            inside = sum(self._seconds(context, layer, True) for layer in layers)
             limits["latency"] = self.latency - (total - inside) / whole
         return limits
+
+    def _seconds(self, context: Context, layer: str, quantized: bool) -> float:
+        """Of one call of a layer; a float one among integers pays for the borders on both sides."""
+        costs = context.costs
+        if costs is None:
+            return 0.0
+        mixing = self.activations != "none"
+        seconds = costs.seconds(layer, quantized and mixing) or 0.0
+        return seconds + (costs.conversion(layer) or 0.0 if mixing and not quantized else 0.0)
 
     def _assigned(self, items: list[list[Option]], limits: Mapping[str, float]) -> Assignment:
         distance = -(-len(items) // _DIFFERENT)
@@ -272,11 +280,6 @@ def _told(choices: Choices, labels: list[str], loss: float) -> str:
 
 def _total(context: Context, integers: bool) -> float | None:
     return None if context.costs is None else context.costs.total(integers)
-
-
-def _seconds(context: Context, layer: str, integers: bool) -> float:
-    found = None if context.costs is None else context.costs.seconds(layer, integers)
-    return found or 0.0
 
 
 def _examples(context: Context, samples: int, entry: Entry) -> list[tuple[Tensor, ...]]:
