@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featherweight.errors import DataError
-from featherweight.formats import IntQuant, PerChannel, PerGroup, PerTensor
+from featherweight.formats import Binary, IntQuant, PerChannel, PerGroup, PerTensor, Ternary
 from featherweight.tools.ranges import (
     Histogram,
     RangeRule,
     WeightRule,
     activation_range,
+    weight_format,
     weight_range,
 )
 
 BINS = 4096
 RULES = ("minmax", "moving_average", "percentile", "kl", "l1", "mse")
-WEIGHT_RULES = ("minmax", "percentile", "l1", "mse")
+WEIGHT_RULES = ("minmax", "percentile", "l1", "mse", "gain")
 floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 batches = st.lists(st.lists(floats, min_size=1, max_size=20), min_size=1, max_size=6)
 
@@ -328,3 +329,62 @@ class TestWeightRange:
             one = torch.ones((1,) * len(wanted))
             low, high = weight_range(weight, IntQuant(-one, one, 4, True, granularity), rule, 99.0)
             assert low.shape == high.shape == wanted
+
+
+class TestGain:
+    """What is stored keeps the size of the weights, on top of the least error."""
+
+    W = torch.randn(8, 9, generator=torch.Generator().manual_seed(3))
+
+    @staticmethod
+    def cost(row: Tensor, stored: Tensor) -> float:
+        off, row = (stored - row).double(), row.double()
+        return float(off @ off + 30 * (off @ row) ** 2 / (row @ row))
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("width", [2, 3, 4])
+    def test_integers_have_the_least_of_all_fractions(self, width: int, symmetric: bool) -> None:
+        fmt = TestWeightRange.fmt(0, symmetric, width)
+        low, high = weight_range(self.W, fmt, "gain", 99)
+        one = replace(fmt, low=torch.tensor(-1.0), high=torch.tensor(1.0), granularity=PerTensor())
+        for row, first, last in zip(self.W, low, high, strict=True):
+            costs = []
+            for fraction in np.linspace(0.05, 1.2, 116):
+                ends = float(row.min()) * fraction, float(row.max()) * fraction
+                ranged = replace(one, low=torch.tensor(ends[0]), high=torch.tensor(ends[1]))
+                costs.append(self.cost(row, ranged.project(row)))
+            made = replace(one, low=first, high=last).project(row)
+            assert self.cost(row, made) <= min(costs) * 1.02 + 1e-6
+
+    @pytest.mark.parametrize("kind", ["ternary", "binary"])
+    def test_scales_have_the_least_of_all(self, kind: str) -> None:
+        one = torch.ones(1)
+        draft = Ternary(one, one / 2, PerChannel(0)) if kind == "ternary" else Binary(one, PerChannel(0))
+        fmt = weight_format(self.W, draft, "gain", 99)
+        for row, made in zip(self.W, fmt.project(self.W), strict=True):
+            costs = []
+            for scale in np.linspace(0.01, 4, 800):
+                whole = torch.tensor(scale, dtype=torch.float32)
+                other = (
+                    Ternary(whole, whole / 2, PerTensor())
+                    if kind == "ternary"
+                    else Binary(whole, PerTensor())
+                )
+                costs.append(self.cost(row, other.project(row)))
+            assert self.cost(row, made) <= min(costs) * 1.001
+
+    def test_more_bits_lose_none_that_counts(self) -> None:
+        fmt = TestWeightRange.fmt(0, True, 8)
+        for one, two in zip(
+            weight_range(self.W, fmt, "gain", 99), weight_range(self.W, fmt, "mse", 99), strict=True
+        ):
+            assert torch.equal(one, two)
+
+    def test_it_loses_less_gain_than_least_squares(self) -> None:
+        weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(4))
+        fmt = TestWeightRange.fmt(0, True, 3)
+        kept = []
+        for rule in ("mse", "gain"):
+            stored = weight_format(weight, fmt, rule, 99).project(weight)  # type: ignore[arg-type]
+            kept.append(float((stored * weight).sum() / weight.square().sum()))
+        assert kept[0] < 0.98 < 0.99 < kept[1] < 1.01

@@ -81,7 +81,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
         symmetric_activations: Zero in the middle of the activations' grid.
         range: How activation ranges are chosen: minmax, moving_average, percentile, kl, l1, mse, or by
             the error of the output of the layers that read them.
-        weight_range: How weight ranges are chosen: minmax, percentile, l1, mse.
+        weight_range: How weight ranges are chosen: minmax, percentile, l1, mse, or mse with the loss of gain
+            counted more (gain).
         percentile: Share of values inside the range, in percent, for ``percentile``.
         momentum: Of the batches' ends, for ``moving_average``.
         samples: Calibration examples to read.
@@ -99,7 +100,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
     symmetric_weights: bool = True
     symmetric_activations: bool = False
     range: RangeRule | Literal["output"] = "mse"
-    weight_range: WeightRule = "mse"
+    weight_range: WeightRule = "gain"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     samples: Annotated[int, Field(ge=1)] = 256
@@ -332,7 +333,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
         graphs = [trace(model, entry) for entry in model.entries]
         return RecipeError(
             f"quantize found no layer that {runtime} takes as asked: {self._asked()}",
-            fix=f"{runtime} stores here {_offers(graphs, context) or 'no integers at all'}",
+            fix=f"{runtime} stores here {_offers(graphs, context) or 'no integers at all'}; "
+            "runtime torch simulates everything",
         )
 
 
