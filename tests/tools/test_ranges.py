@@ -342,7 +342,7 @@ class TestGain:
         return float(off @ off + 30 * (off @ row) ** 2 / (row @ row))
 
     @pytest.mark.parametrize("symmetric", [True, False])
-    @pytest.mark.parametrize("width", [2, 3, 4])
+    @pytest.mark.parametrize("width", [2, 3, 4, 6])
     def test_integers_have_the_least_of_all_fractions(self, width: int, symmetric: bool) -> None:
         fmt = TestWeightRange.fmt(0, symmetric, width)
         low, high = weight_range(self.W, fmt, "gain", 99)

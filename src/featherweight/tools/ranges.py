@@ -13,7 +13,7 @@ both ends; kl minimises the divergence of what is stored from what was seen
 
 What is stored with the least squared error is always shorter than the weights, and what a layer loses
 of its gain adds up from layer to layer, whereas noise averages out. The rule ``gain`` counts it more, up
-to 4 bits::
+to 6 bits::
 
     |e|^2 + 30 (e . w)^2 / |w|^2        e = project(w) - w
 """
@@ -50,7 +50,7 @@ _LEAST = {2: 0.03, 3: 0.05, 4: 0.1}  # bits -> smallest fraction of the seen ran
 _FINE = 0.01  # steps of these fractions
 _WIDEST = 1.2  # largest fraction, where gain counts
 _GAIN = 30.0  # weight of the squared loss of gain, up to as many bits as
-_GAIN_BITS = 4
+_GAIN_BITS = 6
 _ROUNDS = 3
 _EXTREMES = 32  # values at each end of a row by which hopeless ranges are told
 _ROUNDING = 1 + 1e-4  # of the sums of squares
