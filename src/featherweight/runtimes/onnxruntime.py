@@ -83,7 +83,7 @@ class OnnxRuntime(Runtime):
             return False
         if isinstance(activation, Dynamic):
             return activation.per in _DYNAMIC.get(op, ()) and self._stores(weight, target)
-        if activation is None and op in _RECURRENT:
+        if op in _RECURRENT:
             return self._stores(weight, target)
         return op in _WEIGHTED
 

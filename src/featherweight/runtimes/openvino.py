@@ -133,13 +133,20 @@ class OpenVino(Runtime):
         from featherweight.runtimes._ort_recurrent import store_recurrent
         from featherweight.runtimes._qdq import Dialect, store_formats
 
-        kinds = Kinds.of(trace(model, entry), model.formats)
+        graph = trace(model, entry)
+        kinds = Kinds.of(graph, model.formats)
         matrices = {name: (fmt,) for name, fmt in {**kinds.blocks, **kinds.products}.items()}
         formats = {**kinds.rest, **matrices}
         export = to_onnx(model, entry, keep={*formats, *kinds.recurrent})
         grids: dict[str, Any] = {
             name: self.realise(fmt, target, "weight") for name, fmt in kinds.recurrent.items()
         }
+        if grids and any(name in graph.values for name in kinds.rest):
+            raise TargetError(
+                f"openvino cannot store '{next(iter(grids))}' as integers beside static activations",
+                where="beside them its plugin keeps such weights apart, and has no recurrent kernel for that",
+                fix="use activations: none or dynamic, or exclude the recurrent layers under where",
+            )
         store_recurrent(export, grids, (), self.name, restored_by="DequantizeLinear")
         dialect = Dialect(self.name, integer_biases=False, guard_floats=False, whole_blocks=True)
         store_formats(export, formats, lambda fmt, role: self.realise(fmt, target, role), dialect)

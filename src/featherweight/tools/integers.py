@@ -184,7 +184,8 @@ def _executed(
         read = replace(dynamic, symmetric=symmetric)
         if node.inputs and supports(node.op, weight, read):
             return True, read
-    return supports(node.op, weight, None), None
+    beside = activation if isinstance(activation, IntQuant) else None  # what the rest of the network reads
+    return supports(node.op, weight, beside), None
 
 
 def _along(fmt: TensorFormat, axis: int) -> TensorFormat:
