@@ -116,6 +116,8 @@ class Equalize(Method, frozen=True, extra="forbid"):
                 for watch in one.watches:
                     if watch.entry == entry:
                         watched.setdefault(watch.value, []).append(watch)
+            if not watched:
+                continue
             replay, count = Replay(model, entry), 0
             with torch.inference_mode():
                 for batch in _calibration(context, self.samples):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from featherweight.errors import DataError
 from featherweight.graph import Graph, Node
 from featherweight.tools.scaling import Carrier, ScalingGroup, Slot
 
@@ -62,7 +63,11 @@ class Reach:
         self._kept: list[Tensor] = []
 
     def update(self, value: Tensor, makes: bool, holds: bool, generator: torch.Generator) -> None:
-        """Add a value: ``makes`` factors, ``holds`` them against samples, or both."""
+        """Add a value: ``makes`` factors, ``holds`` them against samples, or both.
+
+        Raises:
+            DataError: It has NaN or infinite elements.
+        """
         if value.dim() != self.carrier.index.dim() or any(
             value.shape[axis] != self.carrier.index.shape[axis] for axis in self._axes
         ):
@@ -72,6 +77,11 @@ class Reach:
         if len(self._held) != matrix.shape[0]:
             matrix = matrix[self._held]
         low, high = torch.aminmax(matrix, dim=1)
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise DataError(
+                f"'{self.value}' is NaN or infinite on the calibration examples",
+                fix="check the model on these examples, or exclude the layer under where",
+            )
         ends = [(self.seen_low, self.seen_high)] + ([(self.low, self.high)] if makes else [])
         for lows, highs in ends:
             lows.scatter_reduce_(0, self.rows, low, "amin")
