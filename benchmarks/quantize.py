@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of calibration sets (0 1)")
     parser.add_argument("--seconds", type=float, default=15.0, help="longest timing of a group (default 15)")
     parser.add_argument(
-        "--thorough", action="store_true", help="all seeds everywhere; what fit makes in 5 and 30 minutes"
+        "--thorough", action="store_true", help="all seeds, recipes and iterations; fit in 5 and 30 minutes"
     )
     parser.add_argument("--quick", action="store_true", help="few examples: numbers mean little")
     args = parser.parse_args()

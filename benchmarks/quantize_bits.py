@@ -53,6 +53,8 @@ class Case:
         drop: The bar: most points of accuracy lost.
         alone: Whether weights and activations are scored alone, too.
         seeds: How many calibration sets at most, unless the run is thorough; None: all.
+        iterations: Of adaround and blocks, unless the run is thorough; None: their default.
+        more: Recipes of a thorough run.
     """
 
     network: str
@@ -64,16 +66,18 @@ class Case:
     drop: float | None = None
     alone: bool = False
     seeds: int | None = None
+    iterations: int | None = None
+    more: tuple[str, ...] = ()
 
 
 _EFF = "efficientnet_lite0"
 FEW_BITS = (
-    Case(_EFF, "torch", W4A8, (NEAREST, BEST, BLOCKS), BLOCKS, agreement=0.85, seeds=1),
-    Case(_EFF, "torch", W4A8_GROUPS, (NEAREST, BEST)),
+    Case(_EFF, "torch", W4A8, (NEAREST, BEST, BLOCKS), BLOCKS, agreement=0.85, seeds=1, iterations=100),
+    Case(_EFF, "torch", W4A8_GROUPS, (NEAREST, BEST), BEST, agreement=0.85, seeds=1, more=(BLOCKS,)),
     Case(_EFF, "torch", W5A8, (BEST,)),
     Case(_EFF, "torch", MIXED, (BEST,), BEST, agreement=0.90, seeds=1),
-    Case("resnet20", "torch", W4A8, (NEAREST, BEST, BLOCKS), BEST, drop=0.5),
-    Case("depthwise", "torch", W4A8, (NEAREST, BEST, BLOCKS), BEST, drop=0.5),
+    Case("resnet20", "torch", W4A8, (NEAREST, BEST), BEST, drop=0.5, more=(BLOCKS,)),
+    Case("depthwise", "torch", W4A8, (NEAREST, BEST), BEST, drop=0.5, more=(BLOCKS,)),
     Case("resnet20", "torch", TERNARY, (NEAREST, BEST, BLOCKS), BLOCKS, drop=6.0),
 )
 _STEPS = (
@@ -84,13 +88,12 @@ _STEPS = (
     "gptq, biases left",
     "gptq",
     BEST,
-    "adaround",
-    BLOCKS,
 )
+_LEARNED = ("adaround", "blocks", BLOCKS)
 ABLATION = (
-    Case(_EFF, "onnxruntime", W8A8, _STEPS[:-2], alone=True),
-    Case("resnet20", "torch", W4A4, _STEPS, BLOCKS, drop=2.0, alone=True),
-    Case("depthwise", "torch", W4A4, _STEPS, BLOCKS, drop=4.0, alone=True),
+    Case(_EFF, "onnxruntime", W8A8, (*_STEPS, BLOCKS), alone=True, iterations=100, more=("adaround",)),
+    Case("resnet20", "torch", W4A4, (*_STEPS, *_LEARNED), BLOCKS, drop=2.0, alone=True),
+    Case("depthwise", "torch", W4A4, (*_STEPS, *_LEARNED), BLOCKS, drop=4.0, alone=True),
 )
 
 
@@ -110,7 +113,8 @@ def rows_of(
     """One row for each recipe; of every seed for the recipe that a bar is about, else of the first."""
     rows: list[Json] = []
     for seed in settings.seeds if settings.thorough else settings.seeds[: case.seeds]:
-        names = case.recipes if seed == settings.seeds[0] else tuple(filter(None, [case.judged]))
+        every = (*case.recipes, *(case.more if settings.thorough else ()))
+        names = every if seed == settings.seeds[0] else tuple(filter(None, [case.judged]))
         name = f"bits-{case.network}-{case.runtime}-{case.bits.name.replace(' ', '')}-{seed}"
         if names:
             work = _Work(case, subject, settings, benches, shown)
@@ -146,7 +150,10 @@ class _Work:
             "scored": self.subject.words,
         }
         try:
-            steps = recipe(name, self.case.bits, self.settings.calibration, self.settings.iterations)
+            iterations = self.settings.iterations or (
+                None if self.settings.thorough else self.case.iterations
+            )
+            steps = recipe(name, self.case.bits, self.settings.calibration, iterations)
             model, seconds = bench.model(steps)
             row |= {"seconds": seconds, "stored_bits": stored_bits(model)}
             row |= bench.judged(bench.lower(model)[0])

@@ -174,7 +174,7 @@ def test_every_recipe_of_the_tables_is_one(benchmark) -> None:  # type: ignore[n
     recipes = benchmark("quantize_recipes")
     for case in (*bits.FEW_BITS, *bits.ABLATION):
         assert case.judged == "" or case.judged in case.recipes
-        for name in case.recipes:
+        for name in (*case.recipes, *case.more):
             made = recipes.recipe(name, case.bits, 8, 10)
             assert made.steps[0].method == "fold"
             assert len(list(made.methods())) == len(made.steps)
