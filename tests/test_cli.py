@@ -102,6 +102,19 @@ class TestHelp:
         for unit in ("0.5%", "300KB (1000 bytes", "4MiB (1024", "5ms", "800us", "50MB", "10m", "20s"):
             assert unit in said
 
+    def test_of_fit_shows_what_time_buys(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("fit", "--help") == 0
+        said = capsys.readouterr().out
+        for line in ("quick     -", "standard  > 1m", "thorough  >= 15m"):
+            assert line in said
+
+    @pytest.mark.parametrize("time", ["banana", "-5m", "5", "5 parsecs"])
+    def test_of_a_time_that_is_none(self, time: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("fit", "net.py:net", "--time", time, "--out", "x") == 2
+        said = capsys.readouterr().err
+        assert "--time" in said
+        assert "for example 5m" in said
+
     def test_of_options_that_do_not_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("fit net.py:net --out o --max-sise 3KB") == 2
         assert "did you mean '--max-size'?" in capsys.readouterr().err

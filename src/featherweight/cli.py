@@ -302,9 +302,9 @@ def fit(
     \b
     Effort    from     what is tried
     quick     -        fold, 8-bit quantization, bias correction
-    standard  > 1m     also equalization, rounding by GPTQ, several settings; for transformers
-                       activations quantized on the fly, and weights alone in 8 and 4 bits
-    thorough  >= 15m   also the reconstruction of blocks, mixed precision, more settings
+    standard  > 1m     also equalization, rounding by GPTQ and by blocks, several settings; for
+                       transformers activations on the fly, and weights alone in 8 and 4 bits
+    thorough  >= 15m   also mixed precision, more iterations and settings
 
     \b
     Examples:

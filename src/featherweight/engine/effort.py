@@ -1,11 +1,13 @@
 """How much work the time allows: which ways are worth trying, and with how many examples and iterations.
 
 Everything is counted in forward passes of one example, which are timed once on this machine. A level is taken
-when its strongest way is predicted to be ready in half of the time, since what it makes is measured too::
+when the way that it stands for is predicted to be ready in half of the time, since what it makes is measured
+too::
 
     quick     up to a minute, or a network that is large for the time: fold, quantize, correct_bias
-    standard  fold, equalize, quantize, rounding by GPTQ; what does not pay is left out by measuring
-    thorough  from 15 minutes on: also the reconstruction of blocks, and mixed precision
+    standard  fold, equalize, quantize, rounding by GPTQ, and by the reconstruction of blocks where the time
+              is enough for some iterations; what does not pay is left out by measuring
+    thorough  from 15 minutes on: more of these, and mixed precision
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ from featherweight.tools.simulate import Replay
 
 _FROM: Mapping[Level, float] = {"quick": 0.0, "standard": 61.0, "thorough": 900.0}  # seconds
 _TRIALS: Mapping[Level, int] = {"quick": 3, "standard": 8, "thorough": 16}
-_STRONGEST: Mapping[Level, str] = {"quick": "nearest", "standard": "gptq", "thorough": "blocks"}
+_STANDS_FOR: Mapping[Level, str] = {"quick": "nearest", "standard": "gptq", "thorough": "blocks"}
 _READY = 0.5  # share of the time in which the strongest way must be ready
 _TIGHT = 0.25  # share of the time from which on a quicker way goes first, so that an answer stands early
 _FEWEST, _MOST = 16, 256  # calibration examples
-_LEAST, _LARGEST = 250, 20000  # iterations of a block
-_RECONSTRUCTION = 0.4  # share of the time that goes to the reconstruction of blocks
+_LEAST = 50  # iterations of a block; fewer are not worth it
+_LARGEST: Mapping[Level, int] = {"quick": 0, "standard": 500, "thorough": 5000}
+_RECONSTRUCTION = 0.2  # share of the time that goes to the reconstruction of blocks
 # Forward passes that a step costs for each calibration example (rounding: by GPTQ), and for each iteration;
 # seen on EfficientNet-Lite0, whose layers are many and small.
 _PASSES = {"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 4.0, "mixed_precision": 12.0}
@@ -46,13 +49,13 @@ _OF_WEIGHTS = {
     "mixed_precision": 1.0,
 }  # how often all weights are rounded by GPTQ, as foresight too
 _MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
-_PASSES_OF_ITERATION = 100.0
+_PASSES_OF_ITERATION = 40.0
 _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
 _TIMED = 8  # examples of the timed pass
 _ADDS: Mapping[Level, str] = {
     "quick": "",
-    "standard": "equalization, rounding by GPTQ and a search over settings",
-    "thorough": "the reconstruction of blocks, mixed precision and more settings",
+    "standard": "equalization, rounding by GPTQ and by the reconstruction of blocks, and more settings",
+    "thorough": "iterations of the reconstruction of blocks, mixed precision and more settings",
 }
 
 
@@ -129,7 +132,7 @@ class Pace:
 
     def amounts(self, level: Level, time_s: float, limits: Mapping[str, Any]) -> Amounts:
         """How much of everything fits into the time."""
-        return Amounts(self.samples(level, time_s), self.iterations(time_s), limits)
+        return Amounts(self.samples(level, time_s), self.iterations(level, time_s), limits)
 
     def samples(self, level: Level, time_s: float) -> int:
         """Calibration examples whose passes take a quarter of the time at most."""
@@ -137,10 +140,10 @@ class Pace:
         passes = sum(_PASSES[name] for name in steps)
         return int(min(max(_TIGHT * time_s / (passes * self.example_s), _FEWEST), _MOST))
 
-    def iterations(self, time_s: float) -> int:
-        """Of each block, in the share of the time that is theirs."""
-        count = _RECONSTRUCTION * time_s / (_PASSES_OF_ITERATION * self.example_s)
-        return int(min(max(count, _LEAST), _LARGEST))
+    def iterations(self, level: Level, time_s: float) -> int:
+        """Of each block, in the share of the time that is theirs; 0 where that is not worth it."""
+        count = int(min(_RECONSTRUCTION * time_s / (_PASSES_OF_ITERATION * self.example_s), _LARGEST[level]))
+        return count if count >= _LEAST else 0
 
 
 def plan(run: Run, time_s: float, budget: Budget, trials: int | None = None) -> Plan:
@@ -187,9 +190,10 @@ def planned(
 
 
 def _fits(level: Level, pace: Pace, shape: Shape, time_s: float) -> bool:
-    """Whether the strongest way of a level is ready in time; something quick is always tried."""
-    strongest = ways(level, shape, pace.amounts(level, time_s, {}))[_STRONGEST[level]]
-    return level == "quick" or (time_s >= _FROM[level] and pace.of(strongest) <= _READY * time_s)
+    """Whether the way that a level stands for is ready in time; something quick is always tried."""
+    recipe = ways(level, shape, pace.amounts(level, time_s, {})).get(_STANDS_FOR[level])
+    ready = recipe is not None and pace.of(recipe) <= _READY * time_s
+    return level == "quick" or (ready and time_s >= _FROM[level])
 
 
 def _longer(level: Level, pace: Pace, shape: Shape) -> str:

@@ -64,7 +64,7 @@ class Amounts:
 
     Attributes:
         samples: Calibration examples of each step.
-        iterations: Of the reconstruction of each block.
+        iterations: Of the reconstruction of each block; 0: none.
         limits: Of mixed precision; none: it has nothing to weigh against, so it is left out.
     """
 
@@ -79,7 +79,7 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
     few = {"samples": samples}
     fold, equalize, static = Step("fold"), Step("equalize", few), Step("quantize", few)
     gptq = Step("rounding", {"how": "gptq", **few})
-    blocks = Step("rounding", {"how": "blocks", "iterations": iterations, **few})
+    blocks = Step("rounding", {"how": "blocks", "iterations": max(iterations, 1), **few})
     dynamic = Step("quantize", {"activations": "dynamic", **few})
     alone = Step("quantize", {"activations": "none", **few})
     int4 = {"weights": "int4", "activations": "none", "granularity": "per_group", "group": _GROUP, **few}
@@ -96,7 +96,9 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
         "weights, 4 bits": (fold, Step("quantize", int4), gptq),
     }
     if not amounts.limits:
-        found.pop("mixed", None)
+        found.pop("mixed")
+    if not iterations:
+        found.pop("blocks")
     return {name: Recipe(found[name]) for name in _order(level, shape) if name in found}
 
 
@@ -105,7 +107,7 @@ def _order(level: Level, shape: Shape) -> list[str]:
     if level == "quick":
         order = ["nearest", *(["dynamic, nearest", "weights, nearest"] if matrices else [])]
     elif level == "standard":
-        order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order = ["blocks", "gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
         order += ["nearest", "gptq, not equalized"]
     else:
         order = ["blocks", "gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
