@@ -50,7 +50,7 @@ _INT4: _STEPS = {
     "weights": "int4",
     "activations": "none",
     "granularity": "per_group",
-    "group": 16,
+    "group": 32,
     "symmetric_weights": False,
 }
 _BLOCKS8: _STEPS = {"activations": "none", "granularity": "per_group", "group": 128}
@@ -62,11 +62,12 @@ OURS: Mapping[str, Mapping[str, tuple[_STEPS, bool]]] = {  # runtime -> row -> q
         "int8 weights in blocks": (_BLOCKS8, False),
         "int4 weights": (_INT4, False),
         "int4 weights, rounding": (_INT4, True),
+        "int4 weights by 16, rounding": ({**_INT4, "group": 16}, True),
     },
     "openvino": {
         "int8 dynamic": ({"activations": "dynamic"}, False),
         "int8 weights": ({"activations": "none"}, False),
-        "int4 weights, rounding": ({**_INT4, "group": 32}, True),
+        "int4 weights, rounding": (_INT4, True),
     },
 }
 
