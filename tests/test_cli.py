@@ -103,14 +103,14 @@ class TestHelp:
             assert unit in said
 
     def test_of_fit_shows_what_time_buys(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run("fit", "--help") == 0
+        assert run("fit --help") == 0
         said = capsys.readouterr().out
         for line in ("quick     -", "standard  > 1m", "thorough  >= 15m"):
             assert line in said
 
-    @pytest.mark.parametrize("time", ["banana", "-5m", "5", "5 parsecs"])
+    @pytest.mark.parametrize("time", ["banana", "-5m", "5", "5parsecs"])
     def test_of_a_time_that_is_none(self, time: str, capsys: pytest.CaptureFixture[str]) -> None:
-        assert run("fit", "net.py:net", "--time", time, "--out", "x") == 2
+        assert run(f"fit net.py:net --time={time} --out x") == 2
         said = capsys.readouterr().err
         assert "--time" in said
         assert "for example 5m" in said
