@@ -419,7 +419,7 @@ CASES = [
     Case("negative size", fit("nets.py:net --max-size -3KB"), ("--max-size '-3KB' is negative",)),
     Case("negative drop", fit("nets.py:net --max-drop=-1%"), ("--max-drop '-1%' is negative",)),
     Case("negative memory", fit("nets.py:net --max-memory=-1MB"), ("--max-memory '-1MB' is negative",)),
-    Case("no time", fit("nets.py:net --time soon"), ("--time 'soon'", "5ms")),
+    Case("no time", fit("nets.py:net --time soon"), ("--time 'soon'", "5m")),
     Case("no trials", fit("nets.py:net --trials 0"), ("--trials",)),
     Case("no threads", fit("nets.py:net --threads 0"), ("--threads",)),
     Case("too many threads", fit("nets.py:net --threads 4096"), ("4096 threads", "--threads ")),
