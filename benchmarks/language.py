@@ -165,7 +165,8 @@ class Recurrent(nn.Module):
         self.layers, self.head = kind(64, 128, num_layers=2, batch_first=True), nn.Linear(128, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x)[0])
+        found: Tensor = self.head(self.layers(x)[0])
+        return found
 
 
 class Convolved(nn.Module):
@@ -180,7 +181,8 @@ class Convolved(nn.Module):
         self.layers, self.head = nn.Sequential(*layers), nn.Conv1d(128, 12, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layers(x.transpose(1, 2)))
+        found: Tensor = self.head(self.layers(x.transpose(1, 2)))
+        return found
 
 
 SMALL: Mapping[str, tuple[Callable[[], nn.Module], _STEPS]] = {

@@ -131,7 +131,7 @@ class Weights:
                 if name is None or fmt is None or (isinstance(fmt, IntQuant) and tensor not in self._exact):
                     continue
                 matrix = self.graph.kind(operator) == "FULLY_CONNECTED" and isinstance(fmt, IntQuant)
-                if matrix and (self.dynamic or fmt.width < 8):  # type: ignore[attr-defined]
+                if matrix and (self.dynamic or fmt.width < 8):
                     if tensor not in whole:
                         whole[tensor] = self._whole(name, self.graph.constant(tensor), fmt)
                     self.graph.read_instead(tensor, whole[tensor], [operator])

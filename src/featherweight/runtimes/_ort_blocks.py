@@ -32,7 +32,7 @@ _HALF = (2.0**-14, 65504.0)  # normal numbers of float16
 
 
 def blocks(fmt: IntQuant, runtime: str) -> IntQuant:
-    """The grid that is stored for a matrix in blocks: scales are those of float16 where they fit it.
+    """The grid that is stored for a matrix in blocks: scales of groups are float16 where they fit it.
 
     Raises:
         TargetError: There are no such blocks.
@@ -53,7 +53,7 @@ def blocks(fmt: IntQuant, runtime: str) -> IntQuant:
         )
     fmt = replace(fmt, signed=fmt.symmetric, headroom=0)
     scale, zero_point = fmt.grid()
-    if not _fits_half(scale.numpy()):
+    if not isinstance(shared, PerGroup) or not _fits_half(scale.numpy()):
         return fmt
     short = scale.half().float()
     low, high = ((end - zero_point) * short for end in (fmt.quant_min, fmt.quant_max))
@@ -148,6 +148,8 @@ class _Blocks:
         padded = np.full((rows, groups * size), middle, np.uint8)
         padded[:, :columns] = fmt.quantize(matrix).numpy() + (middle if fmt.signed else 0)
         short = scale.numpy().astype(np.float16 if _fits_half(scale.numpy()) else np.float32)
+        if not np.array_equal(short.astype(np.float32), scale.numpy()):
+            short = scale.numpy()
         scales = constant(graph, f"{name}.scale", short if table else short.reshape(-1))
         if short.dtype == np.float16:
             cast = ir.node("Cast", [scales], {"to": ir.DataType.FLOAT})
