@@ -237,15 +237,16 @@ class TestInterrupted:
         monkeypatch.chdir(place)
         layers, calls = Scales.layers, []
 
-        def interrupted(scales: Scales, *rest: object) -> object:
-            calls.append(rest)
+        def interrupted(scales: Scales, *rest: object, figures: bool) -> object:
+            calls.append(figures)
             if len(calls) == 1:
                 raise KeyboardInterrupt
-            return layers(scales, *rest)  # type: ignore[arg-type]
+            return layers(scales, *rest, figures=figures)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Scales, "layers", interrupted)
         assert main([*FIT, "--out", "chosen"]) == 0
         assert "interrupted" in capsys.readouterr().err
+        assert calls == [True, False]  # what takes passes through the network is left out the second time
         assert (place / "chosen" / "result.json").exists()
 
     def test_twice_means_nothing_is_wanted(
@@ -253,7 +254,7 @@ class TestInterrupted:
     ) -> None:
         monkeypatch.chdir(place)
 
-        def interrupted(scales: Scales, *rest: object) -> object:
+        def interrupted(scales: Scales, *rest: object, figures: bool) -> object:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Scales, "layers", interrupted)
