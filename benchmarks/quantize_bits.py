@@ -1,7 +1,7 @@
 """Few bits, and what each method adds: recipes on one network, one line each, beside nearest rounding.
 
 Below eight bits nothing here runs in integers: those lines are scored through runtime ``torch``, which
-simulates formats. Weights and activations alone tell where the error sits.
+simulates formats. Weights and activations alone (on 2,000 examples at most) tell where the error sits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from quantize_recipes import (
     stored_bits,
     weights_alone,
 )
-from quantize_subjects import Subject
+from quantize_subjects import Subject, first
 
 from featherweight.errors import FeatherweightError
 from featherweight.model import Model
 
 Json = dict[str, Any]
 BLOCKS = "equalize + blocks"
+_ALONE = 2000  # scored examples for weights and activations alone
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,16 @@ class _Work:
             row |= {"seconds": seconds, "stored_bits": stored_bits(model)}
             row |= bench.judged(bench.lower(model)[0])
             if self.case.alone:
-                row["weights_alone"] = bench.judged(bench.lower(weights_alone(model))[0])
+                few = self._few(bench) if self.subject.labelled else bench
+                row["weights_alone"] = few.judged(few.lower(weights_alone(model))[0])
                 row["activations_alone"] = self._activations(bench, name, model)
         except FeatherweightError as error:
             row["failed"] = error.what
         return row
+
+    def _few(self, bench: Bench) -> Bench:
+        """Where weights and activations are scored alone: simulated, on fewer examples."""
+        return self._benches.get(first(self.subject, _ALONE), "torch", bench.seed)
 
     def _activations(self, bench: Bench, name: str, model: Model) -> Json | None:
         """Simulated; None where it is the same as without the recipe's last steps, or has no meaning."""
@@ -170,7 +176,7 @@ class _Work:
         if name not in (NEAREST, "equalize"):
             return self._alone.get(" + ".join(before) or NEAREST) if "blocks" not in name else None
         reference = bench.run.context(model).float_model(model)
-        simulated = self._benches.get(self.subject, "torch", bench.seed)
+        simulated = self._few(bench)
         self._alone[name] = simulated.judged(simulated.lower(activations_alone(model, reference))[0])
         return self._alone[name]
 

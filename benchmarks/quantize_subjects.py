@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,23 @@ def subject(name: str, work: Path, calibration: int, scored: int | None) -> Subj
     return Subject(
         name, spec, weights, lambda seed: fashion(calibration, scored, seed)[0], labelled=True, words=words
     )
+
+
+def first(subject: Subject, count: int) -> Subject:
+    """The same with only the first scored examples, where there are more."""
+
+    def data(seed: int) -> Data:
+        whole = subject.data(seed)
+        assert whole.scored is not None
+        if len(whole.scored) <= count:
+            return whole
+        targets = whole.scored.targets
+        few = Data.of(
+            x=whole.scored.take(np.arange(count))[0], y=None if targets is None else targets[:count]
+        )
+        return whole.evolve(scored=few.scored)
+
+    return replace(subject, name=f"{subject.name}-first", data=data)
 
 
 def _efficientnet(work: Path, calibration: int, scored: int) -> Subject:
