@@ -63,7 +63,7 @@ class Labels:
 
     def tie(self, first: Tensor, second: Tensor) -> None:
         """Make labels at the same place the same."""
-        pairs = torch.stack([each.reshape(-1) for each in torch.broadcast_tensors(first, second)], 1)
+        pairs = torch.stack([each.reshape(-1) for each in _broadcast(first, second)], 1)
         for one, other in torch.unique(pairs, dim=0).tolist():
             roots = sorted((self._root(one), self._root(other)))
             self._parent[roots[1]] = roots[0]
@@ -284,9 +284,9 @@ class _Pass:
         operands = self._calls[node.fx_name].args[:2]
         if node.parameters or not all(isinstance(arg, fx.Node) for arg in operands):
             return None
-        one, other = (self._of[self._names[arg.name]] for arg in operands)  # type: ignore[union-attr]
+        one, other = (self._of[self._names[arg.name]] for arg in operands)
         self.labels.tie(one, other)
-        return (torch.broadcast_tensors(one, other)[0],)
+        return (_broadcast(one, other)[0],)
 
     def _product(self, node: Node) -> tuple[Tensor, ...] | None:
         """Constants let factors through; of two values, the one with fewer factors keeps its own."""
@@ -317,8 +317,8 @@ class _Pass:
         place = 2 if node.op == "scaled_dot_product_attention" else 1
         if not all(isinstance(arg, fx.Node) for arg in arguments[: place + 1]):
             return None
-        name = self._names.get(arguments[place].name)  # type: ignore[union-attr]
-        others = [self._names.get(arg.name) for arg in arguments[:place]]  # type: ignore[union-attr]
+        name = self._names.get(arguments[place].name)
+        others = [self._names.get(arg.name) for arg in arguments[:place]]
         if name is None or name in others or len(self._of[name].shape) < 2:
             return None
         for other in node.inputs:
@@ -402,3 +402,9 @@ def _limits(node: Node) -> tuple[Any, Any]:
     if node.op == "hardtanh":
         return has.get("min_val", -1), has.get("max_val", 1)
     return has.get("min"), has.get("max")
+
+
+def _broadcast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at their common shape."""
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    return first.expand(shape), second.expand(shape)
