@@ -406,5 +406,5 @@ def _limits(node: Node) -> tuple[Any, Any]:
 
 def _broadcast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both at their common shape."""
-    shape = torch.broadcast_shapes(first.shape, second.shape)
+    shape = torch.broadcast_shapes(first.shape, second.shape)  # type: ignore[no-untyped-call]
     return first.expand(shape), second.expand(shape)
