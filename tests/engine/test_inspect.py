@@ -59,7 +59,7 @@ class TestResNet:
     def test_what_runtimes_refuse(self, resnet: dict[str, object]) -> None:
         refusals = resnet["refused"]["onnxruntime"]
         assert refusals["float"] == {}
-        assert set(refusals["int4_weights"]) == {"conv2d", "linear"}
+        assert set(refusals["int4_weights"]) == {"conv2d"}
         assert resnet["refused"]["torch"]["int8"] == {}
 
 
@@ -79,7 +79,7 @@ def test_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    layers = "nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)"
+    layers = "nn.Linear(6, 4), nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 3, 1), nn.Flatten()"
     Path("net.py").write_text(f"from torch import nn\ndef net():\n    return nn.Sequential({layers})\n")
     random = np.random.default_rng(0)
     np.savez("data.npz", x=random.standard_normal((40, 6), dtype=np.float32))
@@ -87,7 +87,7 @@ def test_the_table(
     said = capsys.readouterr().out
     head = " ".join(said.split("\n0 ")[0].split())
     assert "(measured)" in head and head.count("(simulated)") == 2
-    assert "onnxruntime does not store in 4 bits the weights of: linear (0, 2)" in said
+    assert "onnxruntime does not store in 4 bits the weights of: conv1d (2)" in said
     assert "simulated on 40 examples: the drop of agreement (1.0000 in float)" in said
 
 
