@@ -71,18 +71,18 @@ class TestLevels:
 
 class TestWays:
     def test_of_the_strongest_default_comes_first(self) -> None:
-        for seconds, strongest in ((30.0, "nearest"), (300.0, "blocks"), (1800.0, "blocks")):
+        for seconds, strongest in ((30.0, "nearest"), (300.0, "gptq"), (1800.0, "gptq")):
             assert next(iter(planned(SMALL, CONVOLUTIONS, seconds).ways)) == strongest
 
     def test_of_the_strongest_are_second_where_they_take_long(self) -> None:
         made = planned(Pace(0.02, 20.0), CONVOLUTIONS, 300.0)
         first, second, *_ = made.ways
-        assert second == "blocks"
+        assert second == "gptq"
         assert made.predicted_s[first] == min(made.predicted_s.values())
 
     def test_of_the_strongest_is_first_where_there_is_plenty_of_time(self) -> None:
         tiny = Pace(example_s=2e-5, weights_s=0.01)
-        assert next(iter(planned(tiny, CONVOLUTIONS, 7200.0).ways)) == "blocks"
+        assert next(iter(planned(tiny, CONVOLUTIONS, 7200.0).ways)) == "gptq"
 
     def test_begin_with_a_quick_one_where_time_is_tight(self) -> None:
         made = planned(Pace(0.03, 10.0), CONVOLUTIONS, 70.0)

@@ -66,7 +66,13 @@ def quantize(module: nn.Module, *examples: Tensor, **parameters: Any) -> Model:
 class TestGoldenNets:
     def test_it_computes_what_the_simulation_says(self, name: str) -> None:
         x = torch.from_numpy(inputs(name, 1))
-        assert decibels(simulated(quantized(name), x), answers(written(quantized(name)), x)) > 100
+        assert (
+            decibels(
+                simulated(quantized(name, "executorch"), x),
+                answers(written(quantized(name, "executorch")), x),
+            )
+            > 100
+        )
 
     def test_without_formats_it_is_the_module(self, name: str) -> None:
         x = torch.from_numpy(inputs(name, 1))
@@ -75,7 +81,7 @@ class TestGoldenNets:
         torch.testing.assert_close(answers(written(model(name)), x), wanted, rtol=1e-4, atol=1e-5)
 
     def test_stored_integers_are_those_of_the_formats(self, name: str) -> None:
-        net, made = quantized(name), written(quantized(name))
+        net, made = quantized(name, "executorch"), written(quantized(name, "executorch"))
         held = {parameter: made.program.state_dict[key] for key, parameter in made.tensors.items()}
         for parameter, chain in net.formats.items():
             if parameter in net.parameters:
@@ -84,7 +90,7 @@ class TestGoldenNets:
                 assert torch.equal(held[parameter].int(), grid.quantize(net.parameters[parameter].detach()))
 
     def test_names_are_identifiers(self, name: str) -> None:
-        made = written(quantized(name))
+        made = written(quantized(name, "executorch"))
         assert all(key.isidentifier() for key in made.program.state_dict)
         assert set(made.tensors) <= set(made.program.state_dict)
 

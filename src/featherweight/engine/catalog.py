@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def _method(name: str) -> dict[str, Any]:
     method = find_method(name)
     said = inspect.getdoc(method) or ""
     parameters = {
-        field: f"{_type(about.annotation)}, default {about.default!r}"
+        field: f"{_type(about.annotation)}, default {about.get_default(call_default_factory=True)!r}"
         for field, about in method.model_fields.items()
         if field != "where"
     }
@@ -38,7 +39,9 @@ def _method(name: str) -> dict[str, Any]:
 
 def _type(annotation: Any) -> str:
     text = str(annotation) if not isinstance(annotation, type) else annotation.__name__
-    return text.removeprefix("typing.").replace("Literal", "one of ")
+    text = re.sub(r"\b[a-z_]+(\.[a-z_]+)*\.(?=[A-Z])", "", text)  # modules of types
+    text = re.sub(r"Annotated\[(\w+), FieldInfo\(.*?\]\)\]", r"\1", text)
+    return text.replace("Literal", "one of ").replace("Union", "any of ")
 
 
 def runtimes() -> dict[str, Any]:

@@ -107,11 +107,11 @@ def _order(level: Level, shape: Shape) -> list[str]:
     if level == "quick":
         order = ["nearest", *(["dynamic, nearest", "weights, nearest"] if matrices else [])]
     elif level == "standard":
-        order = ["blocks", "gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
-        order += ["nearest", "gptq, not equalized"]
+        order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order += ["gptq, not equalized", "blocks", "nearest"]
     else:
-        order = ["blocks", "gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
-        order += ["mixed", "nearest", "gptq, not equalized"]
+        order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order += ["blocks", "mixed", "gptq, not equalized", "nearest"]
     if shape.recurrent:  # static integers leave recurrent layers as they are
         order.sort(key=lambda name: not name.startswith("dynamic"))
     return order

@@ -193,14 +193,10 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
         options = {}
         for label in group.labels:
             size = choices.bytes(group, label)
-            seconds = 0.0
-            if self.latency is not None:
+            prices = {"bits": 8 * size / choices.elements, "bytes": float(size)}
+            if self.latency is not None:  # only then are layers timed
                 seconds = sum(self._seconds(context, layer, label != FLOAT) for layer in group.layers)
-            prices = {
-                "bits": 8 * size / choices.elements,
-                "bytes": float(size),
-                "latency": seconds / (_total(context, integers=False) or 1.0),
-            }
+                prices["latency"] = seconds / (_total(context, integers=False) or 1.0)
             options[label] = Option(losses[label], prices)
         return options
 

@@ -67,8 +67,10 @@ class Rounding(Method, frozen=True, extra="forbid"):
         if self.how in ("hqq", "nearest"):
             worked = self._corrected(self._nearest(worked, reference, weights), batches, weights, context)
         else:
-            start = self._gptq(worked, reference, batches, weights, context)
-            worked = start if self.how == "gptq" else self._learned(worked, start, batches, weights, context)
+            if self.how != "blocks":  # which find better roundings from the nearest ones on
+                worked = self._gptq(worked, reference, batches, weights, context)
+            if self.how != "gptq":
+                worked = self._learned(worked, batches, weights, context)
         return settled(model, worked)
 
     def _selected(self, model: Model) -> frozenset[str]:
@@ -112,26 +114,24 @@ class Rounding(Method, frozen=True, extra="forbid"):
     def _learned(
         self,
         model: Model,
-        start: Model,
         batches: list[tuple[Tensor, ...]],
         weights: frozenset[str],
         context: Context,
     ) -> Model:
-        """By gradient steps from what GPTQ found."""
+        """By gradient steps; AdaRound's begin at the weights as they are."""
         reference = context.float_model(model)
-        begun = {name: tensor.detach() for name, tensor in start.parameters.items()}
-        model = with_values(model, {name: begun[name] for name in begun if name not in weights})
+        begun = {name: tensor.detach() for name, tensor in model.parameters.items()}
         left = set(weights)
         for entry in model.entries:
             graph = trace(model, entry)
             mine = left & {name for node in graph for name in node.parameters.values()}
             shared: dict[str, Any] = {
                 **{"weights": mine, "iterations": self.iterations, "seed": context.seed, "entry": entry},
-                **{"start": {name: begun[name] for name in mine}},
                 **{"progress": context.progress, "scratch": context.scratch},
             }
             if self.how == "adaround":
-                found = adaround(model, reference, batches, **shared)
+                start = {name: begun[name] for name in mine}
+                found = adaround(model, reference, batches, start=start, **shared)
             else:
                 made = reconstruct(model, reference, batches, fixed=_fixed(graph, context), **shared)
                 found = {

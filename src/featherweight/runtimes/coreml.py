@@ -183,12 +183,14 @@ class CoreML(Runtime):
 
     def _check(self, model: Model, artifact: Artifact, target: Target) -> None:
         """A weight that silently stayed float is the worst that can happen."""
+        from featherweight.formats import FloatCast
+
         held = self.stored(artifact)
         for name, chain in model.formats.items():
             if name not in model.parameters:
                 continue
             fmt: Any = self.realise(chain[-1], target, "weight")
-            wanted = f"int{fmt.width}" if hasattr(fmt, "width") else fmt.dtype
+            wanted = fmt.dtype if isinstance(fmt, FloatCast) else f"int{fmt.width}"
             if name not in held or held[name].dtype != wanted:
                 seen = held[name].dtype if name in held else "something else"
                 raise TargetError(
