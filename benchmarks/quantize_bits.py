@@ -73,7 +73,7 @@ class Case:
 
 _EFF = "efficientnet_lite0"
 FEW_BITS = (
-    Case(_EFF, "torch", W4A8, (NEAREST, BEST, BLOCKS), BLOCKS, agreement=0.85, seeds=1, iterations=100),
+    Case(_EFF, "torch", W4A8, (NEAREST, BEST, BLOCKS), BEST, agreement=0.85, seeds=1, iterations=100),
     Case(_EFF, "torch", W4A8_GROUPS, (NEAREST, BEST), BEST, agreement=0.85, seeds=1, more=(BLOCKS,)),
     Case(_EFF, "torch", W5A8, (BEST,)),
     Case(_EFF, "torch", MIXED, (BEST,), BEST, agreement=0.90, seeds=1),
