@@ -27,6 +27,7 @@ from featherweight.tools.walk import Stop, walk
 Json = dict[str, Any]
 METHODS = ("gptq, biases left", "adaround, biases left")
 BITS = (W8A8, W4A8)
+_ITERATIONS = 100  # of adaround, unless the run is thorough
 
 
 def rows_of(subject: Subject, settings: BitsSettings, parts: Parts, benches: Benches) -> list[Json]:
@@ -43,7 +44,8 @@ def rows_of(subject: Subject, settings: BitsSettings, parts: Parts, benches: Ben
 def _row(bench: Bench, bits: Bits, method: str, settings: BitsSettings) -> Json:
     row: Json = {"network": bench.subject.name, "bits": bits.name, "method": method.partition(",")[0]}
     try:
-        model, _ = bench.model(recipe(method, bits, settings.calibration, settings.iterations))
+        iterations = settings.iterations or (None if settings.thorough else _ITERATIONS)
+        model, _ = bench.model(recipe(method, bits, settings.calibration, iterations))
     except FeatherweightError as error:
         return {**row, "failed": error.what}
     nearest, _ = bench.model(recipe("nearest", bits, settings.calibration))
