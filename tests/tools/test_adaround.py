@@ -166,25 +166,45 @@ def test_inputs_that_only_this_operator_reads_rounded_are_read_so(monkeypatch: p
     assert not torch.equal(seeing[first[0]], fooled[first[0]])
 
 
-def test_no_steps_give_the_nearest_or_where_it_starts() -> None:
-    model = in_few_bits("residual")
-    names = weights_of(model)
-    nearest = {name: model.formats[name][0].project(model.parameters[name].detach()) for name in names}
-    plain = adaround(model, folded("residual"), calibration("residual", 8), weights=names, iterations=0)
-    assert all(torch.equal(plain[name], nearest[name]) for name in names)
+def shifted(model: Model, names: list[str]) -> dict[str, Tensor]:
+    """On-grid weights that are up to two steps off the nearest ones."""
     generator = torch.Generator().manual_seed(3)
-    start = {}
+    found = {}
     for name in names:
         (fmt,) = model.formats[name]
         assert isinstance(fmt, IntQuant)
-        shift = torch.randint(-2, 3, nearest[name].shape, generator=generator)
-        start[name] = fmt.dequantize(
-            (fmt.quantize(nearest[name]) + shift).clamp(fmt.quant_min, fmt.quant_max)
-        )
-    begun = adaround(
-        model, folded("residual"), calibration("residual", 8), weights=names, iterations=0, start=start
-    )
-    assert all(torch.equal(begun[name], start[name]) for name in names)
+        nearest = fmt.quantize(model.parameters[name].detach())
+        shift = torch.randint(-2, 3, nearest.shape, generator=generator)
+        found[name] = fmt.dequantize((nearest + shift).clamp(fmt.quant_min, fmt.quant_max))
+    return found
+
+
+def test_no_steps_give_the_nearest_or_where_it_starts() -> None:
+    model, float_model, x = in_few_bits("residual"), folded("residual"), calibration("residual", 8)
+    names = weights_of(model)
+    nearest = {name: model.formats[name][0].project(model.parameters[name].detach()) for name in names}
+    plain = adaround(model, float_model, x, weights=names, iterations=0)
+    assert all(torch.equal(plain[name], nearest[name]) for name in names)
+    learned = adaround(model, float_model, x, weights=names, iterations=100)
+    begun = adaround(model, float_model, x, weights=names, iterations=0, start=learned)
+    assert all(torch.equal(begun[name], learned[name]) for name in names)
+    assert any(not torch.equal(learned[name], nearest[name]) for name in names)
+
+
+def test_no_row_is_worse_than_the_nearest_however_it_starts_and_however_rough_the_steps_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module_under_test, "rate_for", lambda _: 30.0)  # all is thrown about
+    for activation in (False, True):
+        model, reference, x = tiny(activation)
+        nearest = model.formats["0.weight"][0].project(reference.parameters["0.weight"].detach())
+        found = adaround(
+            model, reference, [(x,)], weights=["0.weight"], iterations=3, start=shifted(model, ["0.weight"])
+        )["0.weight"]
+        for row in range(3):
+            mixed = nearest.clone()
+            mixed[row] = found[row]
+            assert error_of(mixed, reference, x) <= error_of(nearest, reference, x) + 1e-5
 
 
 def test_the_seed_decides_and_the_input_is_untouched() -> None:

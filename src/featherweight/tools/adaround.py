@@ -7,7 +7,9 @@ arXiv:2004.10568, eq. 25)::
     min_v  E |f(W x) - f(W(v) x_stored)|^2 / E_nearest + sum over weights of (1 - |2 h(v) - 1| ** beta)
 
 with the rectified sigmoid h (tools/softround.py) and beta from 20 down to 2. One layer at a time; its
-inputs live in the scratch memory of the walk. Of large maps random windows are compared.
+inputs live in the scratch memory of the walk. Of large maps random windows are compared. At the end each
+row keeps the best of what was learned, what it began at and the nearest, over all examples: behind the
+activation function, among those that are no worse than the nearest in front of it.
 """
 
 from __future__ import annotations
@@ -77,7 +79,10 @@ def adaround(
         if not names:
             continue
         layer = _Layer(stop, names, model, start or {}, generator, scratch)
-        done |= layer.optimised(0 if stop.node.op == "embedding" else iterations)  # there nearest is best
+        if stop.node.op == "embedding":  # there nearest is best
+            done |= layer.nearest
+        else:
+            done |= layer.best(stop, layer.optimised(iterations))
         for name in names:
             stop.stored.set_parameter(name, done[name])
             next(bar)
@@ -125,13 +130,16 @@ class _Layer:
                 reads = {
                     exact.graph.values[name].fx_name: exact.value(name, batch) for name in stop.twin.inputs
                 }
-                made = target(reads, parameters)[theirs[-1]]
-                self._targets.append(scratch(made if isinstance(made, Tensor) else made[0]))
+                self._targets.append(scratch(_first(target(reads, parameters)[theirs[-1]])))
         self._parameters = _Lazy(stored)
         self._soft = {
             name: SoftRounding(exact.parameter(name).detach(), model.formats[name][0], start.get(name))
             for name in names
         }
+        self.nearest = {
+            name: project(exact.parameter(name).detach(), model.formats[name]).contiguous() for name in names
+        }
+        self._begun = {name: start.get(name, self.nearest[name]) for name in names}
         self._first = next(iter(self._inputs))
         self._picker = Picker.of(stored.graph, self._first, self._inputs[self._first])
 
@@ -153,6 +161,41 @@ class _Layer:
             optimiser.step()
         return {name: one.hard() for name, one in self._soft.items()}
 
+    @torch.no_grad()
+    def best(self, stop: Stop, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of each row the best of what was learned, what it began at, and the nearest."""
+        options = [learned, self._begun, self.nearest]
+        before, behind = (
+            torch.stack(each) for each in zip(*map(self._errors, [stop] * 3, options), strict=True)
+        )
+        behind[before > before[-1]] = torch.inf
+        choice = behind.argmin(0)  # of even ones the first
+        kept: dict[str, Tensor] = {}
+        for name, last in self.nearest.items():
+            rows = choice.reshape(-1, *[1] * (last.dim() - 1)) if len(choice) > 1 else choice[0]
+            kept[name] = torch.where(
+                rows == 0, learned[name], torch.where(rows == 1, self._begun[name], last)
+            )
+        return kept
+
+    def _errors(self, stop: Stop, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Squared errors over all examples, in front of and behind the activation function.
+
+        Of each row of the weight where a row makes one channel of the output, else of all together.
+        """
+        axis = _channels(self._node) if len(weights) == 1 else None
+        sums = [torch.zeros(1, dtype=torch.float64) for _ in range(2)]
+        for batch in range(stop.stored.count):
+            made = _first(stop.stored.compute(self._node, batch, parameters=weights))
+            wanted = (
+                _first(stop.exact.compute(stop.twin, batch)) if len(self._calls) > 1 else self._targets[batch]
+            )
+            sums[0] = sums[0] + _squares(made - wanted, axis)
+            if len(self._calls) > 1:
+                made = self._activation({self._calls[0]: made}, self._parameters)[self._output]
+                sums[1] = sums[1] + _squares(made - self._targets[batch], axis)
+        return sums[0], sums[1] if len(self._calls) > 1 else sums[0].clone()
+
     def _error(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Mean squared error on some random rows, or windows of them."""
         picks = self._picker.draw(_ROWS, self._generator)
@@ -168,8 +211,7 @@ class _Layer:
             target = target.flatten(0, -2)
             some = torch.randperm(len(x), generator=self._generator)[:_TOKENS]
             inputs[self._first], target = x[some], target[some]
-        result = self._run(inputs, self._parameters.with_values(weights))[self._output]
-        made: Tensor = result if isinstance(result, Tensor) else result[0]
+        made = _first(self._run(inputs, self._parameters.with_values(weights))[self._output])
         return (made - target).square().mean()
 
     def _window_error(self, picks: Mapping[int, Sequence[int]], weights: Mapping[str, Tensor]) -> Tensor:
@@ -211,6 +253,26 @@ class _Layer:
 
 
 _GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+_SPATIAL = {"linear": 0, "conv1d": 1, "conv2d": 2, "conv3d": 3}  # axes of the output behind its channels
+
+
+def _channels(node: Node) -> int | None:
+    """Axis of the output that the rows of the weight make; None where they make no single one."""
+    return -1 - _SPATIAL[node.op] if node.op in _SPATIAL else None
+
+
+def _squares(error: Tensor, axis: int | None) -> Tensor:
+    """Sums of squares along an axis, or of everything, float64."""
+    squares = error.double().square()
+    return squares.sum().reshape(1) if axis is None else squares.movedim(axis, 0).flatten(1).sum(1)
+
+
+def _first(result: Any) -> Tensor:
+    """What an operator returns, or the first of several."""
+    made: Tensor = result if isinstance(result, Tensor) else result[0]
+    return made
 
 
 def _pair(node: Node, key: str, default: int) -> tuple[int, int]:
