@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -120,6 +120,28 @@ class Costs(Protocol):
         ...
 
 
+class Checkpoint(Protocol):
+    """Where a long step keeps how far it is, so that running it again goes on from there; the engine's."""
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last: tensors and JSON data in dictionaries and lists; None: nothing yet."""
+        ...
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Keep a state instead of the one before; whole or not at all."""
+        ...
+
+
+class NoCheckpoint:
+    """The checkpoint of a context that keeps nothing."""
+
+    def load(self) -> dict[str, Any] | None:
+        return None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class Context:
     """What a step may use besides the model.
@@ -136,6 +158,7 @@ class Context:
         scratch: Moves a tensor to where there is room for many, e.g. to a mapped file.
         costs: Measured prices of the layers; None where nothing was measured.
         memo: Remembers what was computed of this step's model before, as JSON data.
+        checkpoint: Keeps how far a long step is.
     """
 
     models: Mapping[str, Model]
@@ -148,6 +171,7 @@ class Context:
     scratch: Scratch = in_memory
     costs: Costs | None = None
     memo: Memo = forgetful
+    checkpoint: Checkpoint = field(default_factory=NoCheckpoint)
 
     def float_model(self, model: Model) -> Model:
         """The float network that a model with formats is held against."""

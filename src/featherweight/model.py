@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -65,20 +65,138 @@ class SetAttr:
     shape: tuple[int, ...] | None = None
 
 
-Edit = Remove | SetAttr
+@dataclass(frozen=True)
+class Cut:
+    """Indices of one axis of a parameter or buffer were removed; all names of a tied tensor lose them.
+
+    Attributes:
+        tensor: Its (first) name in the module.
+        axis: Which axis.
+        dropped: Sorted indices that went, of the axis as it was.
+    """
+
+    tensor: str
+    axis: int
+    dropped: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of ``torch.nn`` as data.
+
+    Attributes:
+        kind: Class name in ``torch.nn``; one of ``LAYERS``.
+        arguments: Of its constructor, by name; JSON data.
+        layers: What a Sequential consists of.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+
+    def build(self) -> nn.Module:
+        """The layer with fresh weights.
+
+        Raises:
+            ValueError: No such layer may be built from data.
+        """
+        if self.kind not in LAYERS:
+            raise ValueError(f"no layer '{self.kind}' is built from data")
+        arguments = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.arguments.items()
+        }
+        made: nn.Module = getattr(nn, self.kind)(*(layer.build() for layer in self.layers), **arguments)
+        return made
+
+
+LAYERS = frozenset(
+    {"Sequential", "Identity", "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d"}
+    | {"ReLU", "ReLU6", "LeakyReLU", "Hardswish", "Hardsigmoid", "GELU", "SiLU", "Sigmoid", "Tanh"}
+    | {
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "LayerNorm",
+        "AvgPool2d",
+        "MaxPool2d",
+        "AdaptiveAvgPool2d",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The layer at ``path`` became another one, whose values are in the weights file."""
+
+    path: str
+    layer: Layer
+
+
+Edit = Remove | SetAttr | Cut | Replace
 
 
 def make_edit(module: nn.Module, edit: Edit) -> None:
     """Carry one edit out on a module, in place."""
-    if isinstance(edit, Remove):
-        parent, _, child = edit.path.rpartition(".")
-        setattr(module.get_submodule(parent), child, nn.Identity())
-        return
-    layer = module.get_submodule(edit.path)
-    if edit.shape is None:
-        setattr(layer, edit.name, edit.value)
-    else:
-        layer.register_parameter(edit.name, nn.Parameter(torch.zeros(edit.shape)))
+    match edit:
+        case Remove(path):
+            _put(module, path, nn.Identity())
+        case Replace(path, layer):
+            _put(module, path, layer.build().train(module.get_submodule(path).training))
+        case Cut(tensor, axis, dropped):
+            _cut(module, tensor, axis, dropped)
+        case SetAttr(path, name, value, None):
+            setattr(module.get_submodule(path), name, value)
+        case SetAttr(path, name, _, tuple() as shape):
+            module.get_submodule(path).register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer)
+
+
+def _cut(module: nn.Module, name: str, axis: int, dropped: tuple[int, ...]) -> None:
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    tensor = tensors[name]
+    gone = set(dropped)
+    keep = torch.tensor([index for index in range(tensor.shape[axis]) if index not in gone], dtype=torch.long)
+    left = tensor.detach().index_select(axis, keep.to(tensor.device))
+    if isinstance(tensor, nn.Parameter):
+        left = nn.Parameter(left, requires_grad=tensor.requires_grad)
+    for layer in module.modules():  # all names of a tied tensor
+        for table in (layer._parameters, layer._buffers):
+            for own, value in table.items():
+                if value is tensor:
+                    table[own] = left  # type: ignore[assignment]
+
+
+def encode_edit(edit: Edit) -> dict[str, Any]:
+    """An edit as JSON data."""
+    return {"kind": type(edit).__name__, **asdict(edit)}
+
+
+def decode_edit(data: Mapping[str, Any]) -> Edit:
+    """The edit that :func:`encode_edit` wrote.
+
+    Raises:
+        ValueError: There is no such edit.
+    """
+    values = {name: value for name, value in data.items() if name != "kind"}
+    match data["kind"]:
+        case "Remove":
+            return Remove(**values)
+        case "SetAttr":
+            shape = values["shape"]
+            return SetAttr(**{**values, "shape": None if shape is None else tuple(shape)})
+        case "Cut":
+            return Cut(values["tensor"], values["axis"], tuple(values["dropped"]))
+        case "Replace":
+            return Replace(values["path"], _layer(values["layer"]))
+    raise ValueError(f"unknown edit '{data['kind']}'")
+
+
+def _layer(data: Mapping[str, Any]) -> Layer:
+    return Layer(data["kind"], data["arguments"], tuple(_layer(one) for one in data["layers"]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from featherweight.exchange.key import root_key
 from featherweight.formats import TensorFormat, decode, encode
 from featherweight.graph import Graph, Node
 from featherweight.method import Context, Memo, Method, Progress, Silent, forgetful
-from featherweight.model import Edit, Model, Remove, SetAttr
+from featherweight.model import Model, decode_edit, encode_edit
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Json, Role, Runtime, Target
@@ -236,7 +236,7 @@ def _root(model: Model) -> str:
 def write_model(folder: Path, model: Model) -> None:
     """Edits, formats and tensors; with the original module they rebuild the model, without pickle."""
     data = {
-        "edits": [{"kind": type(edit).__name__, **asdict(edit)} for edit in model.edits],
+        "edits": [encode_edit(edit) for edit in model.edits],
         "formats": {name: [encode(fmt) for fmt in chain] for name, chain in model.formats.items()},
     }
     (folder / "model.json").write_text(json.dumps(data))
@@ -250,14 +250,7 @@ def _untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _read_model(folder: Path, original: Model, key: str) -> Model:
     data = json.loads((folder / "model.json").read_text())
-    edits = tuple(_edit(edit) for edit in data["edits"])
+    edits = tuple(decode_edit(edit) for edit in data["edits"])
     module = original.rebuild(edits, load_file(folder / "weights.safetensors"))
     formats = {name: tuple(decode(fmt) for fmt in chain) for name, chain in data["formats"].items()}
     return replace(original, module=module, formats=formats, edits=edits, key=key, traced={})
-
-
-def _edit(data: Mapping[str, Any]) -> Edit:
-    if data["kind"] == "Remove":
-        return Remove(data["path"])
-    shape = None if data["shape"] is None else tuple(data["shape"])
-    return SetAttr(data["path"], data["name"], data["value"], shape)
