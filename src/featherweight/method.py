@@ -52,6 +52,11 @@ class Supports(Protocol):
         """Operator -> the only real range that its integer output can have."""
         ...
 
+    @property
+    def width_multiple(self) -> int:
+        """Numbers of channels that are multiples of this waste no kernel's work."""
+        ...
+
     def __call__(self, op: str, weight: TensorFormat | None, activation: TensorFormat | None) -> bool:
         """Whether the operator runs in these formats."""
         ...
@@ -117,6 +122,10 @@ class Costs(Protocol):
 
     def total(self, integers: bool) -> float | None:
         """Seconds of one call of the whole network in float, or in integers wherever those pay."""
+        ...
+
+    def scaled(self, layer: str, inputs: float, outputs: float, integers: bool) -> float | None:
+        """Seconds of one call of a layer that keeps these fractions (0 to 1) of its channels; None: unknown."""
         ...
 
 

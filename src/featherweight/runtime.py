@@ -253,6 +253,10 @@ class Runtime(ABC):
         """Whether a layer with weights is faster in integers than in float here; asked where both are had."""
         return True
 
+    def width_multiple(self, target: Target) -> int:
+        """Numbers of channels that are multiples of this waste no kernel's work; 8 where nothing is known."""
+        return 8
+
     @abstractmethod
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
         """The exact grid that will be stored.

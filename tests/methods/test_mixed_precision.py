@@ -42,6 +42,10 @@ class Prices:
     def total(self, integers: bool) -> float | None:
         return 1.0 + sum(pair[integers] for pair in self.layers.values())
 
+    def scaled(self, layer: str, inputs: float, outputs: float, integers: bool) -> float | None:
+        found = self.seconds(layer, integers)
+        return None if found is None else found * inputs * outputs
+
 
 class Remembering:
     """A memory of what was computed, and how often it was."""

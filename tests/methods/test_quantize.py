@@ -584,6 +584,7 @@ class TestDynamic:
         class Some:
             float_outputs = one_grid = joined = frozenset[str]()
             fixed_ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+            width_multiple = 8
 
             def integers_pay(self, node: Any, graph: Any) -> bool:
                 return True

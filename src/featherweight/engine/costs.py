@@ -2,15 +2,16 @@
 
 The original and its plain int8 form are profiled kernel by kernel in the measuring process; a kernel's time
 goes to the layers that it stands for (exchange/attribution.py). A third network, in which every other layer
-is float, tells what the borders between both cost for each element that is converted there. Nothing is
-measured before somebody asks.
+is float, tells what the borders between both cost for each element that is converted there. What layers cost
+when they keep some of their channels is measured beside (``widths.py``). Nothing is measured before somebody
+asks.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from featherweight.data import Data
 from featherweight.engine.jobs import Runner
-from featherweight.engine.store import digest
+from featherweight.engine.store import Store, digest
+from featherweight.engine.widths import Widths, measure, shapes
 from featherweight.exchange.attribution import Attribution, attribute, write_named
 from featherweight.graph import Graph, trace
 from featherweight.model import Entry, Model
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from featherweight.engine.run import Run
 
 _MIXED = "mixed"
+_TO_PLAIN, _FROM_PLAIN = "ReorderOutput", "ReorderInput"  # ONNX Runtime's changes of layout
 _PLAIN: Mapping[str, Any] = {
     "range": "minmax",
     "weight_range": "minmax",
@@ -108,6 +112,7 @@ class MeasuredCosts:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._widths: dict[bool, dict[str, Widths]] = {}
 
     def seconds(self, layer: str, integers: bool) -> float | None:
         """Seconds of one call of a layer in float or in integers; None where it was not measured."""
@@ -124,6 +129,22 @@ class MeasuredCosts:
         found = self._table
         return None if found is None else found[_form(integers)]["total"]
 
+    def scaled(self, layer: str, inputs: float, outputs: float, integers: bool) -> float | None:
+        """Seconds of one call of a layer that keeps these fractions (0 to 1) of its channels; None: unknown.
+
+        Measured at a few widths (see ``widths.py``) when the first one is asked for, kept in the store; a
+        layer of a kind that is not costs as its multiply-accumulates.
+        """
+        whole = self.seconds(layer, integers)
+        if whole is None:
+            return None
+        if integers not in self._widths:
+            self._widths[integers] = self._measured_widths(integers)
+        seen = self._widths[integers].get(layer)
+        if seen is None:
+            return whole * inputs * outputs
+        return whole * seen.ratio(inputs, outputs, self._run.runtime.width_multiple(self._run.target))
+
     @property
     def known(self) -> bool:
         """Whether the runtime tells what its kernels take, so that layers have prices."""
@@ -131,17 +152,52 @@ class MeasuredCosts:
 
     @cached_property
     def _table(self) -> dict[str, Any] | None:
+        return self._kept("costs", self._measure) if self.known else None
+
+    def _measured_widths(self, integers: bool) -> dict[str, Widths]:
+        found = self._kept(f"widths {_form(integers)}", lambda: self._measure_widths(integers))
+        return {layer: Widths.from_json(found["shapes"][place]) for layer, place in found["layers"].items()}
+
+    def _kept(self, what: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """From the store, else measured now."""
         run = self._run
-        if not self.known:
-            return None
         key = digest(
-            "costs", run.original.key, run.target.to_json(), run.runtime.version(), run.sources, run.seed
+            what, run.original.key, run.target.to_json(), run.runtime.version(), run.sources, run.seed
         )
         kept: dict[str, Any] | None = run.store.get_json("costs", key)
         if kept is None:
-            kept = self._measure()
+            kept = find()
             run.store.put_json("costs", key, kept)
         return kept
+
+    def _measure_widths(self, integers: bool) -> dict[str, Any]:
+        """Each layer's place in the list of what was measured: layers of one shape share it."""
+        run = self._run
+        wanted = shapes(run.original)
+        spent = {layer: self.seconds(layer, integers) or 0.0 for layer in wanted}
+
+        def profiler(network: Model) -> dict[str, float]:
+            what = f"profiling layers at several widths on {run.target.runtime}"
+            (found,) = [self._profile_alone(one, integers) for one in run.progress.track([network], what, 1)]
+            return found
+
+        multiple = run.runtime.width_multiple(run.target)
+        found = measure(wanted, spent, multiple, run.seed, profiler)
+        different = list(dict.fromkeys(found.values()))
+        places = {layer: different.index(one) for layer, one in found.items()}
+        return {"layers": places, "shapes": [one.to_json() for one in different]}
+
+    def _profile_alone(self, network: Model, integers: bool) -> dict[str, float]:
+        """Layer -> seconds in a network that is not the original, with what it costs to feed it."""
+        own = self._run
+        examples = Data.of(x_train=network.entries["forward"].example_inputs[0].numpy())
+        with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
+            place = Path(folder)
+            (place / "profile").mkdir()
+            run = type(own)(network, examples, own.target, Store(place / "store"), seed=own.seed)
+            model = run.apply(Recipe((Step("quantize", _PLAIN),) if integers else ()))
+            seen = profiled(run.lower(model), model, "forward", own.target, place / "profile")
+        return layer_seconds(seen, moved=True)
 
     def _measure(self) -> dict[str, Any]:
         fold = Step("fold")
@@ -190,15 +246,39 @@ def _excess(table: Mapping[str, Any], spared: Sequence[str]) -> float:
     return max(0.0, float(table[_MIXED]["total"] - table[_form(True)]["total"] - change))
 
 
-def layer_seconds(seen: Profiled) -> dict[str, float]:
-    """Layer with weights -> seconds of its kernels in one call."""
+def layer_seconds(seen: Profiled, moved: bool = False) -> dict[str, float]:
+    """Layer with weights -> seconds of its kernels in one call.
+
+    Args:
+        seen: A profile.
+        moved: With what changes the layout of its input back to the plain one, or of its output from it:
+            its kernel is the reason why.
+    """
     layers = {node.name: node.layer for node in seen.graph if node.parameters}
+    moves = _moves(seen) if moved else {}
     found: dict[str, float] = {}
     for kernel, shares in seen.found.shares.items():
         for call, share in shares.items():
             if call in layers:
-                spent = share * seen.kernels.get(kernel, 0.0)
+                spent = share * (seen.kernels.get(kernel, 0.0) + moves.get(kernel, 0.0))
                 found[layers[call]] = found.get(layers[call], 0.0) + spent
+    return found
+
+
+def _moves(seen: Profiled) -> dict[str, float]:
+    """Kernel -> seconds of changes of layout right before and behind it that it is the reason of."""
+    nodes = list(seen.optimized.graph.node)
+    maker = {output: node for node in nodes for output in node.output}
+    found: dict[str, float] = {}
+    for node in nodes:
+        for value in node.input:
+            before = maker.get(value)
+            if before is None:
+                continue
+            if before.op_type == _TO_PLAIN:
+                found[node.name] = found.get(node.name, 0.0) + seen.kernels.get(before.name, 0.0)
+            if node.op_type == _FROM_PLAIN:
+                found[before.name] = found.get(before.name, 0.0) + seen.kernels.get(node.name, 0.0)
     return found
 
 

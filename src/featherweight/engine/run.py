@@ -58,6 +58,10 @@ class TargetSupports:
     def fixed_ranges(self) -> Mapping[str, tuple[float, float]]:
         return self.runtime.fixed_ranges
 
+    @property
+    def width_multiple(self) -> int:
+        return self.runtime.width_multiple(self.target)
+
     def __call__(self, op: str, weight: TensorFormat | None, activation: TensorFormat | None) -> bool:
         return self.runtime.supports(op, weight, activation, self.target)
 
