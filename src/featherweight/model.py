@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from featherweight.formats import TensorFormat
+from featherweight.unrolled import unroll
 
 
 @dataclass(frozen=True)
@@ -132,12 +133,31 @@ class Replace:
     layer: Layer
 
 
-Edit = Remove | SetAttr | Cut | Replace
+@dataclass(frozen=True)
+class Unroll:
+    """The module's code became data, since sizes are written into it; see ``unrolled.py``.
+
+    Attributes:
+        programs: Method -> the calls of its graph; JSON data.
+        constants: Tensors that the programs read and that are no parameters: name -> [shape, dtype].
+    """
+
+    programs: Mapping[str, Any] = field(repr=False)
+    constants: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_edit(module: nn.Module, edit: Edit) -> None:
-    """Carry one edit out on a module, in place."""
+Edit = Remove | SetAttr | Cut | Replace | Unroll
+
+
+def make_edit(module: nn.Module, edit: Edit) -> nn.Module:
+    """Carry one edit out on a module, in place; ``Unroll`` makes another one of its layers and tensors.
+
+    Returns:
+        The module to go on with.
+    """
     match edit:
+        case Unroll(programs, constants):
+            return unroll(module, programs, constants)
         case Remove(path):
             _put(module, path, nn.Identity())
         case Replace(path, layer):
@@ -145,9 +165,12 @@ def make_edit(module: nn.Module, edit: Edit) -> None:
         case Cut(tensor, axis, dropped):
             _cut(module, tensor, axis, dropped)
         case SetAttr(path, name, value, None):
-            setattr(module.get_submodule(path), name, value)
+            owner = module.get_submodule(path)
+            held = getattr(owner, name, None)
+            setattr(owner, name, tuple(value) if isinstance(held, tuple) else value)
         case SetAttr(path, name, _, tuple() as shape):
             module.get_submodule(path).register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    return module
 
 
 def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
@@ -168,6 +191,8 @@ def _cut(module: nn.Module, name: str, axis: int, dropped: tuple[int, ...]) -> N
             for own, value in table.items():
                 if value is tensor:
                     table[own] = left  # type: ignore[assignment]
+        if isinstance(layer, nn.RNNBase):  # it keeps a list of its weights beside the table
+            layer._flat_weights = [getattr(layer, own, None) for own in layer._flat_weights_names]
 
 
 def encode_edit(edit: Edit) -> dict[str, Any]:
@@ -192,6 +217,8 @@ def decode_edit(data: Mapping[str, Any]) -> Edit:
             return Cut(values["tensor"], values["axis"], tuple(values["dropped"]))
         case "Replace":
             return Replace(values["path"], _layer(values["layer"]))
+        case "Unroll":
+            return Unroll(**values)
     raise ValueError(f"unknown edit '{data['kind']}'")
 
 
@@ -271,6 +298,6 @@ class Model:
         """The module that these edits and tensors make of this (original) model."""
         module = self.copy_module()
         for edit in edits:
-            make_edit(module, edit)
+            module = make_edit(module, edit)
         module.load_state_dict(dict(tensors), strict=True)
         return module
