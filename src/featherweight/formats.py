@@ -25,11 +25,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from featherweight.granularity import DIMENSIONS, affine_grid, integers, per_element
+from featherweight.granularity import DIMENSIONS, affine_grid, integers, learned_grid, per_element
 from featherweight.granularity import Granularity as Granularity
 from featherweight.granularity import PerChannel as PerChannel
 from featherweight.granularity import PerGroup as PerGroup
 from featherweight.granularity import PerTensor as PerTensor
+from featherweight.straight_through import rounded, straight_through
 
 _SCALE = 32  # bits of a stored scale
 
@@ -37,11 +38,6 @@ _SCALE = 32  # bits of a stored scale
 def _check_shape(values: Tensor, granularity: Granularity, what: str) -> None:
     if values.dim() != DIMENSIONS[type(granularity)]:
         raise ValueError(f"a {what} of shape {tuple(values.shape)} does not fit {granularity}")
-
-
-def _straight_through(value: Tensor, x: Tensor) -> Tensor:
-    """``value``, to the last bit, with the gradient of ``x`` besides its own."""
-    return value + (x - x.detach()) if x.requires_grad else value
 
 
 def _check_scale(scale: Tensor, granularity: Granularity) -> None:
@@ -162,7 +158,10 @@ class IntQuant:
         return (q - zero_point).float() * scale
 
     def project(self, x: Tensor) -> Tensor:
-        if isinstance(self.granularity, PerTensor) and not self.low.requires_grad:
+        """The nearest value of the grid; straight-through, and with gradients of ``low`` and ``high``."""
+        if self.low.requires_grad or self.high.requires_grad:
+            return self._learning(x)
+        if isinstance(self.granularity, PerTensor):
             step, zero = self._numbers
             if torch.compiler.is_exporting():  # the fused kernel below has no form that can be exported
                 steps = torch.round(x * (1 / step)) + zero
@@ -172,11 +171,16 @@ class IntQuant:
         scale, zero_point = self.grid_of(x)
         steps = torch.round(x.detach().float() / scale) + zero_point
         value = ((steps.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
-        if not (x.requires_grad or self.low.requires_grad):
+        if not x.requires_grad:
             return value
         lowest = (self.quant_min - zero_point) * scale
         highest = (self.quant_max - zero_point) * scale
-        return _straight_through(value.detach(), torch.minimum(torch.maximum(x, lowest), highest))
+        return straight_through(value.detach(), torch.minimum(torch.maximum(x, lowest), highest))
+
+    def _learning(self, x: Tensor) -> Tensor:
+        grid = learned_grid(self.low, self.high, self.quant_min, self.quant_max, self.symmetric)
+        scale, zero_point = (per_element(one, self.granularity, x) for one in grid)
+        return rounded(x, scale, zero_point, self.quant_min, self.quant_max)
 
     def stored_bytes(self, elements: int) -> int:
         zero_point = 0 if self.symmetric else self.width
@@ -214,7 +218,7 @@ class FloatCast:
         """The nearest value; what is too large for half precision becomes its largest number."""
         limit = torch.finfo(self.torch_dtype).max
         cast = x.clamp(-limit, limit).to(self.torch_dtype).to(x.dtype)
-        return _straight_through(cast.detach(), x)
+        return straight_through(cast.detach(), x)
 
     def stored_bytes(self, elements: int) -> int:
         return 2 * elements
@@ -262,7 +266,7 @@ class Ternary:
     def project(self, x: Tensor) -> Tensor:
         """-scale, 0 or scale; the gradient is that of ``x`` everywhere."""
         scale = per_element(self.scale, self.granularity, x).to(x.dtype)
-        return _straight_through(self.codes(x.detach()) * scale, x)
+        return straight_through(self.codes(x.detach()) * scale, x)
 
     def stored_bytes(self, elements: int) -> int:
         return (elements * self.width + self.scale.numel() * _SCALE + 7) // 8
@@ -274,10 +278,10 @@ class Ternary:
         return {"scale": self.scale}
 
     def with_learned(self, values: Mapping[str, Tensor]) -> Ternary:
-        """With another scale; a threshold that it fell to becomes half of it."""
+        """With another scale, which the threshold follows."""
         scale = values["scale"].clamp(min=0)
-        threshold = torch.where(self.threshold < scale, self.threshold, scale.detach() / 2)
-        return replace(self, scale=scale, threshold=threshold)
+        share = torch.where(self.scale > 0, self.threshold / self.scale, 0.5).detach().clamp(max=0.999)
+        return replace(self, scale=scale, threshold=share * scale.detach())
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +310,7 @@ class Binary:
     def project(self, x: Tensor) -> Tensor:
         """-scale or scale; the gradient is that of ``x`` everywhere."""
         scale = per_element(self.scale, self.granularity, x).to(x.dtype)
-        return _straight_through(self.codes(x.detach()) * scale, x)
+        return straight_through(self.codes(x.detach()) * scale, x)
 
     def stored_bytes(self, elements: int) -> int:
         return (elements * self.width + self.scale.numel() * _SCALE + 7) // 8
@@ -353,7 +357,7 @@ class Dynamic:
         smallest, largest = integers(self.width, self.symmetric, self.signed)
         scale, zero_point = affine_grid(low, high, smallest, largest, self.symmetric)
         steps = (torch.round(values / scale) + zero_point).clamp(smallest, largest) - zero_point
-        return _straight_through((steps * scale).to(x.dtype), x)
+        return straight_through((steps * scale).to(x.dtype), x)
 
     def stored_bytes(self, elements: int) -> int:
         """Bytes of the integers in memory; no file holds them, nor their scales."""

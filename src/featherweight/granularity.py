@@ -89,3 +89,14 @@ def affine_grid(
     scale = (high - low).clamp(min=_SMALLEST_RANGE) / steps
     zero_point = torch.round(smallest - low / scale)
     return scale, zero_point.clamp(smallest, largest).to(torch.int32)
+
+
+def learned_grid(
+    low: Tensor, high: Tensor, smallest: int, largest: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The same grid, differentiable in its range; whole zero points (float32) straight-through."""
+    scale, zero_point = affine_grid(low, high, smallest, largest, symmetric)
+    if symmetric:
+        return scale, zero_point.float()
+    exact = smallest - torch.clamp(low.float(), max=0.0) / scale
+    return scale, zero_point.float() + (exact - exact.detach())
