@@ -82,6 +82,7 @@ class World:
             seed=0,
             progress=Silent(),
             original="original",
+            start="original",
             target=SimpleNamespace(runtime=self.runtime),
             runtime=SimpleNamespace(version=lambda: "1"),
             warnings={"a warning of the run": None},

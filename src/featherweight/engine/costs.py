@@ -161,9 +161,7 @@ class MeasuredCosts:
     def _kept(self, what: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """From the store, else measured now."""
         run = self._run
-        key = digest(
-            what, run.original.key, run.target.to_json(), run.runtime.version(), run.sources, run.seed
-        )
+        key = digest(what, run.start.key, run.target.to_json(), run.runtime.version(), run.sources, run.seed)
         kept: dict[str, Any] | None = run.store.get_json("costs", key)
         if kept is None:
             kept = find()
@@ -173,7 +171,7 @@ class MeasuredCosts:
     def _measure_widths(self, integers: bool) -> dict[str, Any]:
         """Each layer's place in the list of what was measured: layers of one shape share it."""
         run = self._run
-        wanted = shapes(run.original)
+        wanted = shapes(run.start)
         spent = {layer: self.seconds(layer, integers) or 0.0 for layer in wanted}
 
         def profiler(network: Model) -> dict[str, float]:

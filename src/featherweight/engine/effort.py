@@ -160,7 +160,7 @@ def plan(run: Run, time_s: float, budget: Budget, trials: int | None = None) -> 
         limits = {"bytes": budget.bytes}
     elif run.costs.known:
         limits = {"latency": Choice(_LATENCIES)}
-    return planned(pace_of(run), shape_of(run.original), time_s, limits, trials)
+    return planned(pace_of(run), shape_of(run.start), time_s, limits, trials)
 
 
 def planned(
@@ -209,15 +209,15 @@ def _longer(level: Level, pace: Pace, shape: Shape) -> str:
 
 def pace_of(run: Run) -> Pace:
     """What work costs on this machine: a forward pass is timed once and remembered."""
-    key = digest("pace", run.original.key, run.data.fingerprint, _machine(), run.sources)
+    key = digest("pace", run.start.key, run.data.fingerprint, _machine(), run.sources)
     known = run.store.get_json("pace", key)
     if known is None:
         known = {"example_s": _example_seconds(run)}
         run.store.put_json("pace", key, known)
     example_s = max(known["example_s"], 1e-9)
     weights = macs = 0
-    for entry in run.original.entries:
-        graph = trace(run.original, entry)
+    for entry in run.start.entries:
+        graph = trace(run.start, entry)
         for node in graph:
             here = node_macs(graph, node)
             macs += here
@@ -236,7 +236,7 @@ def _machine() -> list[object]:
 
 def _example_seconds(run: Run) -> float:
     """Seconds of one example in a batch, the quicker of two passes."""
-    replay = Replay(run.original, next(iter(run.original.entries)))
+    replay = Replay(run.start, next(iter(run.start.entries)))
     seen: list[float] = []
     with torch.inference_mode():
         for arrays in islice(run.data.calibration(_TIMED), 1):

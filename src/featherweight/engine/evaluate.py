@@ -230,7 +230,7 @@ class Scales:
         return quality(self.run.data, self.twin_scored, weighed.scored, indices=indices, seed=self.run.seed)
 
     def layers(self, model: Model, weighed: Weighed, *, figures: bool = True) -> list[LayerRow]:
-        """Bytes and MACs by layer, the original beside the artifact, and where the network loses (simulated).
+        """Bytes and MACs by layer, before the steps and in the artifact, and where it loses (simulated).
 
         Args:
             model: What the artifact was made of.
@@ -239,7 +239,7 @@ class Scales:
         """
         run = self.run
         stored = {name: entry.dtype for name, entry in run.runtime.stored(weighed.artifact).items()}
-        before = {row.name: row for row in _rows(run.original)}
+        before = {row.name: row for row in _rows(run.start)}
         seen = self._layer_figures(model) if model.formats and figures else {}
         return [
             _layer_row(row, before.get(row.name), stored, seen.get(row.name))

@@ -263,7 +263,7 @@ class Fit:
         if not self.question.open_ended:
             self._announce(candidate)
             return lane.run.apply(candidate.recipe)
-        model = lane.run.original
+        model = lane.run.start
         for index, step in enumerate(candidate.recipe.steps):
             candidate.fill(index, step_holes(step, model, lane.run.context(model)))
             if index == len(candidate.recipe.steps) - 1:

@@ -73,12 +73,14 @@ class Run:
     """One original model, its data and its target; applies steps and lowers what they make.
 
     Args:
-        original: What everything starts from.
+        original: What everything is compared with, and what steps start from.
         data: Calibration and training examples, and the scored ones.
         target: Where artifacts will run.
         store: Where finished work is kept.
         seed: The only source of randomness.
         progress: Where long work says how far it is.
+        student: What steps start from instead; edits are relative to it.
+        teacher: What steps may learn from besides the original.
     """
 
     def __init__(
@@ -90,8 +92,13 @@ class Run:
         *,
         seed: int = 0,
         progress: Progress | None = None,
+        student: Model | None = None,
+        teacher: Model | None = None,
     ) -> None:
-        self.original = original if original.key else original.evolve(key=_root(original))
+        self.original = _with_key(original)
+        self.student = None if student is None else _with_key(student)
+        self.teacher = None if teacher is None else _with_key(teacher)
+        self.start = self.student or self.original
         self.data = data
         self.target = resolve(target)
         self.store = store
@@ -113,8 +120,9 @@ class Run:
             model: What reaches the step; it tells which float network its formats are held against.
         """
         behind = None if model is None else self._floats.get(self._float_keys.get(model.key, ""))
+        others = {"student": self.student, "teacher": self.teacher, "float": behind}
         return Context(
-            models={"original": self.original} | ({} if behind is None else {"float": behind}),
+            models={"original": self.original} | {name: one for name, one in others.items() if one},
             data=self.data,
             target=self.target,
             supports=TargetSupports(self.runtime, for_runtime(self.target)),
@@ -139,12 +147,12 @@ class Run:
         return memo
 
     def apply(self, recipe: Recipe) -> Model:
-        """The model that a filled recipe makes of the original.
+        """The model that a filled recipe makes of the original, or of the student.
 
         Raises:
             RecipeError: The recipe is not valid, or a step does not fit the model.
         """
-        model = self.original
+        model = self.start
         for number, method in enumerate(recipe.methods(), 1):
             model = self.step(model, method, number)
         return model
@@ -160,7 +168,7 @@ class Run:
             changed = self._compute(model, method, name, number).evolve(key=key)
             self.store.put("steps", key, lambda folder: write_model(folder, changed))
             return changed
-        return _read_model(kept, self.original, key)
+        return _read_model(kept, self.start, key)
 
     def _follow(self, model: Model, method: Method, key: str) -> None:
         """Remember the network as it reached the first format step, for every step from there on.
@@ -198,7 +206,9 @@ class Run:
 
     def _step_key(self, model: Model, name: str, method: Method) -> str:
         examples = self.data.fingerprint if method.needs else ""
-        return self._key("step", model, name, method.model_dump(mode="json"), examples)
+        beside = {"original": self.student and self.original, "teacher": self.teacher}
+        others = [f"{role} {one.key}" for role, one in beside.items() if one is not None]
+        return self._key("step", model, name, method.model_dump(mode="json"), examples, *others)
 
     def _key(self, kind: str, model: Model, *more: Any) -> str:
         return digest(
@@ -231,6 +241,10 @@ class Run:
         (folder / "artifact.json").write_text(json.dumps(artifact.to_json()))
 
 
+def _with_key(model: Model) -> Model:
+    return model if model.key else model.evolve(key=_root(model))
+
+
 def _root(model: Model) -> str:
     """The store's address of a model that was made by hand."""
     formats = {name: [encode(fmt) for fmt in chain] for name, chain in model.formats.items()}
@@ -238,7 +252,7 @@ def _root(model: Model) -> str:
 
 
 def write_model(folder: Path, model: Model) -> None:
-    """Edits, formats and tensors; with the original module they rebuild the model, without pickle."""
+    """Edits, formats and tensors; with the module that steps started from they rebuild it, without pickle."""
     data = {
         "edits": [encode_edit(edit) for edit in model.edits],
         "formats": {name: [encode(fmt) for fmt in chain] for name, chain in model.formats.items()},
@@ -252,9 +266,9 @@ def _untied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def _read_model(folder: Path, original: Model, key: str) -> Model:
+def _read_model(folder: Path, start: Model, key: str) -> Model:
     data = json.loads((folder / "model.json").read_text())
     edits = tuple(decode_edit(edit) for edit in data["edits"])
-    module = original.rebuild(edits, load_file(folder / "weights.safetensors"))
+    module = start.rebuild(edits, load_file(folder / "weights.safetensors"))
     formats = {name: tuple(decode(fmt) for fmt in chain) for name, chain in data["formats"].items()}
-    return replace(original, module=module, formats=formats, edits=edits, key=key, traced={})
+    return replace(start, module=module, formats=formats, edits=edits, key=key, traced={})

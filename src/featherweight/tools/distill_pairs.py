@@ -1,0 +1,189 @@
+"""Which layers of a student are held to which of its teacher, found by running both once.
+
+A layer counts if it is called once and gives one tensor. Layers are paired where nothing but the number of
+channels differs, so each pair has the same positions: pixels, tokens. At each resolution that both have,
+the last layers are paired (the ends of stages); where there is one resolution only, as in transformers,
+the blocks at equal fractions of the depth. A layer whose name both have is paired by its name: that is a
+pruned or quantized student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.errors import RecipeError, nearest
+from featherweight.model import Model
+from featherweight.tools.distill_check import inference
+
+Names = Literal["none", "auto"] | Mapping[str, str]
+
+_MOST = 4  # pairs where all layers have one resolution
+_LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)  # channels last
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer gives.
+
+    Attributes:
+        layer: Its path.
+        axis: Of its channels.
+        shape: Of its output, with the batch.
+        order: When it was done, among all layers.
+        block: It is one of several children of a Sequential or ModuleList.
+    """
+
+    layer: str
+    axis: int
+    shape: tuple[int, ...]
+    order: int
+    block: bool
+
+    @property
+    def width(self) -> int:
+        """Channels."""
+        return self.shape[self.axis]
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Sizes of what is neither batch nor channels."""
+        return tuple(size for axis, size in enumerate(self.shape) if axis not in (0, self.axis))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer of the student and the one of the teacher that it is held to."""
+
+    student: Seen
+    teacher: Seen
+
+
+def layers_seen(model: Model, inputs: tuple[Tensor, ...], entry: str = "forward") -> dict[str, Seen]:
+    """Every layer that is called once and gives features, in the order in which they are done."""
+    found: dict[str, Seen] = {}
+    calls: dict[str, int] = {}
+    results: dict[str, Tensor] = {}
+    last = [1]  # the axis of the channels, as the layer with weights before tells
+
+    def note(path: str, layer: nn.Module, _: Any, output: Any) -> None:
+        calls[path] = calls.get(path, 0) + 1
+        value = first_tensor(output)
+        if value is None or not value.is_floating_point() or value.dim() < 2:
+            return
+        if not any(True for _ in layer.children()) and next(layer.parameters(False), None) is not None:
+            last[0] = -1 if isinstance(layer, _LAST) else 1
+        results[path] = value
+        axis = last[0] % value.dim() if value.dim() == 3 or isinstance(layer, _LAST) else 1
+        parent = model.module.get_submodule(path.rpartition(".")[0])
+        block = isinstance(parent, nn.Sequential | nn.ModuleList) and len(parent) > 1
+        found[path] = Seen(path, axis, tuple(value.shape), len(calls), block)
+
+    how = model.entries[entry]
+    hooks = [
+        layer.register_forward_hook(partial(note, path))
+        for path, layer in model.module.named_modules()
+        if path
+    ]
+    try:
+        with inference(model.module):
+            called = getattr(model.module, how.method)(*how.arguments(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ends = [id(value) for value in torch.utils._pytree.tree_leaves(called)]
+    return {path: seen for path, seen in found.items() if calls[path] == 1 and id(results[path]) not in ends}
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a layer gives, or the first of several tensors."""
+    values = torch.utils._pytree.tree_leaves(output)
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def paired(
+    names: Names, student: Mapping[str, Seen], teacher: Mapping[str, Seen], what: str
+) -> tuple[Pair, ...]:
+    """The pairs that are named, or that are found.
+
+    Args:
+        names: Student's layer -> teacher's, ``auto``, or ``none``.
+        student: Its layers, by :func:`layers_seen`.
+        teacher: Likewise.
+        what: Name of the parameter, for messages.
+
+    Raises:
+        RecipeError: A name is none of a layer that can be watched, a pair does not fit, or nothing fits.
+    """
+    if names == "none":
+        return ()
+    if not isinstance(names, str):
+        return tuple(_named(mine, theirs, student, teacher, what) for mine, theirs in names.items())
+    found = _found(list(student.values()), teacher)
+    if not found:
+        raise RecipeError(
+            f"{what}: auto finds no layers of the student and the teacher with outputs of one size",
+            fix=f"name them: {what}: {{student's layer: teacher's layer}}, or {what}: none",
+        )
+    return tuple(found)
+
+
+def _named(
+    mine: str, theirs: str, student: Mapping[str, Seen], teacher: Mapping[str, Seen], what: str
+) -> Pair:
+    for name, layers, whose in ((mine, student, "the student"), (theirs, teacher, "the teacher")):
+        if name not in layers:
+            raise RecipeError(
+                f"{what} names '{name}', which is no layer of {whose} that is called once and gives features",
+                fix=nearest(name, layers),
+            )
+    pair = Pair(student[mine], teacher[theirs])
+    one, other = pair.student, pair.teacher
+    resized = len(one.places) == len(other.places) > 0 and one.axis == other.axis == 1  # maps are pooled
+    if one.places != other.places and not resized:
+        raise RecipeError(
+            f"{what} pairs '{mine}', which gives {one.shape}, with '{theirs}', which gives {other.shape}",
+            fix="pair layers whose outputs differ in channels only",
+        )
+    return pair
+
+
+def _found(student: Sequence[Seen], teacher: Mapping[str, Seen]) -> list[Pair]:
+    shared = {one.places for one in student} & {one.places for one in teacher.values()}
+    spread = {places for places in shared if any(size > 1 for size in places)}  # () are vectors
+    pairs: list[Pair] = []
+    for places in spread or shared:
+        mine = [one for one in student if one.places == places]
+        theirs = [one for one in teacher.values() if one.places == places]
+        if len(spread or shared) > 1:
+            pairs.append(_matched(mine[-1], theirs[-1], teacher))
+        else:
+            pairs += _by_depth(_blocks(mine), _blocks(theirs), teacher)
+    return sorted(pairs, key=lambda pair: pair.student.order)
+
+
+def _blocks(layers: Sequence[Seen]) -> Sequence[Seen]:
+    """The outermost blocks among layers of one resolution; all of them where there are none."""
+    blocks = [one for one in layers if one.block]
+    depth = min((one.layer.count(".") for one in blocks), default=0)
+    return [one for one in blocks if one.layer.count(".") == depth] or layers
+
+
+def _by_depth(mine: Sequence[Seen], theirs: Sequence[Seen], teacher: Mapping[str, Seen]) -> list[Pair]:
+    count = min(_MOST, len(mine), len(theirs))
+    place: Callable[[int, int], int] = lambda index, total: round((index + 1) * total / count) - 1  # noqa: E731
+    return [
+        _matched(mine[place(index, len(mine))], theirs[place(index, len(theirs))], teacher)
+        for index in range(count)
+    ]
+
+
+def _matched(mine: Seen, theirs: Seen, teacher: Mapping[str, Seen]) -> Pair:
+    """A pair; the teacher's layer of the same name goes first."""
+    same = teacher.get(mine.layer)
+    return Pair(mine, same if same is not None and same.places == mine.places else theirs)

@@ -1,0 +1,269 @@
+"""Distillation: a student learns what its teacher says, beside its labels or instead of them.
+
+loss = (1 - alpha) task + alpha soft targets + w_f sum of features + w_a sum of attention, without labels
+soft targets + ...; each term and its paper is in ``distill_losses.py``. The student may be pruned,
+quantized, or of another architecture: layers are paired in ``distill_pairs.py``. Where widths differ, a
+linear projection of the student's channels (a 1x1 convolution for maps) is trained with it and thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featherweight.errors import RecipeError
+from featherweight.method import Context
+from featherweight.model import Model
+from featherweight.tools.distill_check import check_alike
+from featherweight.tools.distill_losses import (
+    OutputKind,
+    attention_loss,
+    feature_loss,
+    output_kinds,
+    output_loss,
+    relation_loss,
+)
+from featherweight.tools.distill_pairs import Pair, Seen, layers_seen, paired
+from featherweight.tools.distill_teacher import Teacher
+from featherweight.tools.objectives import Net, Objective, Outputs
+
+TeacherName = Literal["none", "original", "teacher", "float"]
+Temperature = Annotated[float, Field(gt=0, le=1000)]
+Alpha = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Features = Literal["none", "auto"] | dict[str, str]
+
+_POOLS: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How a student learns from a teacher; parameters of ``finetune``.
+
+    Attributes:
+        teacher: The ``original`` network, the ``teacher`` that was given, ``float``: the network as it
+            reached the first format step, or ``none``.
+        temperature: Softens class scores: from 1, as they are, to where all classes count alike.
+        alpha: Share of the teacher's outputs in the loss; the labels have the rest.
+        features: Layers whose outputs are compared: ``auto``, or student's layer -> teacher's.
+        feature_weight: Of each such pair.
+        attention: Layers of which only the attention is compared: where the energy of a map is, how the
+            tokens of a sequence relate. ``auto``, or student's layer -> teacher's.
+        attention_weight: Of each such pair.
+    """
+
+    teacher: TeacherName = "none"
+    temperature: float = 4.0
+    alpha: float = 0.9
+    features: Features = "none"
+    feature_weight: float = 1.0
+    attention: Features = "none"
+    attention_weight: float = 1.0
+
+
+def distilled(
+    task: Objective | None,
+    how: Distilling,
+    model: Model,
+    context: Context,
+    *,
+    cache: bool = False,
+    entry: str = "forward",
+) -> Objective | None:
+    """The objective with a teacher; without one the task's own.
+
+    Args:
+        task: The labels' objective; None: distil only.
+        how: What the recipe says.
+        model: The student, before training.
+        context: Holds the teacher, and room for what it says.
+        cache: The inputs are the same in every epoch, so what the teacher says of them is kept.
+        entry: Which way of calling both.
+
+    Raises:
+        RecipeError: There is no such teacher, or it does not fit the student.
+    """
+    if how.teacher == "none":
+        return task
+    master = _teacher_of(how.teacher, model, context)
+    role = "the teacher" if how.teacher == "teacher" else f"the teacher ({how.teacher})"
+    outputs = check_alike(model, master, role=role, than="the student", entry=entry)
+    inputs = model.entries[entry].example_inputs
+    features: tuple[Pair, ...] = ()
+    attention: tuple[Pair, ...] = ()
+    if how.features != "none" or how.attention != "none":
+        mine, theirs = layers_seen(model, inputs, entry), layers_seen(master, inputs, entry)
+        features = paired(how.features, mine, theirs, "features")
+        attention = paired(how.attention, mine, theirs, "attention")
+    layers = dict.fromkeys(pair.teacher.layer for pair in (*features, *attention))
+    return Distillation(
+        task,
+        Teacher(master, tuple(layers), entry=entry, keep=cache, room=context.scratch),
+        output_kinds(outputs, context.data),
+        how,
+        features,
+        attention,
+        seed=context.seed,
+    )
+
+
+def _teacher_of(name: TeacherName, model: Model, context: Context) -> Model:
+    if name == "float":
+        return context.float_model(model)
+    if name not in context.models:
+        raise RecipeError(
+            f"the recipe asks for teacher: {name}, and there is none",
+            fix="--teacher path.py:callable --teacher-weights FILE, or teacher: original",
+        )
+    return context.models[name]
+
+
+class Distillation(Objective):
+    """A student's distance from its teacher, and from its labels where there are some.
+
+    Args:
+        task: The labels' objective; None: distil only.
+        teacher: What is asked.
+        kinds: What each output holds.
+        how: Weights and temperature.
+        features: Pairs whose outputs are compared.
+        attention: Pairs whose attention is compared.
+        seed: Of the projections.
+    """
+
+    def __init__(
+        self,
+        task: Objective | None,
+        teacher: Teacher,
+        kinds: tuple[OutputKind, ...],
+        how: Distilling,
+        features: tuple[Pair, ...] = (),
+        attention: tuple[Pair, ...] = (),
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.teacher = teacher
+        self.how = how
+        self.features = features
+        self.attention = attention
+        self.projections = _projections(features, seed)
+        self._kinds = kinds
+        self._nets: tuple[Net, ...] = ()  # in a tuple, so that it is no submodule
+
+    def attach(self, net: Net) -> None:
+        """Watch the student's layers."""
+        if self.task is not None:
+            self.task.attach(net)
+        self._nets = (net,)
+        layers = dict.fromkeys(pair.student.layer for pair in (*self.features, *self.attention))
+        if layers:
+            net.watch(tuple(layers))
+
+    def step(self, net: Net, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
+        """Run the student on a batch, in the task's own way, and give the loss."""
+        if self.task is None or targets is None:
+            return super().step(net, inputs, targets)
+        watched = _Watched(net)
+        task = self.task.step(watched, inputs, targets)
+        return self._together(task, watched.outputs, inputs, targets)
+
+    def forward(self, outputs: Outputs, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
+        """The loss of a batch; without targets the teacher alone counts."""
+        task = None
+        if self.task is not None and targets is not None:
+            task = self.task(outputs, inputs, targets)
+        return self._together(task, outputs, inputs, targets)
+
+    def _together(
+        self, task: Tensor | None, outputs: Outputs, inputs: tuple[Tensor, ...], targets: Tensor | None
+    ) -> Tensor:
+        how = self.how
+        said, layers = self.teacher(inputs)
+        loss = self._of_outputs(outputs, said, targets)
+        if task is not None:
+            loss = (1 - how.alpha) * task + how.alpha * loss
+        if not layers:
+            return loss
+        seen = self._nets[0].seen
+        for pair, projection in zip(self.features, self.projections, strict=True):
+            mine, theirs = _aligned(seen[pair.student.layer], layers[pair.teacher.layer], pair)
+            loss = loss + how.feature_weight * feature_loss(projection(mine), theirs)
+        for pair in self.attention:
+            mine, theirs = _aligned(seen[pair.student.layer], layers[pair.teacher.layer], pair)
+            loss = loss + how.attention_weight * _of_attention(mine, theirs, pair)
+        return loss
+
+    def _of_outputs(self, outputs: Outputs, said: Outputs, targets: Tensor | None) -> Tensor:
+        """Mean over the outputs that say something."""
+        losses = [
+            output_loss(mine, theirs, kind, self.how.temperature, targets if index == 0 else None)
+            for index, (mine, theirs, kind) in enumerate(zip(outputs, said, self._kinds, strict=True))
+            if kind.name != "none"
+        ]
+        if not losses:
+            raise RecipeError(
+                "no output of the network is of floating-point numbers, so nothing is distilled"
+            )
+        return torch.stack(losses).mean()
+
+
+class _Watched:
+    """A network that keeps what its last call gave."""
+
+    def __init__(self, net: Net) -> None:
+        self._net = net
+        self.seen = net.seen
+        self.outputs: Outputs = ()
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        self.outputs = self._net(*inputs)
+        return self.outputs
+
+    def watch(self, layers: tuple[str, ...]) -> None:
+        self._net.watch(layers)
+
+
+def _projections(pairs: tuple[Pair, ...], seed: int) -> nn.ModuleList:
+    """From the student's channels to the teacher's, where their numbers differ."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.ModuleList(
+            nn.Identity()
+            if pair.student.width == pair.teacher.width
+            else nn.Linear(pair.student.width, pair.teacher.width)
+            for pair in pairs
+        )
+
+
+def _aligned(mine: Tensor, theirs: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Both with channels last; of two maps the larger one is averaged down to the smaller one's positions."""
+    if pair.student.places != pair.teacher.places:
+        size = [min(sizes) for sizes in zip(mine.shape[2:], theirs.shape[2:], strict=True)]
+        mine, theirs = _pooled(mine, size), _pooled(theirs, size)
+    return mine.movedim(pair.student.axis, -1), theirs.movedim(pair.teacher.axis, -1)
+
+
+def _pooled(value: Tensor, size: list[int]) -> Tensor:
+    if list(value.shape[2:]) == size:
+        return value
+    pool: Callable[[Tensor, list[int]], Tensor] = _POOLS[len(size) - 1]
+    return pool(value, size)
+
+
+def _of_attention(mine: Tensor, theirs: Tensor, pair: Pair) -> Tensor:
+    """Maps by where their energy is, sequences by how their tokens relate."""
+    if _is_sequence(pair.student):
+        return relation_loss(mine, theirs)
+    return attention_loss(mine, theirs)
+
+
+def _is_sequence(seen: Seen) -> bool:
+    return len(seen.shape) == 3 and seen.axis == 2
