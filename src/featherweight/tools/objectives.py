@@ -33,7 +33,7 @@ _ENDINGS: dict[str, Ending] = {
 }
 _SMALLEST = 1e-7  # a probability whose logarithm is taken
 _IMAGE_DIMS = 4  # maps of scores hold the classes on axis 1, sequences on the last one
-_REAL_METRICS = frozenset({"mse", "rmse", "mae", "r2", "psnr", "sqnr"})
+_REAL_METRICS = frozenset({"mse", "mae", "pearson", "sqnr"})
 
 
 class Net(Protocol):
