@@ -83,6 +83,10 @@ class Stream:
         made: Tensor = self._values[self.graph.values[name].fx_name][batch]
         return made
 
+    def has(self, name: str) -> bool:
+        """Whether a traced value is alive."""
+        return self.graph.values[name].fx_name in self._values
+
     def compute(
         self,
         node: Node,
@@ -229,6 +233,30 @@ def walk(
             yield Stop(node, exact, stored)
         stored.make(fx_name)
         stored.drop(last.get(fx_name, ()))
+
+
+def steps(
+    model: Model, batches: Sequence[tuple[Tensor, ...]], scratch: Scratch, entry: str = "forward"
+) -> Iterator[tuple[Node, Stream]]:
+    """Stop at every call of one network, as its formats will hold it, in the order of execution.
+
+    Args:
+        model: Which network.
+        batches: Flat inputs.
+        scratch: Where values live.
+        entry: Which way of calling it.
+
+    Yields:
+        A call, before it is made, and the values that are alive.
+    """
+    stream = Stream(model, entry, model.formats, batches, scratch)
+    known = {node.fx_name: node for node in stream.graph.nodes}
+    last = _last_readers(stream)
+    for fx_name in _calls(stream):
+        if fx_name in known:
+            yield known[fx_name], stream
+        stream.make(fx_name)
+        stream.drop(last.get(fx_name, ()))
 
 
 def _catch_up(exact: Stream, until: str, done: set[str], dead: Mapping[str, Sequence[str]]) -> set[str]:
