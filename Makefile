@@ -3,11 +3,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A smaller version of a benchmark: make bench-prune QUICK=--quick
+QUICK ?=
 # Which runtimes and readers come along; every runtime: make runtimes.
 EXTRAS ?= onnxruntime,keras,transformers
 RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml
 
-.PHONY: setup runtimes demo test test-full check bench bench-quantize clean
+.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train fashion clean
 
 setup: $(STAMP)
 
@@ -49,6 +51,22 @@ bench: runtimes
 bench-quantize: runtimes
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/quantize.py
+
+# Pruned networks beside Torch-Pruning's, real networks pruned, factors; hours on two cores, and they go on.
+bench-prune: runtimes fashion
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/prune.py $(QUICK)
+	$(BIN)/python benchmarks/prune_real.py $(QUICK)
+	$(BIN)/python benchmarks/low_rank.py $(QUICK)
+
+# What training gives back: students, low bits, zeros.
+bench-train: runtimes fashion
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/train.py $(QUICK)
+
+# The training set of Fashion-MNIST, from Debian's package.
+fashion:
+	@test -f /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz || apt-get install -y -qq dataset-fashion-mnist
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .mypy_cache

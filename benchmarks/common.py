@@ -142,6 +142,11 @@ class Parts:
         self._folder = RESULTS / "parts" / name
         self._shown = shown
 
+    def known(self, name: str) -> bool:
+        """Whether an interrupted run left this part."""
+        path = self._folder / f"{name}.json"
+        return path.is_file() and json.loads(path.read_text())["key"] == self._key
+
     def get(self, name: str, compute: Callable[[], Any]) -> Any:
         """The part as an interrupted run left it, else computed and kept."""
         path = self._folder / f"{name}.json"

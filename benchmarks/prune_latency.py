@@ -1,0 +1,159 @@
+"""What a runtime makes of fewer multiply-accumulates: the artifact's latency in turn with the original's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Bar, Parts, Shown
+from fine_tuned import run_of
+from interleaved import measure, ratio
+from networks import TRAINED, load_network
+from pruning_peers import Setting, torch_pruning
+
+from featherweight.engine.run import Run
+from featherweight.engine.sources import load_sources
+from featherweight.engine.store import Store
+from featherweight.engine.targets import fit_targets
+from featherweight.method import Silent
+from featherweight.model import Model
+from featherweight.recipe import Recipe, Step
+from featherweight.tools.costs import totals
+
+Json = dict[str, Any]
+_CALIBRATION = 256
+_LATENCIES: Mapping[tuple[str, str, float], float] = {  # network, method, MACs -> asked latency ratio
+    ("resnet20", "prune", 0.5): 0.80,
+    ("resnet20", "prune", 0.25): 0.65,
+    ("resnet20", "shrink, prune", 0.5): 0.60,
+    ("resnet20", "shrink, prune", 0.25): 0.40,
+    ("resnet18", "prune", 0.5): 0.60,
+    ("resnet18", "prune", 0.25): 0.35,
+}
+_PEER = Setting("magnitude", "local")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network at a fraction of its MACs.
+
+    Attributes:
+        network: Which one.
+        method: How it got smaller, in words.
+        macs: Fraction to keep.
+        recipe: Ours; None: Torch-Pruning's.
+        round_to: Of the peer.
+    """
+
+    network: str
+    method: str
+    macs: float
+    recipe: Recipe | None = None
+    round_to: int | None = None
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for network in ("resnet20", "resnet18"):
+        for macs in (0.5, 0.25):
+            fold = Step("fold")
+            cases.append(Case(network, "prune", macs, Recipe((Step("prune", {"macs": macs}), fold))))
+            if network == "resnet20":
+                # Blocks take half of the way there, channels the rest.
+                steps = (Step("shrink", {"macs": macs**0.5}), Step("prune", {"macs": macs}), fold)
+                cases.append(Case(network, "shrink, prune", macs, Recipe(steps)))
+            cases.append(Case(network, "Torch-Pruning", macs))
+            cases.append(Case(network, "Torch-Pruning, rounded to 8", macs, round_to=8))
+    return cases
+
+
+def _run(network: str, folder: Path) -> Run:
+    if network in TRAINED:
+        return run_of(network, 2000, folder)
+    found = load_network(network, RESULTS / "work" / "weights", calibration=_CALIBRATION)
+    sources = load_sources(found.spec, weights=str(found.weights), data=found.data)
+    target = fit_targets("onnxruntime", 1, "local", "")[0]
+    return Run(sources.model, sources.data, target, Store(folder), progress=Silent())
+
+
+def _made(case: Case, run: Run) -> Model:
+    if case.recipe is not None:
+        return run.apply(case.recipe)
+    shape = run.original.entries["forward"].example_inputs[0].shape
+    images = torch.randn(2, *shape[1:]), torch.zeros(2, dtype=torch.long)
+    pruned = torch_pruning(run.original, _PEER, case.macs, images, case.round_to)
+    key = f"{run.original.key}-{case.method}-{case.macs}"
+    return pruned.evolve(key=key)
+
+
+def _row(case: Case, folder: Path, seconds: float, shown: Shown) -> Json:
+    run = _run(case.network, folder / "store")
+    model = _made(case, run)
+    artifacts = {"original": run.lower(run.original), "smaller": run.lower(model)}
+    inputs = run.original.entries["forward"].example_inputs[0][:1].numpy()
+    rounds = measure(
+        artifacts,
+        run.target,
+        inputs,
+        pairs=[("smaller", "original")],
+        seconds=seconds,
+        folder=folder / f"{case.network}-{case.method}-{case.macs}",
+        said=lambda fraction: None,
+    )
+    seen, whole, left = ratio(rounds, "smaller", "original"), totals(run.original), totals(model)
+    shown.note(f"{case.network}, {case.method} at {case.macs:g} of MACs: {seen.median:.3f} of the latency")
+    return {
+        "table": "latency",
+        "network": case.network,
+        "method": case.method,
+        "asked_macs": case.macs,
+        "macs": left["macs"] / whole["macs"],
+        "params": left["params"] / whole["params"],
+        "ratio": seen.median,
+        "ci95": seen.ci95,
+        "original_ms": 1000 * sorted(rounds["original"])[len(rounds["original"]) // 2],
+    }
+
+
+def rows_of(parts: Parts, folder: Path, seconds: float, shown: Shown) -> list[Json]:
+    """All cases, one after the other: nothing else may run."""
+    return [
+        parts.get(
+            f"latency-{case.network}-{case.method.replace(', ', '-')}-{case.macs}",
+            partial(_row, case, folder, seconds, shown),
+        )
+        for case in _cases()
+    ]
+
+
+HEADERS = ("network", "made smaller by", "MACs", "params", "latency ratio", "95 %", "original, ms")
+
+
+def cells(rows: Sequence[Json]) -> list[list[str]]:
+    """The table's rows."""
+    return [
+        [
+            row["network"],
+            row["method"],
+            f"{row['macs']:.3f}",
+            f"{row['params']:.3f}",
+            f"{row['ratio']:.3f}",
+            "" if row["ci95"] is None else f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]",
+            f"{row['original_ms']:.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def bars_of(rows: Sequence[Json]) -> list[Bar]:
+    """The latencies that were asked for."""
+    found = {(row["network"], row["method"], row["asked_macs"]): row["ratio"] for row in rows}
+    return [
+        Bar(f"{network}, {method} at {macs:g} of MACs", f"latency <= {most:g}", f"{seen:.3f}", seen <= most)
+        for (network, method, macs), most in _LATENCIES.items()
+        if (seen := found.get((network, method, macs))) is not None
+    ]
