@@ -24,7 +24,7 @@ from featherweight.model import Entry, Model
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FRACTIONS = (0.25, 0.5, 1.0)
-_MOST = 24  # shapes that are measured, the costliest; others cost as their multiply-accumulates
+_MOST = 48  # shapes that are measured, the costliest; others cost as their multiply-accumulates
 _REST = 16  # channels of the thin layer behind
 Size = tuple[int, int]  # input and output channels
 
@@ -227,12 +227,16 @@ def measure(
         return {}
     seconds = profiler(network(cases, seed))
     times = {case: seconds.get(f"cases.{index}.layer", 0.0) for index, case in enumerate(cases)}
-    found = {shape: _table(shape, multiple, times) for shape in chosen}
-    return {layer: found[shape] for layer, shape in wanted.items() if shape in found}
+    return {layer: _table(shape, multiple, times) for layer, shape in wanted.items()}
 
 
 def _table(shape: Shape, multiple: int, times: Mapping[tuple[Shape, Size], float]) -> Widths:
+    """What was measured of a shape; its multiply-accumulates where nothing was."""
     inputs, outputs = grid(shape, multiple)
+
+    def time(i: int, o: int) -> float:
+        return times.get((shape, (i, o)), float(o if shape.depthwise else i * o))
+
     if shape.depthwise:  # one axis: both widths are the same
-        return Widths((inputs[-1],), outputs, (tuple(times[shape, (n, n)] for n in outputs),))
-    return Widths(inputs, outputs, tuple(tuple(times[shape, (i, o)] for o in outputs) for i in inputs))
+        return Widths((inputs[-1],), outputs, (tuple(time(n, n) for n in outputs),))
+    return Widths(inputs, outputs, tuple(tuple(time(i, o) for o in outputs) for i in inputs))
