@@ -69,7 +69,9 @@ def make_plan(channels: Channels, drop: Mapping[str, Sequence[int]]) -> Plan:
     values: dict[str, dict[str, dict[int, set[int]]]] = {}
     for name, gone in drop.items():
         if name not in channels.groups:
-            raise RecipeError(f"there is no channel group '{name}'", fix="print the groups to see their names")
+            raise RecipeError(
+                f"there is no channel group '{name}'", fix="print the groups to see their names"
+            )
         group = channels.groups[name]
         wrong = [index for index in gone if not 0 <= index < group.size]
         if wrong:
