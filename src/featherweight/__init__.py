@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from featherweight.runtime import Runtime as Runtime
     from featherweight.runtime import Target as Target
     from featherweight.tools.simulate import simulate as simulate
+    from featherweight.tools.simulated import absorb as absorb
+    from featherweight.tools.simulated import simulated as simulated
 
 _HOMES = {
     "Artifact": "runtime",
@@ -57,6 +59,7 @@ _HOMES = {
     "Runtime": "runtime",
     "Target": "runtime",
     "Where": "recipe",
+    "absorb": "tools.simulated",
     "apply": "api",
     "fit": "api",
     "inspect": "api",
@@ -64,6 +67,7 @@ _HOMES = {
     "lower": "api",
     "measure": "api",
     "simulate": "tools.simulate",
+    "simulated": "tools.simulated",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - one list, from the table above

@@ -53,7 +53,7 @@ class Replay:
             observe: May look at and replace each traced value.
             at_readers: Formats of values that only some operators read rounded (``IntQuant.readers``).
         """
-        interpreter = _Interpreter(self.graph, self._lifted, self._names, observe, at_readers)
+        interpreter = Interpreter(self.graph, self._lifted, self._names, observe, at_readers)
         return interpreter.outputs(inputs)
 
 
@@ -70,7 +70,9 @@ def module_tensors(model: Model, graph: Graph) -> dict[str, Tensor]:
     return found
 
 
-class _Interpreter(fx.Interpreter):
+class Interpreter(fx.Interpreter):
+    """Runs an exported graph on the parameters that it is given."""
+
     def __init__(
         self,
         graph: Graph,
@@ -205,7 +207,7 @@ def layer_errors(
     return {name: sqnr_db(signal, noise) for name, (signal, noise) in runner.energies.items()}
 
 
-class _LayerErrors(_Interpreter):
+class _LayerErrors(Interpreter):
     """Runs each formatted node twice, float and alone in its formats, and adds up both energies."""
 
     def __init__(
