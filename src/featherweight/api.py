@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +30,18 @@ from featherweight.engine.inspect import inspect_model
 from featherweight.engine.lanes import make_lanes
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
 from featherweight.engine.run import Run, write_model
-from featherweight.engine.sources import follow, load_original, load_sources, scoring_code, several_entries
+from featherweight.engine.sources import (
+    NOTHING,
+    Given,
+    Sources,
+    check_examples_to_learn,
+    follow,
+    load_beside,
+    load_original,
+    load_sources,
+    scoring_code,
+    several_entries,
+)
 from featherweight.engine.store import Store, digest, told_as_machine_error
 from featherweight.engine.targets import fit_targets, known_isa
 from featherweight.engine.timing import Limits
@@ -47,7 +58,7 @@ from featherweight.figures import seconds
 from featherweight.method import Progress, Silent
 from featherweight.outcome import Budget, Preference, Result
 from featherweight.plugins import find_runtime
-from featherweight.recipe import Recipe
+from featherweight.recipe import Choice, Recipe
 from featherweight.runtime import Artifact, Target
 from featherweight.tools.costs import totals
 
@@ -92,6 +103,10 @@ def fit(
     mean: str | None = None,
     std: str | None = None,
     inputs: Sequence[str] = (),
+    student: str | None = None,
+    student_weights: str | None = None,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -125,6 +140,10 @@ def fit(
         mean: For a folder of images.
         std: For a folder of images.
         inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
+        student: Another network that the steps start from; the model stays what it is compared with.
+        student_weights: Of the student's module.
+        teacher: Another network that a step with ``teacher: teacher`` learns from.
+        teacher_weights: Of the teacher's module.
         force: Replace what is in ``out``.
         allow_pickle: Load pickled modules, which runs their code.
         progress: Where long work says how far it is.
@@ -158,24 +177,33 @@ def fit(
         raise several_entries(sources.model, model, "fit scores one")
     for note in sources.notes:
         shown.note(f"note: {note}")
+    beside = _beside(
+        sources, Given(student, student_weights), Given(teacher, teacher_weights), allow_pickle=allow_pickle
+    )
+    _warn_of_idle_teacher(beside, question, shown)
     store = Store()
-    runs = [Run(sources.model, sources.data, one, store, seed=seed, progress=shown) for one in targets]
+    runs = [
+        Run(sources.model, sources.data, one, store, seed=seed, progress=shown, **beside.models)
+        for one in targets
+    ]
     if question.open_ended:
-        follow(sources.model)
+        follow(runs[0].start)
         question = _planned(question, runs, trials, shown)
     limits = limits or Limits()
     name = Path(model.rpartition(":")[2] or model).stem
-    key = _run_key(runs, question, limits, name)
+    key = _run_key(runs, question, limits, [name, beside.student, beside.teacher])
     check_other_run(place, force, key)
     kept = store.get("runs", key)
     if kept is None:
         follow(sources.model)
+        follow(runs[0].start)
         if not question.searches and len(runs) == 1:  # what is wrong shows before anything is measured
             runs[0].apply(question.recipe)
         left_out: dict[str, FeatherweightError] = {}
         lanes = make_lanes(runs, limits, failures=left_out)
         fitted = Fit(lanes, question, left_out).answer()
-        fitted = replace(fitted, result=fitted.result.model_copy(update={"run": key}))
+        told = {"run": key, "student": beside.student, "teacher": beside.teacher}
+        fitted = replace(fitted, result=fitted.result.model_copy(update=told))
         if not fitted.finished:
             write_folder(place, lambda folder: _deliver(folder, fitted, name))
             return fitted.result
@@ -249,15 +277,15 @@ def _planned(question: Question, runs: Sequence[Run], trials: int | None, progre
     return replace(question, plan=made, trials=made.trials)
 
 
-def _run_key(runs: Sequence[Run], question: Question, limits: Limits, name: str) -> str:
+def _run_key(runs: Sequence[Run], question: Question, limits: Limits, names: Sequence[str]) -> str:
     """What makes two runs the same: model, data, question, targets, machine, code, and names in the texts."""
     run = runs[0]
     return digest(
-        run.original.key,
+        [None if one is None else one.key for one in (run.original, run.student, run.teacher)],
         run.data.fingerprint,
         run.data.metric.name,
         scoring_code(run.data),
-        [name, run.data.origin, run.data.class_names, run.data.notes],
+        [*names, run.data.origin, run.data.class_names, run.data.notes],
         question.budget.model_dump(),
         [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
         [question.tune, question.recipe.to_dict()],
@@ -280,7 +308,7 @@ def _deliver(folder: Path, fitted: Fitted, name: str) -> None:
     (folder / "recipe.yaml").write_text(Recipe.from_dict(result.recipe).to_yaml(), encoding="utf-8")
     (folder / "model_card.md").write_text(bundle.model_card(result, name=name), encoding="utf-8")
     (folder / "report.html").write_text(reports.render(result), encoding="utf-8")
-    entry = run.original.entries["forward"]
+    entry = run.start.entries["forward"]
     for file, text in bundle.loaders(
         run.runtime, artifact, target, entry, result.examples.get("origin")
     ).items():
@@ -317,6 +345,10 @@ def apply(
     mean: str | None = None,
     std: str | None = None,
     runtime: str = "onnxruntime",
+    student: str | None = None,
+    student_weights: str | None = None,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
     seed: int = 0,
     force: bool = False,
     allow_pickle: bool = False,
@@ -339,6 +371,7 @@ def apply(
     run = _run(
         model, data, Target(runtime=runtime).resolved(), seed, progress,
         weights=weights, inputs=inputs, image_size=image_size, mean=mean, std=std, allow_pickle=allow_pickle,
+        student=Given(student, student_weights), teacher=Given(teacher, teacher_weights),
     )  # fmt: skip
     changed = run.apply(steps)
 
@@ -482,14 +515,53 @@ def _filled(recipe: str | Recipe) -> Recipe:
 
 
 def _run(
-    model: str, data: str | Data | None, target: Target, seed: int, progress: Progress | None, **given: Any
+    model: str,
+    data: str | Data | None,
+    target: Target,
+    seed: int,
+    progress: Progress | None,
+    student: Given = NOTHING,
+    teacher: Given = NOTHING,
+    **given: Any,
 ) -> Run:
     sources = load_sources(model, data=data, seed=seed, **given)
     shown = progress or Silent()
     for note in sources.notes:
         shown.note(f"note: {note}")
-    follow(sources.model)
-    return Run(sources.model, sources.data, target, Store(), seed=seed, progress=shown)
+    beside = _beside(sources, student, teacher, allow_pickle=given["allow_pickle"])
+    run = Run(sources.model, sources.data, target, Store(), seed=seed, progress=shown, **beside.models)
+    follow(run.start)
+    return run
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """The student and the teacher of a run; their names, '' where there is none."""
+
+    models: dict[str, Any]
+    student: str
+    teacher: str
+
+
+def _beside(sources: Sources, student: Given, teacher: Given, *, allow_pickle: bool) -> _Beside:
+    models = {
+        "student": load_beside(student, "student", sources.model, allow_pickle=allow_pickle),
+        "teacher": load_beside(teacher, "teacher", sources.model, allow_pickle=allow_pickle),
+    }
+    if models["student"] is not None:
+        check_examples_to_learn(sources.data)
+    return _Beside(models, student.name, teacher.name)
+
+
+def _warn_of_idle_teacher(beside: _Beside, question: Question, progress: Progress) -> None:
+    """A teacher that no step of the user's recipe names teaches nobody."""
+    named = any("teacher" in _values(step.parameters.get("teacher")) for step in question.recipe.steps)
+    if beside.teacher and not question.open_ended and not named:
+        progress.note("warning: no step of the recipe learns from the teacher: write teacher: teacher")
+
+
+def _values(parameter: Any) -> tuple[Any, ...]:
+    return tuple(parameter.options) if isinstance(parameter, Choice) else (parameter,)
 
 
 def measure(

@@ -40,11 +40,9 @@ def model_card(result: Result, *, name: str = "model") -> str:
     parts = [
         _front_matter(result),
         f"# {_inline(name)}",
-        " ".join(
-            ["A neural network that featherweight compressed.", *(_inline(text) for text in gains(result))]
-        ),
+        " ".join([_what(result), *(_inline(text) for text in gains(result))]),
         "## How it was made",
-        "These steps changed the original network, in this order; they make the same artifact again.",
+        _made(result),
         _fenced(_yaml(result.recipe), "yaml"),
         "## Measured figures",
         _figures(result),
@@ -190,8 +188,29 @@ def _limitations(result: Result) -> list[str]:
         *([f"Quality was measured on {scored:,} examples."] if isinstance(scored, int) else []),
         *(["It was calibrated on random inputs."] if source == "random" else []),
         "Latency and memory hold for the processor, threads and versions above; elsewhere, measure again.",
-        "What the original network does badly, this one does too; its licence and intended use carry over.",
+        _inherited(result),
     ]
+
+
+def _what(result: Result) -> str:
+    if result.student:
+        return "A neural network that featherweight fitted to stand where a larger one stood."
+    return "A neural network that featherweight compressed."
+
+
+def _made(result: Result) -> str:
+    """What the steps started from, and whom they learned from."""
+    changed = "the original network"
+    if result.student:
+        changed = f"another network, {_inline(result.student)}, with which the original is compared"
+    taught = f" `teacher` is the network {_inline(result.teacher)}." if result.teacher else ""
+    return f"These steps changed {changed}, in this order; they make the same artifact again.{taught}"
+
+
+def _inherited(result: Result) -> str:
+    if result.student:
+        return "What its teacher does badly, this one may do too; the licences of both hold."
+    return "What the original network does badly, this one does too; its licence and intended use carry over."
 
 
 def _yaml(value: Any) -> str:

@@ -108,6 +108,33 @@ Inputs = Annotated[
         "ids=int64:128. Once for each input.",
     ),
 ]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        "--student",
+        metavar="MODEL",
+        help="Another network with MODEL's inputs and outputs, from which the steps start; it learns from "
+        "MODEL and is compared with it.",
+    ),
+]
+StudentWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--student-weights", metavar="FILE", help="Weights of the student's module, if it has some."
+    ),
+]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher",
+        metavar="MODEL",
+        help="Another network, from which steps with 'teacher: teacher' learn; by default they learn from "
+        "MODEL.",
+    ),
+]
+TeacherWeights = Annotated[
+    str | None, typer.Option("--teacher-weights", metavar="FILE", help="Weights of the teacher's module.")
+]
 ImageSize = Annotated[
     str | None,
     typer.Option(
@@ -285,6 +312,10 @@ def fit(
     mean: Mean = None,
     std: Std = None,
     inputs: Inputs = None,
+    student: Student = None,
+    student_weights: StudentWeights = None,
+    teacher: Teacher = None,
+    teacher_weights: TeacherWeights = None,
     force: Force = False,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
@@ -343,6 +374,10 @@ def fit(
             mean=mean,
             std=std,
             inputs=inputs or (),
+            student=student,
+            student_weights=student_weights,
+            teacher=teacher,
+            teacher_weights=teacher_weights,
             force=force,
             allow_pickle=allow_pickle,
             progress=progress,
@@ -367,6 +402,10 @@ def apply_(
     mean: Mean = None,
     std: Std = None,
     runtime: RuntimeOption = "onnxruntime",
+    student: Student = None,
+    student_weights: StudentWeights = None,
+    teacher: Teacher = None,
+    teacher_weights: TeacherWeights = None,
     seed: Seed = 0,
     force: Force = False,
     allow_pickle: Pickle = False,
@@ -397,6 +436,10 @@ def apply_(
             mean=mean,
             std=std,
             runtime=runtime,
+            student=student,
+            student_weights=student_weights,
+            teacher=teacher,
+            teacher_weights=teacher_weights,
             seed=seed,
             force=force,
             allow_pickle=allow_pickle,

@@ -359,6 +359,8 @@ class Result(_Record):
     kernels: list[KernelRow] = []
     examples: dict[str, Any] = {}
     effort: Effort | None = None
+    student: str = ""
+    teacher: str = ""
     run: str = ""
 
     def to_json(self) -> str:

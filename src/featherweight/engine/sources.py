@@ -10,9 +10,9 @@ import sysconfig
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from featherweight.data import (
     resolve_metric,
 )
 from featherweight.errors import DataError, LoadError
-from featherweight.exchange.load import InputSpec, load_model
+from featherweight.exchange.key import root_key
+from featherweight.exchange.load import InputSpec, InputsRefused, load_model
 from featherweight.graph import trace
-from featherweight.model import Model
+from featherweight.model import Entry, Model
+from featherweight.tools.distill_check import check_alike
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -139,6 +141,95 @@ def load_original(
     )
     _check_float32(original, model)
     return original
+
+
+@dataclass(frozen=True)
+class Given:
+    """A second network, as the user named it.
+
+    Attributes:
+        model: See ``load_model``; None: there is none.
+        weights: For a callable's module.
+    """
+
+    model: str | None = None
+    weights: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What texts call it; '' where there is none."""
+        return "" if self.model is None else Path(self.model.rpartition(":")[2] or self.model).stem
+
+
+NOTHING = Given()
+Role = Literal["student", "teacher"]
+
+
+def load_beside(given: Given, role: Role, original: Model, *, allow_pickle: bool = False) -> Model | None:
+    """A student, which steps start from instead of the original, or a teacher, from which they learn.
+
+    A student's inputs and outputs take the original's names, so that its artifact can stand where the
+    original's stood.
+
+    Args:
+        given: What the user named.
+        role: What it is for.
+        original: Whose inputs it takes and whose outputs it gives.
+        allow_pickle: Load pickled modules, which runs their code.
+
+    Returns:
+        None where none is named.
+
+    Raises:
+        LoadError: It cannot be read, takes other inputs, or is not float32.
+        RecipeError: Its outputs differ in number, shape or type.
+    """
+    if given.model is None:
+        if given.weights is not None:
+            raise LoadError(
+                f"--{role}-weights are there and no {role}", fix=f"--{role} path.py:callable beside it"
+            )
+        return None
+    if "forward" not in original.entries:
+        raise several_entries(original, "the original", f"a {role} is for one")
+    entry = original.entries["forward"]
+    arrays = tuple(value.numpy() for value in entry.example_inputs)
+    alike = f"give a {role} that takes what the original takes, and gives what it gives"
+    try:
+        loaded = load_original(
+            given.model, weights=given.weights, example_inputs=arrays, allow_pickle=allow_pickle
+        )
+    except InputsRefused as error:
+        raise LoadError(
+            f"the {role} takes other inputs than the original: {error.what}", fix=alike
+        ) from error
+    check_alike(original, loaded, role=f"the {role} '{given.model}'")
+    return _named_as(loaded, entry) if role == "student" else loaded
+
+
+def _named_as(model: Model, wanted: Entry) -> Model:
+    """The model with the names of another entry's inputs and outputs."""
+    own = model.entries["forward"]
+    axes = {
+        new: own.dynamic_axes.get(old, {})
+        for new, old in zip(wanted.input_names, own.input_names, strict=True)
+    }
+    entry = replace(own, input_names=wanted.input_names, output_names=wanted.output_names, dynamic_axes=axes)
+    entries = {"forward": entry}
+    return replace(model, entries=entries, key=root_key(model.module, entries, (model.key,)), traced={})
+
+
+def check_examples_to_learn(data: Data) -> None:
+    """Refuse a student that has nothing to learn from.
+
+    Raises:
+        DataError: There are neither training nor calibration examples.
+    """
+    if data.train is None and data.calibration_examples is None:
+        raise DataError(
+            "a student learns from examples, and the data has none to train on",
+            fix="add x_train (y_train is optional beside a teacher), or x_calibration, to the data",
+        )
 
 
 def scoring_code(data: Data) -> str:

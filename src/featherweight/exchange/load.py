@@ -63,6 +63,10 @@ _MISTAKES: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
 )
 
 
+class InputsRefused(LoadError):
+    """A module that cannot be called with the inputs that it was given."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """One input of a model, when no data says it.
@@ -311,7 +315,7 @@ def _run(
             f"{name} {str(item.dtype).removeprefix('torch.')} {tuple(item.shape)}"
             for name, item in zip(names, examples, strict=True)
         )
-        raise LoadError(
+        raise InputsRefused(
             f"'{spec}' cannot be called with {given}: {type(cause).__name__}: {first[:300]}",
             where=error.where,
             fix=_advice(module, method, examples),

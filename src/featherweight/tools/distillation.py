@@ -220,14 +220,17 @@ class _Watched:
 
     def __init__(self, net: Net) -> None:
         self._net = net
-        self.seen = net.seen
         self.outputs: Outputs = ()
+
+    @property
+    def seen(self) -> dict[str, Tensor]:
+        return self._net.seen
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         self.outputs = self._net(*inputs)
         return self.outputs
 
-    def watch(self, layers: tuple[str, ...]) -> None:
+    def watch(self, layers: Any) -> None:
         self._net.watch(layers)
 
 
