@@ -144,8 +144,8 @@ class Labels:
 
     def tie(self, one: Axis, other: Axis) -> None:
         """Two axes lose the same indices."""
-        differ: NDArray[np.bool_] = np.not_equal(one, other)
-        if not differ.any():
+        differ = np.flatnonzero(one != other)
+        if not len(differ):
             return
         pairs = np.unique(np.stack([one[differ], other[differ]], 1), axis=0)
         for first, second in pairs.tolist():
