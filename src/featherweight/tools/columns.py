@@ -94,6 +94,18 @@ def pieces(
         yield tuple(one[at].reshape(len(part), groups_of(node), -1).transpose(0, 1) for one in places)
 
 
+def positions_of(node: Node, x: Tensor, weight_shape: Sequence[int]) -> int:
+    """How many columns an input makes."""
+    return math.prod(_places(node, x, weight_shape).shape[: 1 + axes_of(node)])
+
+
+def columns_at(node: Node, x: Tensor, weight_shape: Sequence[int], picks: Tensor) -> Tensor:
+    """Some columns of an input, (groups, picks, K), by their numbers over examples and positions."""
+    places = _places(node, x, weight_shape)
+    at = torch.unravel_index(picks, places.shape[: 1 + axes_of(node)])
+    return places[at].reshape(len(picks), groups_of(node), -1).transpose(0, 1)
+
+
 def axes_of(node: Node) -> int:
     """Axes along which a filter moves."""
     return 0 if node.op == "linear" else _CONVOLUTIONS.get(node.op) or _TRANSPOSED[node.op]
