@@ -169,9 +169,9 @@ def _is_kind(layer: nn.Module) -> bool:
 def _reason(layer: nn.Module, node: Node, calls: Sequence[Node], names: int, read: str | None) -> str | None:
     """Why a layer cannot be taken apart; None: it can."""
     if type(layer) not in (nn.Linear, *_CONVOLUTIONS):
-        return f"it is a {type(layer).__name__}, a layer of its own kind"
+        return f"a {type(layer).__name__} is a kind of its own"
     if getattr(layer, "groups", 1) != 1:
-        return "it is grouped: each of its filters reads few channels already"
+        return "grouped filters read few channels already"
     plain = all(is_product(one) and "/" not in one.name for one in calls)
     if not plain or len(list(layer.buffers())) or len(dict(layer.named_parameters())) > 2:
         return "it does more than one product"

@@ -43,10 +43,12 @@ class Product:
     Attributes:
         weight: (outputs, inputs, *kernel), float64.
         gram: (K, K) with K inputs x taps, positive definite.
+        mean: Of the columns, (K,), where the moments are about it; None: where nothing is known.
     """
 
     weight: Tensor
     gram: Tensor
+    mean: Tensor | None = None
 
     def spectrum(self) -> Spectrum:
         """Of the layer as one matrix."""
