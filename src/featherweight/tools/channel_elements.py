@@ -49,6 +49,8 @@ def _factory(walk: Walk, node: fx.Node) -> Made:
 def _reduce(walk: Walk, node: fx.Node) -> Made:
     """Reduced axes lose their labels: what was mixed may be fewer."""
     given = arguments(node)
+    if isinstance(given.get("other"), fx.Node):  # the larger of two tensors
+        return _pointwise(walk, node)
     axes = walk.read(operands(node)[0])
     dims = given.get("dim", given.get("axis"))
     dims = (

@@ -158,7 +158,7 @@ class Labels:
                 self._fixed[atom] = why or self.why
                 self._stands.clear()
 
-    def _tie(self, one: Iterable[int], other: Iterable[int]) -> None:
+    def _tie(self, one: tuple[int, ...], other: tuple[int, ...]) -> None:
         while True:
             first, second = self._leaves(one), self._leaves(other)
             common = [atom for atom in first if atom in second]
@@ -172,7 +172,7 @@ class Labels:
                     if common:
                         self._unite(common[0], atom)
                     else:
-                        self._fixed[atom] = self.why
+                        self._fixed[atom] = self._reason(one) or self._reason(other) or self.why
             elif len(left) == len(right) or min(len(left), len(right)) > 1:
                 self._unite(left[0], right[0])
             elif len(left) == 1:
@@ -233,7 +233,10 @@ class Labels:
 
     def reason(self, label: int) -> str | None:
         """Why (a part of) a label is fixed."""
-        waiting = list(self._sets[label])[::-1]
+        return self._reason(self._sets[label])
+
+    def _reason(self, atoms: Iterable[int]) -> str | None:
+        waiting = list(atoms)[::-1]
         while waiting:
             root = self._root(waiting.pop())
             if root in self._parts:

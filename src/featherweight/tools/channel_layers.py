@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
 from featherweight.tools.channel_labels import Axis
-from featherweight.tools.channel_walk import Made, Rule, Walk, arguments, number, operands, operator_of
+from featherweight.tools.channel_walk import Axes, Made, Rule, Walk, arguments, number, operands, operator_of
 
 
 def _conv(walk: Walk, node: fx.Node) -> Made:
@@ -73,7 +73,16 @@ def _batch_norm(walk: Walk, node: fx.Node) -> Made:
     axes = walk.read(given["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         walk.use(given.get(name), 0, axes[1], "carries")
-    return axes if operator_of(node) in ("batch_norm", "instance_norm") else (axes, [], [])
+    return _first(node, axes)
+
+
+def _first(node: fx.Node, axes: Axes) -> Made:
+    """Some norms also return the statistics that they took, which nobody may cut."""
+    seen = node.meta["val"]
+    if isinstance(seen, Tensor):
+        return axes
+    rest = [[np.zeros(number(size), np.int64) for size in item.shape] for item in seen[1:]]
+    return (axes, *rest)
 
 
 def _layer_norm(walk: Walk, node: fx.Node) -> Made:
@@ -84,18 +93,18 @@ def _layer_norm(walk: Walk, node: fx.Node) -> Made:
     for name in ("weight", "bias"):
         for axis in range(count):
             walk.use(given.get(name), axis, axes[len(axes) - count + axis], "carries")
-    return axes
+    return _first(node, axes)
 
 
 def _group_norm(walk: Walk, node: fx.Node) -> Made:
     given = arguments(node)
     axes = walk.read(given["input"])
-    groups = number(given["num_groups"])
+    groups = number(given["num_groups" if "num_groups" in given else "group"])
     if 1 < groups < len(axes[1]):
         walk.mark("group", walk.labels.split(axes[1], groups, len(axes[1]) // groups)[0])
     for name in ("weight", "bias"):
         walk.use(given.get(name), 0, axes[1], "carries")
-    return axes
+    return _first(node, axes)
 
 
 def _prelu(walk: Walk, node: fx.Node) -> Made:
@@ -183,9 +192,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv),
     "linear": _linear,
-    **dict.fromkeys(("batch_norm", "instance_norm"), _batch_norm),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
-    "group_norm": _group_norm,
+    **dict.fromkeys(("batch_norm", "instance_norm", "native_batch_norm"), _batch_norm),
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), _layer_norm),
+    **dict.fromkeys(("group_norm", "native_group_norm"), _group_norm),
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     "embedding": _embedding,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
