@@ -3,13 +3,13 @@
 A layer counts if it is called once and gives one tensor. Layers are paired where nothing but the number of
 channels differs, so each pair has the same positions: pixels, tokens. At each resolution that both have,
 the last layers are paired (the ends of stages); where there is one resolution only, as in transformers,
-the blocks at equal fractions of the depth. A layer whose name both have is paired by its name: that is a
-pruned or quantized student.
+the blocks at equal fractions of the depth. A student that was made of its teacher, pruned or quantized, has
+its layers' names, and only layers of one name are paired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from featherweight.tools.distill_check import inference
 Names = Literal["none", "auto"] | Mapping[str, str]
 
 _MOST = 4  # pairs where all layers have one resolution
+_OF_STUDENT, _OF_TEACHER = 0.5, 0.6  # shares of layers with a name in both: one was made of the other
 _LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RNNBase, nn.MultiheadAttention)  # channels last
 
 
@@ -124,7 +125,7 @@ def paired(
         return ()
     if not isinstance(names, str):
         return tuple(_named(mine, theirs, student, teacher, what) for mine, theirs in names.items())
-    found = _found(list(student.values()), teacher)
+    found = _found(student, teacher)
     if not found:
         raise RecipeError(
             f"{what}: auto finds no layers of the student and the teacher with outputs of one size",
@@ -153,18 +154,32 @@ def _named(
     return pair
 
 
-def _found(student: Sequence[Seen], teacher: Mapping[str, Seen]) -> list[Pair]:
-    shared = {one.places for one in student} & {one.places for one in teacher.values()}
-    spread = {places for places in shared if any(size > 1 for size in places)}  # () are vectors
+def _found(student: Mapping[str, Seen], teacher: Mapping[str, Seen]) -> list[Pair]:
+    if _same_network(student, teacher):
+        student = {name: one for name, one in student.items() if _fits(one, teacher.get(name))}
+        teacher = {name: teacher[name] for name in student}
+    shared = {one.places for one in student.values()} & {one.places for one in teacher.values()}
+    spread = {places for places in shared if any(size > 1 for size in places)} or shared  # () are vectors
     pairs: list[Pair] = []
-    for places in spread or shared:
-        mine = [one for one in student if one.places == places]
-        theirs = [one for one in teacher.values() if one.places == places]
-        if len(spread or shared) > 1:
-            pairs.append(_matched(mine[-1], theirs[-1], teacher))
+    for places in spread:
+        mine, theirs = (
+            [one for one in layers.values() if one.places == places] for layers in (student, teacher)
+        )
+        if len(spread) > 1:
+            pairs.append(Pair(mine[-1], theirs[-1]))
         else:
-            pairs += _by_depth(_blocks(mine), _blocks(theirs), teacher)
+            pairs += _by_depth(_blocks(mine), _blocks(theirs))
     return sorted(pairs, key=lambda pair: pair.student.order)
+
+
+def _same_network(student: Mapping[str, Seen], teacher: Mapping[str, Seen]) -> bool:
+    """Whether the student was made of the teacher, so that layers of one name do the same."""
+    common = sum(_fits(one, teacher.get(name)) for name, one in student.items())
+    return common >= max(_OF_STUDENT * len(student), _OF_TEACHER * len(teacher))
+
+
+def _fits(one: Seen, other: Seen | None) -> bool:
+    return other is not None and one.places == other.places
 
 
 def _blocks(layers: Sequence[Seen]) -> Sequence[Seen]:
@@ -174,16 +189,11 @@ def _blocks(layers: Sequence[Seen]) -> Sequence[Seen]:
     return [one for one in blocks if one.layer.count(".") == depth] or layers
 
 
-def _by_depth(mine: Sequence[Seen], theirs: Sequence[Seen], teacher: Mapping[str, Seen]) -> list[Pair]:
+def _by_depth(mine: Sequence[Seen], theirs: Sequence[Seen]) -> list[Pair]:
+    """Pairs at equal fractions of both; the last ones always."""
     count = min(_MOST, len(mine), len(theirs))
-    place: Callable[[int, int], int] = lambda index, total: round((index + 1) * total / count) - 1  # noqa: E731
-    return [
-        _matched(mine[place(index, len(mine))], theirs[place(index, len(theirs))], teacher)
-        for index in range(count)
-    ]
 
+    def at(layers: Sequence[Seen], index: int) -> Seen:
+        return layers[round((index + 1) * len(layers) / count) - 1]
 
-def _matched(mine: Seen, theirs: Seen, teacher: Mapping[str, Seen]) -> Pair:
-    """A pair; the teacher's layer of the same name goes first."""
-    same = teacher.get(mine.layer)
-    return Pair(mine, same if same is not None and same.places == mine.places else theirs)
+    return [Pair(at(mine, index), at(theirs, index)) for index in range(count)]
