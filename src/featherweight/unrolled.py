@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 ProgramData = Mapping[str, Any]
+_OWN = frozenset(vars(nn.Module()))
 _BUILTIN: Mapping[str, Any] = {"operator": operator, "torch": torch}
 
 
@@ -114,7 +115,7 @@ def unroll(
     methods = {name: _method(name, program["names"]) for name, program in programs.items()}
     kind: type[Unrolled] = type("Unrolled", (Unrolled,), {**methods, "__module__": __name__})
     made = kind()
-    made.__dict__.update({key: value for key, value in vars(module).items() if key not in methods})
+    made.__dict__.update({key: value for key, value in vars(module).items() if key in _OWN})
     made.programs = dict(programs)
     for name, (shape, dtype) in constants.items():
         scope, _, own = name.rpartition(".")
