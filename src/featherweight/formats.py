@@ -30,7 +30,7 @@ from featherweight.granularity import Granularity as Granularity
 from featherweight.granularity import PerChannel as PerChannel
 from featherweight.granularity import PerGroup as PerGroup
 from featherweight.granularity import PerTensor as PerTensor
-from featherweight.straight_through import rounded, straight_through
+from featherweight.straight_through import nearest, rounded, straight_through
 
 _SCALE = 32  # bits of a stored scale
 
@@ -163,11 +163,12 @@ class IntQuant:
             return self._learning(x)
         if isinstance(self.granularity, PerTensor):
             step, zero = self._numbers
-            if torch.compiler.is_exporting():  # the fused kernel below has no form that can be exported
+            if torch.compiler.is_exporting():  # what is below has no form that can be exported
                 steps = torch.round(x * (1 / step)) + zero
                 return (steps.clamp(self.quant_min, self.quant_max) - zero) * step
-            # One fused kernel; its gradient is straight-through inside the range.
-            return torch.fake_quantize_per_tensor_affine(x, step, zero, self.quant_min, self.quant_max)
+            if x.dtype == torch.float32 and not x.requires_grad:
+                return nearest(x, step, zero, self.quant_min, self.quant_max)
+            return rounded(x, *self.grid(), self.quant_min, self.quant_max)
         scale, zero_point = self.grid_of(x)
         steps = torch.round(x.detach().float() / scale) + zero_point
         value = ((steps.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)

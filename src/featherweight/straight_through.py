@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ONE = torch.tensor(1.0)
+
 
 def straight_through(value: Tensor, x: Tensor) -> Tensor:
     """``value``, to the last bit, with the gradient of ``x`` besides its own."""
@@ -38,6 +40,20 @@ def rounded(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_
     return made
 
 
+def nearest(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int) -> Tensor:
+    """The nearest values on one grid, as torch's fake-quantization kernel has them bit by bit, but faster.
+
+    Args:
+        x: float32.
+        scale: Of the grid.
+        zero_point: Of the grid.
+        quant_min: Smallest integer.
+        quant_max: Largest integer.
+    """
+    inverse = float(_ONE / torch.tensor(scale))  # in float32
+    return (x * inverse).round_().clamp_(quant_min - zero_point, quant_max - zero_point).mul_(scale)
+
+
 def scaled_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """``x`` itself, whose gradient is multiplied by ``factor``."""
     made: Tensor = _Scaled.apply(x, factor)  # type: ignore[no-untyped-call]
@@ -51,7 +67,7 @@ class _Rounded(torch.autograd.Function):
             steps = (torch.round(x.float() / scale) + zero_point).clamp_(least, most)
             value = (steps.sub_(zero_point).mul_(scale)).to(x.dtype)
         else:
-            value = torch.fake_quantize_per_tensor_affine(x, float(scale), int(zero_point), least, most)
+            value = nearest(x.float(), float(scale), int(zero_point), least, most).to(x.dtype)
         ctx.save_for_backward(x, scale, zero_point, value)
         ctx.ends = least, most
         return value
