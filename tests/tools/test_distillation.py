@@ -380,7 +380,7 @@ class TestDistillation:
         loss.attach(net)
         loss.step(net, batch(), None).backward()
         assert all(one.grad is not None and one.grad.abs().sum() > 0 for one in loss.parameters())
-        assert net.module.get_submodule("stem.0").weight.grad is not None  # type: ignore[union-attr]
+        assert net.module.get_submodule("stem.0").weight.grad is not None
 
     def test_named_maps_of_two_sizes_are_averaged_to_the_smaller(self) -> None:
         begun = student()
@@ -419,7 +419,7 @@ class TestDistillation:
         (before,) = Simulated(begun).eval()(fresh)
         loss = objective(begun, cache=cache, temperature=2.0)
         (after,) = trained(begun, loss, examples)(fresh)
-        apart = [float(soft_target_loss(one, wanted, 2.0)) for one in (before, after)]
+        apart = [number(soft_target_loss(one, wanted, 2.0)) for one in (before, after)]
         assert apart[1] < 0.5 * apart[0]
         assert loss.teacher.asked <= 128 if cache else loss.teacher.asked == 60 * 16
 
@@ -492,5 +492,5 @@ class TestBadTeachers:
     def test_nan_is_told(self) -> None:
         broken = student()
         with torch.no_grad():
-            broken.module.get_submodule("head").bias.fill_(math.nan)  # type: ignore[union-attr, operator]
+            broken.module.get_submodule("head").bias.fill_(math.nan)  # type: ignore[operator]
         assert "NaN" in self.refused(broken).what

@@ -220,14 +220,12 @@ class _Watched:
 
     def __init__(self, net: Net) -> None:
         self._net = net
+        self.seen = net.seen
         self.outputs: Outputs = ()
-
-    @property
-    def seen(self) -> dict[str, Tensor]:
-        return self._net.seen
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         self.outputs = self._net(*inputs)
+        self.seen = self._net.seen
         return self.outputs
 
     def watch(self, layers: Any) -> None:
