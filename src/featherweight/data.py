@@ -55,6 +55,7 @@ class Data:
         batch_size: Examples of one call.
         decode: Turns outputs into strings, for text metrics.
         loss: ``loss(outputs, targets)`` -> a scalar tensor, for training.
+        augment: ``augment(inputs, rng)`` -> inputs, changed copies of a batch of training inputs.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Data:
         class_names: Sequence[str] | None = None,
         decode: Callable[[Any], Sequence[str]] | None = None,
         loss: Callable[[Any, Any], Any] | None = None,
+        augment: Callable[[Any, np.random.Generator], Any] | None = None,
         batch_size: int = 32,
         origin: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
@@ -78,6 +80,7 @@ class Data:
         self.class_names = None if class_names is None else tuple(str(name) for name in class_names)
         self.decode = decode
         self.loss = loss
+        self.augment = augment
         self.batch_size = batch_size
         self.origin: dict[str, Any] = dict(origin or {"kind": "arrays"})
         self._calibration = calibration
@@ -98,6 +101,7 @@ class Data:
         class_names: Sequence[str] | None = None,
         decode: Callable[[Any], Sequence[str]] | None = None,
         loss: Callable[[Any, Any], Any] | None = None,
+        augment: Callable[[Any, np.random.Generator], Any] | None = None,
         batch_size: int = 32,
         origin: Mapping[str, Any] | None = None,
     ) -> Self:
@@ -114,7 +118,9 @@ class Data:
                 accuracy for integer targets, mse for others, agreement or sqnr without.
             class_names: One per class.
             decode: Turns outputs into a list of strings, for wer and cer.
-            loss: ``loss(outputs, targets)`` for training.
+            loss: ``loss(outputs, targets)`` for training: tensors; a tuple where there are several outputs.
+            augment: ``augment(inputs, rng)`` gives changed copies of a batch of training inputs: an array,
+                or a tuple of several, of the same shapes; ``rng`` is a numpy Generator.
             batch_size: Examples of one call.
             origin: JSON that says where the data came from.
 
@@ -140,6 +146,7 @@ class Data:
             class_names=class_names,
             decode=decode,
             loss=loss,
+            augment=augment,
             batch_size=batch_size,
             origin=origin,
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Kind = Literal["structure", "format", "values"]
 Need = Literal["calibration", "training"]
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
 
 
 class Supports(Protocol):
@@ -168,6 +169,8 @@ class Context:
         costs: Measured prices of the layers; None where nothing was measured.
         memo: Remembers what was computed of this step's model before, as JSON data.
         checkpoint: Keeps how far a long step is.
+        devices: Processes that train together.
+        precision: Of training: 32, bf16-mixed or 16-mixed.
     """
 
     models: Mapping[str, Model]
@@ -181,6 +184,8 @@ class Context:
     costs: Costs | None = None
     memo: Memo = forgetful
     checkpoint: Checkpoint = field(default_factory=NoCheckpoint)
+    devices: int = 1
+    precision: Precision = "32"
 
     def float_model(self, model: Model) -> Model:
         """The float network that a model with formats is held against."""

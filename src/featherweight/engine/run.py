@@ -13,23 +13,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featherweight.data import Data
+from featherweight.engine.checkpoints import StoredCheckpoint
 from featherweight.engine.costs import MeasuredCosts
 from featherweight.engine.deadline import Bounded
 from featherweight.engine.devices import for_runtime
 from featherweight.engine.environment import resolve
 from featherweight.engine.scratch import MappedScratch
-from featherweight.engine.store import Store, digest, sources_digest
+from featherweight.engine.store import Store, code_digest, digest, sources_digest
 from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.exchange.key import root_key
 from featherweight.formats import TensorFormat, decode, encode
 from featherweight.graph import Graph, Node
-from featherweight.method import Context, Memo, Method, Progress, Silent, forgetful
+from featherweight.method import Checkpoint, Context, Memo, Method, Precision, Progress, Silent, forgetful
 from featherweight.model import Model, decode_edit, encode_edit
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Json, Role, Runtime, Target
 from featherweight.tools.costs import totals
 from featherweight.tools.layer_report import weight_bits
+from featherweight.usercode import load_callable
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Run:
         progress: Where long work says how far it is.
         student: What steps start from instead; edits are relative to it.
         teacher: What steps may learn from besides the original.
+        devices: Processes that train together.
+        precision: Of training.
     """
 
     def __init__(
@@ -94,6 +98,8 @@ class Run:
         progress: Progress | None = None,
         student: Model | None = None,
         teacher: Model | None = None,
+        devices: int = 1,
+        precision: Precision = "32",
     ) -> None:
         self.original = _with_key(original)
         self.student = None if student is None else _with_key(student)
@@ -104,6 +110,8 @@ class Run:
         self.store = store
         self.seed = seed
         self.progress = progress or Silent()
+        self.devices = devices
+        self.precision: Precision = precision
         self.runtime = find_runtime(self.target.runtime)
         self.sources = sources_digest()
         self.warnings: dict[str, None] = {}  # in the order in which they came, once each
@@ -131,6 +139,8 @@ class Run:
             scratch=self.scratch,
             costs=self.costs,
             memo=forgetful if model is None or not model.key else self._memo(model),
+            devices=self.devices,
+            precision=self.precision,
         )
 
     def _memo(self, model: Model) -> Memo:
@@ -165,8 +175,10 @@ class Run:
         self._follow(model, method, key)
         kept = self.store.get("steps", key)
         if kept is None:
-            changed = self._compute(model, method, name, number).evolve(key=key)
+            checkpoint = StoredCheckpoint(self.store, key)
+            changed = self._compute(model, method, name, number, checkpoint).evolve(key=key)
             self.store.put("steps", key, lambda folder: write_model(folder, changed))
+            checkpoint.remove()
             return changed
         return _read_model(kept, self.start, key)
 
@@ -190,10 +202,10 @@ class Run:
                 self.warnings[warning] = None
                 self.progress.note(f"warning: {warning}")
 
-    def _compute(self, model: Model, method: Method, name: str, number: int) -> Model:
+    def _compute(self, model: Model, method: Method, name: str, number: int, checkpoint: Checkpoint) -> Model:
         torch.manual_seed(self.seed)
         try:
-            context = self.context(model)
+            context = replace(self.context(model), checkpoint=checkpoint)
             if method.kind == "format":
                 context = replace(context, models={"float": model, **context.models})
             return method.apply(model, context)
@@ -208,6 +220,8 @@ class Run:
         examples = self.data.fingerprint if method.needs else ""
         beside = {"original": self.student and self.original, "teacher": self.teacher}
         others = [f"{role} {one.key}" for role, one in beside.items() if one is not None]
+        if "training" in method.needs:
+            others += [self.precision, str(self.devices), code_digest(_training_code(method, self.data))]
         return self._key("step", model, name, method.model_dump(mode="json"), examples, *others)
 
     def _key(self, kind: str, model: Model, *more: Any) -> str:
@@ -243,6 +257,12 @@ class Run:
 
 def _with_key(model: Model) -> Model:
     return model if model.key else model.evolve(key=_root(model))
+
+
+def _training_code(method: Method, data: Data) -> list[Any]:
+    """The user's functions that a step which trains may call."""
+    specs = [load_callable(spec, RecipeError) for spec in getattr(method, "code", ())]
+    return [*specs, data.loss, data.augment]
 
 
 def _root(model: Model) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import io
 import logging
 import sysconfig
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +24,7 @@ from featherweight.data import (
     random_data,
     resolve_metric,
 )
+from featherweight.engine.store import code_digest
 from featherweight.errors import DataError, LoadError
 from featherweight.exchange.key import root_key
 from featherweight.exchange.load import InputSpec, InputsRefused, load_model
@@ -237,13 +236,7 @@ def scoring_code(data: Data) -> str:
     functions: list[Any] = [getattr(data.metric, "function", None), data.decode]
     if type(data).score is not Data.score:
         functions.append(type(data).score)
-    found = set()
-    for function in functions:
-        with suppress(TypeError, OSError):  # None, a built-in, or a class whose file is gone
-            found.add(
-                hashlib.sha256(Path(inspect.getfile(inspect.unwrap(function))).read_bytes()).hexdigest()
-            )
-    return ",".join(sorted(found))
+    return code_digest(functions)
 
 
 def _check_same_inputs(data: Data) -> None:

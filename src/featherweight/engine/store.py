@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def sources_digest() -> str:
     for path in sorted(folder.rglob("*.py")):
         found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
+
+
+def code_digest(functions: Iterable[Any]) -> str:
+    """Digest of the files that define a user's functions; '' without any. Edited, they must be run again."""
+    found = set()
+    for function in functions:
+        with suppress(TypeError, OSError):  # None, a built-in, or a class whose file is gone
+            found.add(
+                hashlib.sha256(Path(inspect.getfile(inspect.unwrap(function))).read_bytes()).hexdigest()
+            )
+    return ",".join(sorted(found))
 
 
 def tells_full_disk(error: BaseException) -> bool:

@@ -48,23 +48,37 @@ def rate_factor(step: int, steps: int, warmup: float, schedule: Schedule) -> flo
     return 1 - done if schedule == "linear" else 1.0
 
 
-def parameter_groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """The parameters that train, in two groups: those with weight decay and the others.
+def parameter_groups(
+    module: nn.Module, decay: float, slow: Iterable[nn.Parameter] = (), slow_rate: float = 0.0
+) -> list[dict[str, Any]]:
+    """The parameters that train, in groups: those with weight decay, those without, and slow ones.
 
     Without decay are norms, biases and whatever else has one axis or none.
     """
+    apart = {id(one): one for one in slow if one.requires_grad}
     norms = {id(one) for layer in module.modules() if isinstance(layer, _NORMS) for one in layer.parameters()}
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in module.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in apart:
             (others if parameter.ndim < 2 or id(parameter) in norms else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": list(apart.values()), "weight_decay": 0.0, "lr": slow_rate},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(
-    module: nn.Module, name: OptimizerName, rate: float, *, momentum: float, decay: float
+    module: nn.Module,
+    name: OptimizerName,
+    rate: float,
+    *,
+    momentum: float,
+    decay: float,
+    slow: Iterable[nn.Parameter] = (),
+    slow_rate: float = 0.0,
 ) -> torch.optim.Optimizer:
     """An optimizer over the parameters of a module that train.
 
@@ -74,8 +88,10 @@ def make_optimizer(
         rate: Peak learning rate.
         momentum: For ``sgd``; for ``adamw`` the first beta.
         decay: Weight decay.
+        slow: Parameters with a rate of their own and without decay, such as step sizes.
+        slow_rate: Their peak rate.
     """
-    groups = parameter_groups(module, decay)
+    groups = parameter_groups(module, decay, slow, slow_rate)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0)
     return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.999))

@@ -1,0 +1,280 @@
+"""Finetune: train what the steps before left, on the labels, on a teacher, or on a loss of the user's.
+
+Weights follow the gradient of the loss over the training examples (tools/training.py)::
+
+    w <- w - rate(t) * gradient of loss(network(x), y)
+
+Under formats the network is the stored one and gradients pass straight through the rounding
+(tools/simulated.py). With a teacher the loss is that of distillation (tools/distillation.py), and labels are
+optional. Costs nothing at inference.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from featherweight.errors import RecipeError
+from featherweight.graph import trace
+from featherweight.method import Context, Kind, Method, Need, Precision
+from featherweight.model import Model
+from featherweight.recipe import Choice, Hole, Range
+from featherweight.tools.augment import Augment, Augmentation
+from featherweight.tools.batch_norms import reestimate
+from featherweight.tools.distillation import (
+    Alpha,
+    Distilling,
+    Features,
+    TeacherName,
+    Temperature,
+    Weight,
+    distilled,
+)
+from featherweight.tools.objectives import no_labels, task_objective
+from featherweight.tools.optimizers import OptimizerName, Schedule
+from featherweight.tools.simulated import Simulated
+from featherweight.tools.training import TrainSettings, train
+from featherweight.tools.training_examples import TrainingExamples, training_examples
+
+_HELD_BACK = 0.1  # when patience asks for some
+_STATISTICS = 1024  # examples that batch norms are estimated from anew
+_STEP_RATE = 1e-3  # of learned step sizes, which are relative
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Finetune(Method, frozen=True, extra="forbid"):
+    """Train on the training examples; defaults suit a network that lost something in the steps before.
+
+    Attributes:
+        epochs: Passes over the training examples; may be a fraction.
+        steps: Updates instead of epochs; 0: epochs count.
+        batch_size: Examples of one update.
+        accumulate: Parts of a batch that go through the network one after the other, to save memory.
+        optimizer: sgd (Nesterov momentum) or adamw; auto: sgd for float networks with batch norms.
+        learning_rate: The largest one; auto follows the optimizer, smaller under formats.
+        momentum: Of sgd; the first beta of adamw.
+        weight_decay: Of kernels and matrices, not of norms and biases.
+        warmup: Share of the updates in which the rate rises.
+        schedule: How the rate falls: cosine, linear or constant.
+        clip: Largest norm of the gradient; 0: any.
+        label_smoothing: Share of a label that is spread over all classes.
+        ema: Decay of an exponential moving average of the weights, which is then the result; 0: none.
+        validation: Share of the training examples that is held back; the epoch of their lowest loss is kept.
+        patience: Epochs without a lower loss on those that end training; 0: all epochs.
+        precision: 32, bf16-mixed or 16-mixed; auto is what --precision says.
+        batch_norm: train, freeze (statistics stay), or reestimate them from all examples at the end.
+        loss: path.py:callable (outputs, targets) -> a tensor of one number; auto follows from the targets.
+        training_step: path.py:callable (module, (inputs, targets)) -> the loss, instead of any other.
+        augment: Of images, in this order: shift, flip, crop, mixup, cutmix.
+        teacher: Whose outputs are learned beside or instead of labels: original, teacher (--teacher), float.
+        temperature: Softens the teacher's class scores.
+        alpha: Share of the teacher's outputs in the loss; the labels have the rest.
+        features: Layers whose outputs follow the teacher's: auto, or layer -> the teacher's layer.
+        feature_weight: Of each such pair.
+        attention: Layers whose attention maps follow the teacher's: auto, or layer -> the teacher's layer.
+        attention_weight: Of each such pair.
+    """
+
+    kind: ClassVar[Kind] = "values"
+    needs: ClassVar[frozenset[Need]] = frozenset({"training"})
+
+    epochs: Annotated[float, Field(gt=0)] = 3.0
+    steps: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    optimizer: OptimizerName | Literal["auto"] = "auto"
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    momentum: Share = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    schedule: Schedule = "cosine"
+    clip: Annotated[float, Field(ge=0)] = 5.0
+    label_smoothing: Share = 0.0
+    ema: Share = 0.0
+    validation: Share = 0.0
+    patience: Annotated[int, Field(ge=0)] = 0
+    precision: Precision | Literal["auto"] = "auto"
+    batch_norm: Literal["train", "freeze", "reestimate"] = "train"
+    loss: str = "auto"
+    training_step: str = "none"
+    augment: tuple[Augmentation, ...] = ()
+    teacher: TeacherName = "none"
+    temperature: Temperature = 4.0
+    alpha: Alpha = 0.9
+    features: Features = "none"
+    feature_weight: Weight = 1.0
+    attention: Features = "none"
+    attention_weight: Weight = 1.0
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _said_as_number(cls, value: Any) -> Any:
+        return "32" if value == 32 else value
+
+    @classmethod
+    def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
+        if context.data.train is None or context.data.train.targets is None:
+            return {}
+        rate = _rate(_optimizer(model), model)
+        return {
+            "epochs": Choice((1.0, 3.0)),
+            "learning_rate": Range(rate / 5, rate * 5, log=True, default=rate),
+        }
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The user's code that counts for the result."""
+        return tuple(spec for spec in (self.loss, self.training_step) if spec not in ("auto", "none"))
+
+    def apply(self, model: Model, context: Context) -> Model:
+        entry = _entry(model)
+        taught = self.teacher != "none"
+        frozen = self._frozen(model)
+        if len(frozen) == len(model.parameters):
+            raise RecipeError(
+                "where leaves finetune no layer with weights", fix="leave where out, or widen it"
+            )
+        task = task_objective(
+            model,
+            context.data,
+            loss=None if self.loss == "auto" else self.loss,
+            training_step=None if self.training_step == "none" else self.training_step,
+            smoothing=self.label_smoothing,
+            entry=entry,
+        )
+        if task is None and not taught and context.data.train is not None:
+            raise no_labels()
+        examples = training_examples(
+            context.data,
+            taught=taught,
+            held_back=self.validation or (_HELD_BACK if self.patience else 0.0),
+            augment=Augment(self.augment, context.data.augment),
+            seed=context.seed,
+        )
+        teaching = Distilling(
+            teacher=self.teacher,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            features=self.features,
+            feature_weight=self.feature_weight,
+            attention=self.attention,
+            attention_weight=self.attention_weight,
+        )
+        objective = distilled(task, teaching, model, context, cache=not examples.augment)
+        if objective is None:
+            raise no_labels()
+        net = Simulated(model, entry, fixed=_fixed(model, entry, context))
+        for name, parameter in net.module.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+        train(net, objective, examples, self._settings(model, context), context)
+        trained = _read_back(model, net, frozen)
+        return self._reestimated(trained, examples, entry) if self.batch_norm == "reestimate" else trained
+
+    def _frozen(self, model: Model) -> frozenset[str]:
+        """Parameters that a layer holds which ``where`` leaves out, by their first name."""
+        held = {
+            id(parameter)
+            for path, layer in model.module.named_modules(remove_duplicate=False)
+            if not self.where.selects(path, type(layer).__name__)
+            for parameter in layer.parameters(recurse=False)
+        }
+        return frozenset(name for name, one in model.parameters.items() if id(one) in held)
+
+    def _settings(self, model: Model, context: Context) -> TrainSettings:
+        optimizer = _optimizer(model) if self.optimizer == "auto" else self.optimizer
+        rate = _rate(optimizer, model) if self.learning_rate == "auto" else self.learning_rate
+        still = {
+            path
+            for path, layer in model.module.named_modules()
+            if not self.where.selects(path, type(layer).__name__)
+            or (self.batch_norm == "freeze" and isinstance(layer, _BatchNorm))
+        }
+        return TrainSettings(
+            epochs=self.epochs,
+            steps=self.steps or None,
+            batch_size=self.batch_size,
+            accumulate=self.accumulate,
+            optimizer=optimizer,
+            learning_rate=rate,
+            step_rate=_STEP_RATE,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            clip=self.clip or None,
+            ema=self.ema or None,
+            patience=self.patience or None,
+            precision=context.precision if self.precision == "auto" else self.precision,
+            devices=context.devices,
+            seed=context.seed,
+            frozen=frozenset(still),
+        )
+
+    def _reestimated(self, model: Model, examples: TrainingExamples, entry: str) -> Model:
+        """The model whose batch norms that may change have statistics of the trained network."""
+        count = min(_STATISTICS, len(examples))
+        size = min(self.batch_size, count)
+        plain = TrainingExamples(examples.source, examples.picks, seed=examples.seed)
+        batches = (plain.batch(step, size).inputs for step in range(count // size))
+        found = reestimate(model, batches, self.where.selects, entry)
+        for name, value in found.items():
+            model.module.get_buffer(name).copy_(value)  # a module of this step's own
+        return model
+
+
+PLUGIN = Finetune
+
+
+def _entry(model: Model) -> str:
+    """The way of calling that is trained."""
+    if "forward" in model.entries:
+        return "forward"
+    if len(model.entries) == 1:
+        return next(iter(model.entries))
+    raise RecipeError(
+        f"finetune trains one way of calling a network, and this one has {', '.join(sorted(model.entries))}",
+        fix="train with featherweight.simulated(model, entry) and a loop of your own",
+    )
+
+
+def _optimizer(model: Model) -> OptimizerName:
+    norms = any(isinstance(layer, _BatchNorm) for layer in model.module.modules())
+    return "sgd" if norms and not model.formats else "adamw"
+
+
+def _rate(optimizer: OptimizerName, model: Model) -> float:
+    """A rate for what is trained: less for transformers, and where weights are on a grid."""
+    if optimizer == "sgd":
+        return 0.01 if model.formats else 0.03
+    if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
+        return 3e-5 if model.formats else 1e-4
+    return 5e-4 if model.formats else 1e-3
+
+
+def _fixed(model: Model, entry: str, context: Context) -> frozenset[str]:
+    """Traced values whose ranges the target's kernels set."""
+    if not model.formats:
+        return frozenset()
+    ranges = context.supports.fixed_ranges
+    return frozenset(name for node in trace(model, entry) if node.op in ranges for name in node.outputs)
+
+
+def _read_back(model: Model, net: Simulated, frozen: frozenset[str]) -> Model:
+    """What was trained; parameters that were not are as they came, and so are their formats."""
+    done = net.absorb()
+    before = model.parameters
+    with torch.no_grad():
+        for name, parameter in done.module.named_parameters():
+            parameter.data = parameter.data.contiguous()
+            parameter.requires_grad_(before[name].requires_grad)
+            if name in frozen:
+                parameter.copy_(before[name])
+        for buffer in done.module.buffers():
+            buffer.data = buffer.data.contiguous()
+    kept = {name: chain for name, chain in model.formats.items() if name in frozen}
+    return done.evolve(formats={**done.formats, **kept}) if kept else done
