@@ -231,6 +231,185 @@ class SqueezeExcite(nn.Module):
         return self.head((x + self.project(y * gate)).mean((2, 3)))
 
 
+class Transposed(nn.Module):
+    """Down, then up by a transposed, a depthwise transposed and a grouped transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(*_conv_bn(3, 12, 3, 2), nn.ReLU())
+        self.up = nn.ConvTranspose2d(12, 8, 2, 2)
+        self.each = nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=8, bias=False)
+        self.grouped = nn.ConvTranspose2d(8, 12, 3, 1, 1, groups=2)
+        self.head = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.grouped(self.each(F.relu(self.up(self.down(x)))))))
+
+
+class Split(nn.Module):
+    """One convolution taken apart: into two halves, as in C2f, and into unequal parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.inner = nn.Conv2d(8, 8, 3, padding=1)
+        self.merge = nn.Conv2d(24, 14, 1)
+        self.parts = [4, 10]
+        self.small = nn.Conv2d(4, 6, 1)
+        self.large = nn.Conv2d(10, 6, 1)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.stem(x).chunk(2, 1)
+        y = self.merge(torch.cat([first, second, F.relu(self.inner(second))], 1))
+        small, large = F.relu(y).split(self.parts, 1)
+        return self.head((self.small(small) * self.large(large)).mean((2, 3)))
+
+
+class SeparateAttention(nn.Module):
+    """q, k and v of their own matrices, products of matrices written out, fewer kv heads than query heads."""
+
+    def __init__(self, heads: int = 4, shared: int = 4) -> None:
+        super().__init__()
+        self.heads, self.shared, self.size = heads, shared, 8
+        self.embed = nn.Linear(12, 16)
+        self.norm = nn.LayerNorm(16)
+        self.q = nn.Linear(16, heads * self.size)
+        self.k = nn.Linear(16, shared * self.size, bias=False)
+        self.v = nn.Linear(16, shared * self.size)
+        self.out = nn.Linear(heads * self.size, 16)
+        self.gate, self.up = nn.Linear(16, 24), nn.Linear(16, 24)
+        self.down = nn.Linear(24, 16)
+        self.scale = nn.Parameter(torch.rand(16))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.norm(x)
+        n, t, _ = y.shape
+        q = self.q(y).view(n, t, self.heads, self.size).transpose(1, 2)
+        k = self.k(y).view(n, t, self.shared, self.size).transpose(1, 2)
+        v = self.v(y).view(n, t, self.shared, self.size).transpose(1, 2)
+        k, v = (one.repeat_interleave(self.heads // self.shared, dim=1) for one in (k, v))
+        weights = torch.softmax(q @ k.transpose(-1, -2) * 0.35, -1)
+        x = x + self.scale * self.out((weights @ v).transpose(1, 2).reshape(n, t, -1))
+        return self.head((x + self.down(F.silu(self.gate(x)) * self.up(x))).mean(1))
+
+
+class GroupedQuery(SeparateAttention):
+    """Four query heads on two key and value heads."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 2)
+
+
+class Grouped(nn.Module):
+    """Convolutions in four groups, group norm, and a depthwise one that makes two maps of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
+        self.norm = nn.GroupNorm(4, 24)
+        self.merge = nn.Conv2d(24, 8, 1)
+        self.twice = nn.Conv2d(8, 16, 3, padding=1, groups=8)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.grouped(F.relu(self.stem(x)))))
+        return self.head(F.relu(self.twice(F.relu(self.merge(y)))).mean((2, 3)))
+
+
+class Flattened(nn.Module):
+    """Maps that are flattened whole, a matrix per position and channel, as in LeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 3, 2, 1)
+        self.conv2 = nn.Conv2d(6, 8, 3, 2, 1)
+        self.slopes = nn.PReLU(8)
+        self.fc = nn.Linear(8 * 3 * 3, 20)
+        self.norm = nn.BatchNorm1d(20)
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.slopes(self.conv2(F.relu(self.conv1(x))))
+        return self.head(F.relu(self.norm(self.fc(y.flatten(1)))))
+
+
+class Multihead(nn.Module):
+    """torch's own encoder layer, then its attention alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, norm_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(self.embed(x))
+        return self.head((y + self.attention(y, y, y, need_weights=False)[0]).mean(1))
+
+
+class Gated(nn.Module):
+    """A bidirectional GRU, its states taken apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(12, 8, num_layers=2, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(16, 14)
+        self.head = nn.Linear(14, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.gru(x)
+        return self.head(F.relu(self.fc(states.mean(1))))
+
+
+class Projected(nn.Module):
+    """An LSTM that hands on fewer values than it has units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 16, batch_first=True, proj_size=6)
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, (last, _) = self.lstm(x)
+        return self.head(states[:, -1] + last[0])
+
+
+class Padded(nn.Module):
+    """The shortcut of the first ResNets for CIFAR: every second position, channels padded with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, 12, 3, 2, 1)
+        self.conv2 = nn.Conv2d(12, 16, 3, 1, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        y = self.conv2(F.relu(self.conv1(x)))
+        return self.head(F.relu(y + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))).mean((2, 3)))
+
+
+class SuperResolution(nn.Module):
+    """Convolutions over time and space: 1-D, 3-D, and maps that become pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space = nn.Conv3d(3, 6, (1, 3, 3), padding=(0, 1, 1))
+        self.squeeze = nn.Conv2d(12, 8, 3, padding=1)
+        self.shuffled = nn.Conv2d(8, 24, 3, padding=1)
+        self.last = nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.space(x)).flatten(1, 2)
+        return self.last(F.relu(F.pixel_shuffle(self.shuffled(F.relu(self.squeeze(y))), 2)))
+
+
 def _settle(module: nn.Module) -> nn.Module:
     """Batch-norm statistics and scales as training leaves them: neither zeros nor ones."""
     for layer in module.modules():
@@ -264,4 +443,19 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear3d": _net(Linear3d, 9, 12),
     "lstm": _net(Recurrent, 7, 12),
     "squeeze_excite": _net(SqueezeExcite, 3, 16, 16),
+}
+
+# Shapes that matter to what can be cut; runtimes need not run them.
+CHANNEL_NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "transposed": _net(Transposed, 3, 8, 8),
+    "split": _net(Split, 3, 8, 8),
+    "separate_attention": _net(SeparateAttention, 5, 12),
+    "grouped_query": _net(GroupedQuery, 5, 12),
+    "grouped": _net(Grouped, 3, 8, 8),
+    "flattened": _net(Flattened, 1, 12, 12),
+    "multihead": _net(Multihead, 5, 12),
+    "gru": _net(Gated, 7, 12),
+    "projected": _net(Projected, 7, 12),
+    "padded": _net(Padded, 3, 8, 8),
+    "super_resolution": _net(SuperResolution, 3, 2, 8, 8),
 }

@@ -37,6 +37,16 @@ def _same(walk: Walk, node: fx.Node) -> Made:
     return walk.read(operands(node)[0])
 
 
+def _glu(walk: Walk, node: fx.Node) -> Made:
+    """One half gates the other."""
+    axes = list(walk.read(operands(node)[0]))
+    dim = number(arguments(node).get("dim", -1))
+    one, other = np.split(axes[dim], 2)
+    walk.labels.tie(one, other)
+    axes[dim] = one
+    return axes
+
+
 def _factory(walk: Walk, node: fx.Node) -> Made:
     """What code makes of sizes follows them: it has the labels of what it meets."""
     shape = node.meta["val"].shape
@@ -66,26 +76,6 @@ def _reduce(walk: Walk, node: fx.Node) -> Made:
     else:
         made = [axis for place, axis in enumerate(axes) if place not in gone]
     return made if isinstance(node.meta["val"], Tensor) else tuple(made for _ in node.meta["val"])
-
-
-def _where_is(walk: Walk, node: fx.Node) -> Made:
-    """Positions along an axis mean something, so it stays."""
-    axes, given = walk.read(operands(node)[0]), arguments(node)
-    dim = given.get("dim", -1)
-    for place, axis in enumerate(axes):
-        if dim is None or place == number(dim) % len(axes):
-            walk.labels.fix(axis)
-    if operator_of(node) in ("sort", "argsort", "topk"):
-        seen = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else [node.meta["val"]]
-        made = tuple(
-            [
-                axis if len(axis) == size else np.zeros(size, np.int64)
-                for axis, size in zip(axes, sizes(item), strict=True)
-            ]
-            for item in seen
-        )
-        return made if isinstance(node.meta["val"], (tuple, list)) else made[0]
-    return _reduce(walk, node)
 
 
 def _slide(walk: Walk, node: fx.Node) -> Made:
@@ -126,13 +116,15 @@ _SAMES = (
         "softmax",
         "log_softmax",
     ),
-    *("_softmax", "softmin", "cumsum", "cumprod", "dropout", "feature_dropout", "alpha_dropout"),
+    *("_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp"),
+    *("dropout", "feature_dropout", "alpha_dropout", "bernoulli", "zero", "normal", "uniform"),
     *("contiguous", "clone", "detach", "alias", "identity", "to", "type_as", "_to_copy", "lift_fresh"),
-    *("lift_fresh_copy", "full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like"),
+    *("lift_fresh_copy", "real", "imag", "conj", "_conj"),
+    *("full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like"),
 )
 _POINTWISE = (
-    *("where", "addcmul", "addcdiv", "lerp", "floor_divide", "multiply", "divide", "subtract", "true_divide"),
-    *("rsub", "square"),
+    *("where", "addcmul", "addcdiv", "floor_divide", "multiply", "divide", "subtract", "true_divide"),
+    *("rsub", "square", "polar", "complex", "masked_fill", "copy", "fill", "lerp"),
 )
 _POOLS = (
     *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for n in (1, 2, 3)),
@@ -153,6 +145,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_SAMES, _same),
     **dict.fromkeys(_REDUCTIONS, _reduce),
-    **dict.fromkeys(("argmax", "argmin", "sort", "argsort", "topk"), _where_is),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _factory),
+    "glu": _glu,
     **dict.fromkeys(_POOLS, _slide),
 }

@@ -109,9 +109,9 @@ class Labels:
             return rows, columns, set(having)
         scattered = set()
         for atom, labels in having.items():
-            mask = np.isin(grid, labels) if len(labels) > 1 else grid == labels[0]
-            whole, through = mask.all(1), mask.all(0)
-            if (mask == (whole[:, None] | through[None])).all():
+            mask = np.isin(grid, labels)
+            whole, through = np.asarray(mask.all(1)), np.asarray(mask.all(0))
+            if np.array_equal(mask, whole[:, None] | through[None]):
                 for index in np.flatnonzero(whole):
                     rows[index].append(atom)
                 for index in np.flatnonzero(through):

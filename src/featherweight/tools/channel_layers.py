@@ -25,7 +25,7 @@ def _conv(walk: Walk, node: fx.Node) -> Made:
     depthwise = groups > 1 and len(read) == groups
     if transposed:
         walk.use(weight, 0, read, "carries" if depthwise else "reads")
-        walk.use(weight, 1, each, "writes")
+        walk.use(weight, 1, each, "carries" if depthwise else "writes")
     else:
         walk.use(weight, 0, made, "carries" if depthwise else "writes")
         walk.use(weight, 1, position, "reads")

@@ -209,15 +209,6 @@ def _slice(walk: Walk, node: fx.Node) -> Made:
     return axes
 
 
-def _index_select(walk: Walk, node: fx.Node) -> Made:
-    """Which ones is data to us, so what it chooses from stays."""
-    axes, given = list(walk.read(operands(node)[0])), arguments(node)
-    dim = number(given["dim"]) % max(1, len(axes))
-    walk.labels.fix(axes[dim])
-    axes[dim] = walk.read(given["index"])[0]
-    return axes
-
-
 def _flip(walk: Walk, node: fx.Node) -> Made:
     axes = list(walk.read(operands(node)[0]))
     for dim in arguments(node)["dims"]:
@@ -297,7 +288,6 @@ RULES: dict[str, Rule] = {
     "unbind": _unbind,
     "select": _select,
     **dict.fromkeys(("slice", "narrow"), _slice),
-    "index_select": _index_select,
     "flip": _flip,
     "roll": _roll,
     **dict.fromkeys(("pad", "constant_pad_nd", "zero_pad2d"), _pad),

@@ -72,7 +72,7 @@ class Walk:
         for node in program.nodes:
             if node.op == "placeholder":
                 if node.name not in self.graph.parameters:
-                    self.made[node.name] = self.plain(node)
+                    self.made[node.name] = self._input(node)
             elif node.op == "get_attr":
                 self.made[node.name] = self.plain(node)
             elif node.op == "call_function":
@@ -82,6 +82,14 @@ class Walk:
                 for item in node.all_input_nodes:
                     self.keep(item)
         self._settle_requests()
+
+    def _input(self, node: fx.Node) -> Axes:
+        """Whoever is fixed by an input is told so."""
+        if not _tensors_of(node.meta.get("val")):
+            return []
+        one = self.labels.fresh(1)
+        self.labels.fix(one, "it meets an input of the network")
+        return [one.repeat(size) for size in self.shape(node)]
 
     def _call(self, node: fx.Node) -> None:
         if not _tensors_of(node.meta.get("val")):

@@ -16,7 +16,13 @@ import numpy as np
 
 from featherweight.graph import Graph, trace
 from featherweight.model import Model
-from featherweight.tools import channel_elements, channel_layers, channel_moves, channel_products
+from featherweight.tools import (
+    channel_elements,
+    channel_layers,
+    channel_moves,
+    channel_picks,
+    channel_products,
+)
 from featherweight.tools.channel_labels import Axis, Labels
 from featherweight.tools.channel_walk import Rule, Tensors, Walk
 from featherweight.tools.groups import ChannelGroup, Channels, GroupKind, Member, Place
@@ -24,6 +30,7 @@ from featherweight.tools.groups import ChannelGroup, Channels, GroupKind, Member
 _RULES: Mapping[str, Rule] = {
     **channel_elements.RULES,
     **channel_moves.RULES,
+    **channel_picks.RULES,
     **channel_products.RULES,
     **channel_layers.RULES,
 }
@@ -177,6 +184,8 @@ class _Grouping:
         for layer, axis in self._tensors.written:
             if not grouped.isdisjoint(self._where(axis)):
                 free.add(layer)
+            if len(axis) == 1:
+                found.setdefault(layer, "it has one channel")
             reasons = (self._labels.reason(int(one)) for one in np.unique(axis))
             found.setdefault(layer, next((one for one in reasons if one), "all of its channels go together"))
         return {layer: reason for layer, reason in found.items() if layer not in free}
