@@ -83,7 +83,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of ``torch.nn`` as data.
+    """A layer of ``torch.nn`` (or ``Bypass``) as data.
 
     Attributes:
         kind: Class name in ``torch.nn``; one of ``LAYERS``.
@@ -106,7 +106,8 @@ class Layer:
         arguments = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.arguments.items()
         }
-        made: nn.Module = getattr(nn, self.kind)(*(layer.build() for layer in self.layers), **arguments)
+        kind = Bypass if self.kind == Bypass.__name__ else getattr(nn, self.kind)
+        made: nn.Module = kind(*(layer.build() for layer in self.layers), **arguments)
         return made
 
 
@@ -121,8 +122,26 @@ LAYERS = frozenset(
         "AvgPool2d",
         "MaxPool2d",
         "AdaptiveAvgPool2d",
+        "Bypass",
     }
 )
+
+
+class Bypass(nn.Module):
+    """What stays of a block with several arguments or results: it returns one of its arguments.
+
+    Args:
+        argument: Position or name of it.
+        items: Length of the tuple that the block returned, whose other items are None; 0: no tuple.
+    """
+
+    def __init__(self, argument: int | str = 0, items: int = 0) -> None:
+        super().__init__()
+        self.argument, self.items = argument, items
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = kwargs[self.argument] if isinstance(self.argument, str) else args[self.argument]
+        return (x, *[None] * (self.items - 1)) if self.items else x
 
 
 @dataclass(frozen=True)
