@@ -92,16 +92,15 @@ class Learned(nn.Module):
             setattr(self, f"state_{name}", getattr(made, name).detach().clone())
         return made
 
-    @torch.no_grad()
-    def final(self) -> TensorFormat:
-        """The format as it was trained, as data."""
-        made = self.current()
-        plain = {
-            one.name: value.detach().clone().cpu()
-            for one in fields(made)  # type: ignore[arg-type]
-            if isinstance(value := getattr(made, one.name), Tensor)
-        }
-        return replace(made, **plain) if plain else made  # type: ignore[type-var]
+
+def as_data(fmt: TensorFormat) -> TensorFormat:
+    """A format that shares no tensor with what is trained."""
+    plain = {
+        one.name: value.detach().clone().cpu()
+        for one in fields(fmt)  # type: ignore[arg-type]
+        if isinstance(value := getattr(fmt, one.name), Tensor)
+    }
+    return replace(fmt, **plain) if plain else fmt  # type: ignore[type-var]
 
 
 def _first(fmt: TensorFormat) -> dict[str, Tensor]:

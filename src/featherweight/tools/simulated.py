@@ -24,8 +24,9 @@ from featherweight.errors import RecipeError
 from featherweight.formats import IntQuant, PerTensor, TensorFormat, encode
 from featherweight.graph import Graph, trace
 from featherweight.model import Model
-from featherweight.tools.sim_learned import Learned
-from featherweight.tools.sim_replay import TrainableReplay, leaving, moved
+from featherweight.tools.sim_learned import Learned, as_data
+from featherweight.tools.sim_norms import Moments, TemporaryNorm, normable, normalized, observed
+from featherweight.tools.sim_replay import Call, TrainableReplay, leaving, moved
 
 MOVES = frozenset(
     {"max_pool2d", "reshape", "view", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "clone"}
@@ -45,35 +46,45 @@ class Simulated(nn.Module):
         model: With formats or without.
         entry: Which way of calling it.
         fixed: Traced values whose range is not learned, beside those of sigmoid, tanh and softmax.
+        normalize: Batches of flat inputs; where some are given, a batch norm stands behind every folded layer
+            while it trains, the identity on these batches at first (tools/sim_norms.py).
 
     Attributes:
         module: The copy that is trained.
         seen: What the watched layers returned in the last call.
     """
 
-    def __init__(self, model: Model, entry: str = "forward", *, fixed: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        entry: str = "forward",
+        *,
+        fixed: Collection[str] = (),
+        normalize: Sequence[tuple[Tensor, ...]] = (),
+    ) -> None:
         super().__init__()
         self.module = model.copy_module()
         self.seen: dict[str, Tensor] = {}
-        self._plan = _Plan(model, entry, frozenset(fixed))
+        self._plan = _Plan(model, entry, frozenset(fixed), bool(normalize))
         self._watched: dict[str, str] = {}  # path -> value, where a graph is replayed
         self._replay = _Replay()
         self.formats = nn.ModuleDict(
             {key: Learned(fmt, *self._plan.learning(key)) for key, fmt in self._plan.formats.items()}
         )
+        self.norms = nn.ModuleList()
+        if normalize:
+            self._normalize(normalize)
         self.train()
 
     # ---- what is learned
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters that train, by what they are: ``weights`` (all of the module's) and ``steps``.
+        """Parameters that train, by what they are: ``weights`` (all of the module's), ``steps``, ``norms``.
 
         Steps are relative to what they were at first: rates of 1e-4 to 1e-2 suit Adam.
         """
-        return {
-            "weights": [one for one in self.module.parameters() if one.requires_grad],
-            "steps": [one for one in self.formats.parameters() if one.requires_grad],
-        }
+        parts = {"weights": self.module, "steps": self.formats, "norms": self.norms}
+        return {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
 
     def advance(self, fraction: float) -> None:
         """Tell formats with a schedule how far training is, from 0 to 1."""
@@ -91,21 +102,54 @@ class Simulated(nn.Module):
             value = self.formats[key](value)
         return value
 
-    def _stored(self) -> dict[str, Tensor]:
-        """The parameters that have formats, as those hold them."""
+    def _stored(self, folded: bool) -> dict[str, Tensor]:
+        """The parameters that have formats, as those hold them, with norms folded into them or without."""
         parameters = dict(self.module.named_parameters())
-        return {name: self._project(name, parameters[name]) for name in self._plan.keys if name in parameters}
+        stored = {
+            name: self._project(name, parameters[name]) for name in self._plan.keys if name in parameters
+        }
+        if folded:
+            for name, norm in self._norms():
+                fmt = self._learned(self._plan.keys[name][0]).current()
+                stored[name] = norm.folded_weight(stored[name], fmt)
+                stored[self._plan.normed[name].parameters["bias"]] = norm.folded_bias()
+        return stored
+
+    # ---- temporary norms
+
+    def _norms(self) -> Iterator[tuple[str, TemporaryNorm]]:
+        """Weights and the norms behind them."""
+        for name, one in zip(self._plan.normed, self.norms, strict=False):
+            assert isinstance(one, TemporaryNorm)
+            yield name, one
+
+    @torch.no_grad()
+    def _normalize(self, batches: Sequence[tuple[Tensor, ...]]) -> None:
+        """Put norms behind layers, which begin as the identity on these batches."""
+        graph, parameters = self._plan.graph, dict(self.module.named_parameters())
+        assert graph is not None
+        nodes = self._plan.normed
+        moments = {name: Moments() for name in nodes}
+        self.eval()
+        counting = self._make_runner(graph, {nodes[name].fx_name: observed(moments[name]) for name in nodes})
+        tensors = {**self._tensors(graph), **self._stored(folded=False)}
+        for batch in batches:
+            counting.run_with(tensors, batch)
+        for name, node in nodes.items():
+            bias = parameters[node.parameters["bias"]].requires_grad_(False)  # the norm's takes its place
+            self.norms.append(moments[name].norm(bias))
 
     # ---- running
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Flat outputs of one call with flat inputs; differentiable."""
         self.seen = {}
-        stored = self._stored()
+        stored = self._stored(folded=not self.training)
         if self._plan.graph is None:
             return self._eager(stored, inputs)
         if self._replay.runner is None:
-            self._replay.runner = self._make_runner(self._plan.graph)
+            calls = {self._plan.normed[name].fx_name: normalized(norm) for name, norm in self._norms()}
+            self._replay.runner = self._make_runner(self._plan.graph, calls)
         return self._replay.runner.run_with({**self._tensors(self._plan.graph), **stored}, inputs)
 
     def _eager(self, stored: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -125,7 +169,7 @@ class Simulated(nn.Module):
         constants: Mapping[str, Any] = graph.program.constants
         return {name: state[name] if name in state else constants[name] for name in graph.parameters.values()}
 
-    def _make_runner(self, graph: Graph) -> TrainableReplay:
+    def _make_runner(self, graph: Graph, calls: Mapping[str, Call]) -> TrainableReplay:
         some = {name: keys for name, keys in self._plan.keys.items() if name in graph.values}
         chains = {name: tuple(map(self._learned, keys)) for name, keys in some.items()}
         at_readers = {name: chain for name, chain in chains.items() if any(one.readers for one in chain)}
@@ -136,7 +180,7 @@ class Simulated(nn.Module):
             self.seen |= {path: value for path, watched in self._watched.items() if watched == name}
             return value
 
-        return TrainableReplay(graph, self.module, observe, at_readers, {})
+        return TrainableReplay(graph, self.module, observe, at_readers, calls)
 
     # ---- watching
 
@@ -188,11 +232,15 @@ class Simulated(nn.Module):
         model = self._plan.model
         formats = dict(model.formats)
         for name, keys in self._plan.keys.items():
-            formats[name] = tuple(self._learned(key).final() for key in keys)
-        stored, module = self._stored(), copy.deepcopy(self.module)
+            formats[name] = tuple(as_data(self._learned(key).current()) for key in keys)
+        for name, norm in self._norms():
+            fmt = self._learned(self._plan.keys[name][0]).current()
+            formats[name] = (as_data(norm.folded_format(fmt)),)
+        stored, module = self._stored(folded=True), copy.deepcopy(self.module)
         for name, parameter in module.named_parameters():
             if name in stored:
                 parameter.copy_(stored[name])
+                parameter.requires_grad_(model.module.get_parameter(name).requires_grad)
         for path, layer in model.module.named_modules():
             module.get_submodule(path).training = layer.training
         return model.evolve(module=module.cpu(), formats=formats)
@@ -201,11 +249,12 @@ class Simulated(nn.Module):
 class _Plan:
     """What does not change in training: the model, its graph, and which format is whose."""
 
-    def __init__(self, model: Model, entry: str, fixed: frozenset[str]) -> None:
+    def __init__(self, model: Model, entry: str, fixed: frozenset[str], normalized: bool) -> None:
         self.model, self.entry = model, entry
         self._parameters = model.parameters
         traced = [name for name in model.formats if name not in self._parameters]
-        self.graph: Graph | None = trace(model, entry) if traced else None
+        self.graph: Graph | None = trace(model, entry) if traced or normalized else None
+        self.normed = normable(model, self.graph) if self.graph is not None and normalized else {}
         self.formats: dict[str, TensorFormat] = {}
         self.keys: dict[str, tuple[str, ...]] = {}  # parameter or value -> its chain, as keys of ``formats``
         self._names: dict[str, list[str]] = {}
