@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -45,6 +46,7 @@ from featherweight.engine.sources import (
 from featherweight.engine.store import Store, digest, told_as_machine_error
 from featherweight.engine.targets import fit_targets, known_isa
 from featherweight.engine.timing import Limits
+from featherweight.engine.training_options import recipe_code, training_options
 from featherweight.errors import (
     BudgetError,
     DataError,
@@ -55,7 +57,7 @@ from featherweight.errors import (
     nearest,
 )
 from featherweight.figures import seconds
-from featherweight.method import Progress, Silent
+from featherweight.method import Precision, Progress, Silent
 from featherweight.outcome import Budget, Preference, Result
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Choice, Recipe
@@ -98,6 +100,8 @@ def fit(
     limits: Limits | None = None,
     threads: int = 1,
     tune: bool = True,
+    devices: int = 1,
+    precision: Precision = "32",
     seed: int = 0,
     image_size: str | None = None,
     mean: str | None = None,
@@ -135,6 +139,8 @@ def fit(
         limits: How long and how well to measure.
         threads: Cores that the runtime may use.
         tune: Measure the chosen artifact with those of the runtime's options that are fastest for it.
+        devices: Processes that share each batch where a step trains: on as many cores, or GPUs.
+        precision: In which steps train: 32, bf16-mixed or 16-mixed.
         seed: The only source of randomness.
         image_size: For a folder of images.
         mean: For a folder of images.
@@ -159,6 +165,7 @@ def fit(
     place, shown, started = Path(out), progress or Silent(), time.monotonic()
     check_output(place)
     targets = fit_targets(runtime, threads, device, isa)
+    training = training_options(devices, precision)
     question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
     question = replace(question, tune=tune, started=started)
     sources = load_sources(
@@ -180,11 +187,11 @@ def fit(
     beside = _beside(
         sources, Given(student, student_weights), Given(teacher, teacher_weights), allow_pickle=allow_pickle
     )
-    _warn_of_idle_teacher(beside, question, shown)
-    store = Store()
+    if not question.open_ended:
+        _warn_of_idle_teacher(beside.teacher, question.recipe, shown)
+    store, options = Store(), {**beside.models, **training}
     runs = [
-        Run(sources.model, sources.data, one, store, seed=seed, progress=shown, **beside.models)
-        for one in targets
+        Run(sources.model, sources.data, one, store, seed=seed, progress=shown, **options) for one in targets
     ]
     if question.open_ended:
         follow(runs[0].start)
@@ -295,6 +302,7 @@ def _run_key(runs: Sequence[Run], question: Question, limits: Limits, names: Seq
         [[one.target.to_json(), describe_device(one.target).model_dump(mode="json")] for one in runs],
         asdict(limits),
         run.seed,
+        [run.devices, run.precision, recipe_code(question.recipe)],
         run.sources,
     )
 
@@ -349,6 +357,8 @@ def apply(
     student_weights: str | None = None,
     teacher: str | None = None,
     teacher_weights: str | None = None,
+    devices: int = 1,
+    precision: Precision = "32",
     seed: int = 0,
     force: bool = False,
     allow_pickle: bool = False,
@@ -372,7 +382,10 @@ def apply(
         model, data, Target(runtime=runtime).resolved(), seed, progress,
         weights=weights, inputs=inputs, image_size=image_size, mean=mean, std=std, allow_pickle=allow_pickle,
         student=Given(student, student_weights), teacher=Given(teacher, teacher_weights),
+        training=training_options(devices, precision),
     )  # fmt: skip
+    name = Given(student).name
+    _warn_of_idle_teacher(Given(teacher).name, steps, run.progress)
     changed = run.apply(steps)
 
     def write(folder: Path) -> None:
@@ -385,6 +398,7 @@ def apply(
         "out": str(place),
         "edits": len(changed.edits),
         "formats": len(changed.formats),
+        **({"student": name} if name else {}),
         "before": dict(before),
         "after": dict(after),
     }
@@ -522,6 +536,7 @@ def _run(
     progress: Progress | None,
     student: Given = NOTHING,
     teacher: Given = NOTHING,
+    training: Mapping[str, Any] = MappingProxyType({}),
     **given: Any,
 ) -> Run:
     sources = load_sources(model, data=data, seed=seed, **given)
@@ -529,7 +544,9 @@ def _run(
     for note in sources.notes:
         shown.note(f"note: {note}")
     beside = _beside(sources, student, teacher, allow_pickle=given["allow_pickle"])
-    run = Run(sources.model, sources.data, target, Store(), seed=seed, progress=shown, **beside.models)
+    run = Run(
+        sources.model, sources.data, target, Store(), seed=seed, progress=shown, **beside.models, **training
+    )
     follow(run.start)
     return run
 
@@ -553,10 +570,10 @@ def _beside(sources: Sources, student: Given, teacher: Given, *, allow_pickle: b
     return _Beside(models, student.name, teacher.name)
 
 
-def _warn_of_idle_teacher(beside: _Beside, question: Question, progress: Progress) -> None:
+def _warn_of_idle_teacher(teacher: str, recipe: Recipe, progress: Progress) -> None:
     """A teacher that no step of the user's recipe names teaches nobody."""
-    named = any("teacher" in _values(step.parameters.get("teacher")) for step in question.recipe.steps)
-    if beside.teacher and not question.open_ended and not named:
+    named = any("teacher" in _values(step.parameters.get("teacher")) for step in recipe.steps)
+    if teacher and not named:
         progress.note("warning: no step of the recipe learns from the teacher: write teacher: teacher")
 
 

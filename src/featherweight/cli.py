@@ -135,6 +135,19 @@ Teacher = Annotated[
 TeacherWeights = Annotated[
     str | None, typer.Option("--teacher-weights", metavar="FILE", help="Weights of the teacher's module.")
 ]
+Devices = Annotated[
+    int,
+    typer.Option(
+        "--devices",
+        metavar="N",
+        min=1,
+        help="Processes that share each batch where a step trains: on as many GPUs, or cores without any.",
+    ),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", metavar="KIND", help="In which steps train: 32, bf16-mixed or 16-mixed."),
+]
 ImageSize = Annotated[
     str | None,
     typer.Option(
@@ -307,6 +320,8 @@ def fit(
     tune: Annotated[
         bool, typer.Option("--tune/--no-tune", help="Measure which of the runtime's options are fastest.")
     ] = True,
+    devices: Devices = 1,
+    precision: PrecisionOption = "32",
     seed: Seed = 0,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -369,6 +384,8 @@ def fit(
             limits=_limits(measure_time, batch),
             threads=threads,
             tune=tune,
+            devices=devices,
+            precision=cast(Any, precision),
             seed=seed,
             image_size=image_size,
             mean=mean,
@@ -406,6 +423,8 @@ def apply_(
     student_weights: StudentWeights = None,
     teacher: Teacher = None,
     teacher_weights: TeacherWeights = None,
+    devices: Devices = 1,
+    precision: PrecisionOption = "32",
     seed: Seed = 0,
     force: Force = False,
     allow_pickle: Pickle = False,
@@ -440,6 +459,8 @@ def apply_(
             student_weights=student_weights,
             teacher=teacher,
             teacher_weights=teacher_weights,
+            devices=devices,
+            precision=cast(Any, precision),
             seed=seed,
             force=force,
             allow_pickle=allow_pickle,

@@ -232,8 +232,8 @@ def check_examples_to_learn(data: Data) -> None:
 
 
 def scoring_code(data: Data) -> str:
-    """Digest of the user's files that score outputs; '' without any. Edited, they must be run again."""
-    functions: list[Any] = [getattr(data.metric, "function", None), data.decode]
+    """Digest of the user's files that score or train; '' without any. Edited, they must be run again."""
+    functions: list[Any] = [getattr(data.metric, "function", None), data.decode, data.loss, data.augment]
     if type(data).score is not Data.score:
         functions.append(type(data).score)
     return code_digest(functions)

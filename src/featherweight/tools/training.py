@@ -144,7 +144,6 @@ def train(
 
     with torch.random.fork_rng(devices=[]):
         history: History = together(settings.devices, work)
-    net.advance(1.0)
     return history
 
 
@@ -239,6 +238,8 @@ class _Training:
                     return self._fall_back(step, loss)
                 history.losses.append(loss)
                 done = step + 1
+                if done == total and len(self.learner.net.formats):
+                    self.learner.net.advance(1.0)
                 if done % self.per_epoch == 0 or done == total:
                     self._end_epoch(done)
                     self._save(done)
