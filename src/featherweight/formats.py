@@ -30,6 +30,8 @@ from featherweight.granularity import Granularity as Granularity
 from featherweight.granularity import PerChannel as PerChannel
 from featherweight.granularity import PerGroup as PerGroup
 from featherweight.granularity import PerTensor as PerTensor
+from featherweight.sparse import Sparse as Sparse
+from featherweight.sparse import decode_sparse, encode_sparse
 from featherweight.straight_through import nearest, rounded, straight_through
 
 _SCALE = 32  # bits of a stored scale
@@ -376,6 +378,8 @@ class Dynamic:
 
 def encode(fmt: TensorFormat) -> dict[str, Any]:
     """A format as JSON data; floats keep all their bits."""
+    if isinstance(fmt, Sparse):
+        return encode_sparse(fmt)
     if not isinstance(fmt, IntQuant | FloatCast | Ternary | Binary | Dynamic):
         raise TypeError(f"{type(fmt).__name__} has no JSON form")
     data: dict[str, Any] = {"kind": type(fmt).__name__}
@@ -393,6 +397,8 @@ def encode(fmt: TensorFormat) -> dict[str, Any]:
 
 def decode(data: Mapping[str, Any]) -> TensorFormat:
     """The format that :func:`encode` wrote."""
+    if data["kind"] == Sparse.__name__:
+        return decode_sparse(data)
     kinds: tuple[type[TensorFormat], ...] = (IntQuant, FloatCast, Ternary, Binary, Dynamic)
     named = {kind.__name__: kind for kind in kinds}
     if data["kind"] not in named:
