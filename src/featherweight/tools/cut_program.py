@@ -101,9 +101,17 @@ class _Writer:
     # ---- steps
 
     def _needed(self, returned: fx.Node) -> set[str]:
-        """What the outputs come from; a layer that is called whole makes its own zeros."""
+        """What outputs come from, and idle calls, which count in names; not what layers do inside."""
+        inside = {
+            one.name
+            for node in self._order
+            if self._whole(node) is not None
+            for one in self._inside[_call_key(node)]
+            if one is not node
+        }
         found: set[str] = set()
-        waiting = list(returned.all_input_nodes)
+        waiting = [node for node in self._order if node.name in self._about and node.name not in inside]
+        waiting += returned.all_input_nodes
         while waiting:
             node = waiting.pop()
             if node.name in found:
