@@ -94,7 +94,9 @@ class Learned(nn.Module):
 
 
 def as_data(fmt: TensorFormat) -> TensorFormat:
-    """A format that shares no tensor with what is trained."""
+    """A format that shares no tensor with what is trained, without what only training needs."""
+    settled = getattr(fmt, "settled", None)
+    fmt = fmt if settled is None else settled()
     plain = {
         one.name: value.detach().clone().cpu()
         for one in fields(fmt)  # type: ignore[arg-type]

@@ -92,6 +92,12 @@ class Simulated(nn.Module):
             for key in self._plan.keys.get(name, ()):
                 self._learned(key).advance(parameter.detach(), fraction)
 
+    def penalty(self) -> Tensor | None:
+        """What formats add to the loss, e.g. for gates that are open; None: nothing."""
+        asked = [getattr(one.current(), "penalty", None) for one in map(self._learned, self.formats)]
+        found = [extra for one in asked if one is not None and (extra := one()) is not None]
+        return torch.stack(found).sum() if found else None
+
     def _learned(self, key: str) -> Learned:
         one = self.formats[key]
         assert isinstance(one, Learned)
