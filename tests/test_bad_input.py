@@ -59,6 +59,24 @@ def nan():
     return module
 
 
+def seven():
+    module = Net()
+    module.head = nn.Linear(4, 7)
+    return module
+
+
+def gray():
+    module = Net()
+    module.conv = nn.Conv2d(1, 4, 3, padding=1)
+    return module
+
+
+class Both(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y
+
+
 def half():
     return Net().bfloat16()
 
@@ -179,6 +197,10 @@ RECIPES = {
     "not-a-recipe": "- fold\n",
     "hole": "version: 1\nsteps:\n  - quantize: {range: {choice: [mse, minmax]}}\n",
     "bad-hole": "version: 1\nsteps:\n  - quantize: {range: {choice: [mse, mode]}}\n",
+    "teacher": "version: 1\nsteps:\n  - finetune: {teacher: teacher}\n",
+    "teachers": "version: 1\nsteps:\n  - finetune: {teacher: teachers}\n",
+    "alpha": "version: 1\nsteps:\n  - finetune: {teacher: original, alpha: 1.5}\n",
+    "features": "version: 1\nsteps:\n  - finetune: {teacher: original, features: {conv: convv}}\n",
     "bad-where": "version: 1\nsteps:\n  - quantize: {where: {exlude: [head]}}\n",
     "excludes-all": "version: 1\nsteps:\n  - quantize: {where: {exclude: ['*']}}\n",
     "kernels": "version: 1\nsteps:\n  - quantize: {symmetric_weights: false}\n",
@@ -256,6 +278,7 @@ def _arrays(folder: Path) -> None:
     np.savez(folder / "unlabelled.npz", x=x)
     np.savez(folder / "labels.npz", y=y)
     np.savez(folder / "train.npz", x=x, y=y, x_train=x[:, :1], y_train=y)
+    np.savez(folder / "teach.npz", x=x, y=y, x_train=-x)
     np.save(folder / "one.npy", x)
     (folder / "damaged.npz").write_bytes((folder / "ok.npz").read_bytes()[:900])
 
@@ -317,6 +340,56 @@ def fit(rest: str) -> str:
 
 
 CASES = [
+    # ---- students and teachers
+    *(
+        Case(f"{role} {what}", fit(f"nets.py:net --{role} {named} --recipe ok.yaml --data teach.npz"), says)
+        for role in ("student", "teacher")
+        for what, named, says in (
+            ("is missing", "nothing.py:net", ("no file 'nothing.py'",)),
+            ("gives other classes", "nets.py:seven", (f"the {role} 'nets.py:seven' gives float32 (3, 7)",)),
+            ("gives more", "nets.py:Both", ("float32 (3, 4) and float32 (3, 4)", "the original gives")),
+            ("takes other inputs", "nets.py:gray", (f"the {role} takes other inputs than the original",)),
+            ("takes more inputs", "nets.py:Pairs", (f"the {role} takes other inputs than the original",)),
+            ("is not float32", "nets.py:half", ("methods and runtimes start from float32",)),
+            ("is NaN", "nets.py:nan", ("not finite",)),
+        )
+    ),
+    Case(
+        "student's weights alone",
+        fit("nets.py:net --student-weights state.pt --recipe ok.yaml"),
+        ("--student-weights are there and no student",),
+    ),
+    Case(
+        "teacher's weights that do not fit",
+        fit("nets.py:net --teacher nets.py:net --teacher-weights other.safetensors --recipe ok.yaml"),
+        ("other.safetensors",),
+    ),
+    Case(
+        "student without examples",
+        fit("nets.py:net --student nets.py:wide --recipe ok.yaml"),
+        ("a student learns from examples", "x_train"),
+    ),
+    Case(
+        "student of apply",
+        "apply nets.py:net --student nets.py:seven --recipe ok.yaml --data teach.npz --out out",
+        ("gives float32 (3, 7)",),
+    ),
+    Case(
+        "no teacher",
+        fit("nets.py:net --recipe teacher.yaml --data teach.npz"),
+        ("asks for teacher: teacher, and there is none", "step 1 (finetune)", "--teacher"),
+    ),
+    Case(
+        "unknown teacher",
+        fit("nets.py:net --recipe teachers.yaml --data teach.npz"),
+        ("'teacher' of finetune", "did you mean 'teacher'?"),
+    ),
+    Case("alpha above 1", fit("nets.py:net --recipe alpha.yaml --data teach.npz"), ("'alpha' of finetune",)),
+    Case(
+        "features of no layer",
+        fit("nets.py:net --recipe features.yaml --data teach.npz"),
+        ("features names 'convv', which is no layer of the teacher", "did you mean 'conv'?"),
+    ),
     # ---- the model
     Case("missing file", fit("nothing.onnx"), ("no model 'nothing.onnx'", "path.py:callable")),
     Case("missing code", fit("nothing.py:net"), ("no file 'nothing.py'", "check the path")),
