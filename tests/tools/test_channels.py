@@ -6,7 +6,7 @@ import pytest
 
 import golden
 import language_nets
-from cut_program import check, random_drop
+from channel_oracle import check, random_drop
 from featherweight.model import Model
 from featherweight.tools.channels import channel_groups
 from nets import CHANNEL_NETS, NETS
