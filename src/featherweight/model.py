@@ -178,7 +178,7 @@ def make_edit(module: nn.Module, edit: Edit) -> nn.Module:
         case Unroll(programs, constants):
             return unroll(module, programs, constants)
         case Remove(path):
-            _put(module, path, nn.Identity())
+            _put(module, path, nn.Identity().train(module.get_submodule(path).training))
         case Replace(path, layer):
             _put(module, path, layer.build().train(module.get_submodule(path).training))
         case Cut(tensor, axis, dropped):

@@ -120,24 +120,20 @@ def _made(
             edits = (*edits, *idle)
             for one in idle:
                 make_edit(module, one)
+    modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:
         with torch.no_grad():
             found = getattr(module, entry.method)(*entry.arguments(entry.example_inputs))
     except Exception as error:  # noqa: BLE001 - the user's code raises whatever it likes
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    finally:
+        for layer, training in modes:
+            layer.training = training
     flat = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
     if len(flat) != len(wanted) or not all(map(_close, flat, wanted)):
         return None, "the network without it computes something else than was traced"
-    return model.evolve(module=_in_modes(module, model.module), edits=edits), ""
-
-
-def _in_modes(module: nn.Module, like: nn.Module) -> nn.Module:
-    """Each layer in the mode of the layer of that name, new ones in that of the whole."""
-    modes = {path: layer.training for path, layer in like.named_modules()}
-    for path, layer in module.named_modules():
-        layer.training = modes.get(path, like.training)
-    return module
+    return model.evolve(module=module, edits=edits), ""
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:

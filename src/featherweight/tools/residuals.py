@@ -95,19 +95,19 @@ class _Finder:
             block = self._of_module(path)
             if block is None:
                 continue
-            inside = [one for one in chosen.values() if one.nodes <= block.nodes]
-            if len(inside) > 1 or any(one.macs >= _MOSTLY * block.macs for one in inside):
+            parts = [one for one in chosen.values() if one.nodes <= block.nodes]
+            if len(parts) > 1 or any(one.macs >= _MOSTLY * block.macs for one in parts):
                 continue
-            for one in inside:
+            for one in parts:
                 del chosen[one.name]
             chosen[path] = block
         taken = {name for block in chosen.values() for name in block.nodes}
         for add, x, inside in self._additions():
             if not taken & inside:
-                block = self._block(add.name, "", x, add.outputs[0], inside | {add.name})
-                if block is not None:
-                    chosen[add.name] = block
-                    taken |= block.nodes
+                part = self._block(add.name, "", x, add.outputs[0], inside | {add.name})
+                if part is not None:
+                    chosen[add.name] = part
+                    taken |= part.nodes
         return sorted(chosen.values(), key=lambda block: self._place(block.result))
 
     def _place(self, value: str) -> int:

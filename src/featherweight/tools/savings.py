@@ -1,0 +1,108 @@
+"""Parts of a network that may go, what each saves, and which to take first.
+
+Greedy: every part that is left is taken away alone, what that does to the outputs is measured, and the one
+with the least error for what it saves stays away; then all others are measured anew::
+
+    argmin_i  (error_i - error) / min(saved_i, still needed)
+
+where errors are those of the outputs against the network as it began (``output_error.py``). Statistics of
+batch norms are re-estimated before a part is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from featherweight.errors import RecipeError
+from featherweight.model import Model
+from featherweight.tools.output_error import Batches, Measure, difference, outputs
+
+Unit = Literal["parts", "macs", "parameters", "latency"]
+_FLOOR = 1e-3  # of the error so far: smaller differences are noise
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A part that may go.
+
+    Attributes:
+        name: For the user.
+        saved: What goes with it, by unit.
+        make: The model without it.
+    """
+
+    name: str
+    saved: dict[Unit, float]
+    make: Callable[[Model], Model]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A part that went.
+
+    Attributes:
+        name: Of the part.
+        saved: How much of the unit went with it.
+        error: Of the outputs from then on.
+    """
+
+    name: str
+    saved: float
+    error: float
+
+
+@dataclass
+class Greedy:
+    """Takes parts until enough is saved.
+
+    Attributes:
+        offers: The parts that a model has, asked anew each time.
+        refresh: Adapts a changed model to its values, e.g. statistics of batch norms.
+        batches: Flat inputs.
+        entry: Which way of calling the model.
+        measure: Of the outputs' error.
+        unit: What is saved.
+        track: Yields the parts that are measured, with a bar.
+        refused: Part -> why it cannot go.
+    """
+
+    offers: Callable[[Model], list[Saving]]
+    refresh: Callable[[Model], Model]
+    batches: Batches
+    entry: str
+    measure: Measure
+    unit: Unit
+    track: Callable[[list[Saving]], Iterator[Saving]]
+
+    def __post_init__(self) -> None:
+        self.refused: dict[str, str] = {}
+
+    def take(self, model: Model, needed: float) -> tuple[Model, list[Taken]]:
+        """The model that saves this much of the unit, or as much as is to be had, and what went."""
+        wanted = outputs(model, self.batches, self.entry)
+        taken: list[Taken] = []
+        left, error = needed, 0.0
+        while left > 1e-9 * max(needed, 1.0):
+            best: tuple[float, Model, Taken] | None = None
+            offers = [one for one in self.offers(model) if one.saved.get(self.unit, 0.0) > 0]
+            for one in self.track(offers):
+                if one.name in self.refused:
+                    continue
+                try:
+                    changed = self.refresh(one.make(model))
+                except RecipeError as refusal:
+                    self.refused[one.name] = str(refusal.what)
+                    continue
+                seen = difference(wanted, outputs(changed, self.batches, self.entry), self.measure)
+                saved = one.saved[self.unit]
+                score = max(seen - error, _FLOOR * error) / min(saved, left)
+                if best is None or score < best[0]:
+                    best = score, changed, Taken(one.name, saved, seen)
+            if best is None:
+                break
+            _, model, last = best
+            taken.append(last)
+            left, error = left - last.saved, last.error
+        return model, taken
