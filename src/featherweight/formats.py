@@ -32,6 +32,7 @@ from featherweight.granularity import PerGroup as PerGroup
 from featherweight.granularity import PerTensor as PerTensor
 from featherweight.sparse import Sparse as Sparse
 from featherweight.sparse import decode_sparse, encode_sparse
+from featherweight.sparse import zeros_alone as zeros_alone
 from featherweight.straight_through import nearest, rounded, straight_through
 
 _SCALE = 32  # bits of a stored scale

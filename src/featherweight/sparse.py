@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from featherweight.masks import cubic, drawn_gates, largest, mean_gates, open_ch
 from featherweight.straight_through import straight_through
 
 _STEP = 0.005  # of the training, between two masks
+_GAIN = 20.0  # logits of gates per score, so that rates which suit other formats open and close them
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Sparse:
         end: Share of the training after which the mask stays.
         by: What ranks values in training: their ``magnitude``; ``scores`` that stay as they are, or are
             learned by their gradient (``movement``, Sanh et al. 2020, arXiv:2005.07683); ``gates``.
-        scores: Of the tensor's shape, where not magnitudes rank; of gates their logits.
+        scores: Of the tensor's shape, where not magnitudes rank; of gates a twentieth of their logits.
         rate: Of the penalty for each gate that is open.
         final: The mask does not change any more.
         at: The share of the training that the mask is of.
@@ -77,7 +78,8 @@ class Sparse:
         mask = self.mask.to(x.device)
         if self.by == "gates" and self.scores is not None:
             learning = self.scores.requires_grad and torch.is_grad_enabled() and not self.final
-            return x * (drawn_gates(self.scores) if learning else mean_gates(self.scores) * mask).to(x.dtype)
+            logits = _GAIN * self.scores
+            return x * (drawn_gates(logits) if learning else mean_gates(logits) * mask).to(x.dtype)
         if self.final:
             return x * mask
         if self.by == "movement":
@@ -90,7 +92,7 @@ class Sparse:
         if self.by != "gates" or self.final:
             return None
         assert self.scores is not None
-        return self.rate * open_chance(self.scores).sum()
+        return self.rate * open_chance(_GAIN * self.scores).sum()
 
     def advanced(self, value: Tensor, fraction: float) -> Sparse:
         """The format at a fraction of the training.
@@ -106,7 +108,7 @@ class Sparse:
         scores = value.abs() if self.scores is None else self.scores.detach()
         mask = largest(scores, cubic(self.sparsity, share), pattern_of(self.pattern))
         if self.by == "gates":
-            mask = mask & (mean_gates(scores) > 0)
+            mask = mask & (mean_gates(_GAIN * scores) > 0)
         return replace(self, mask=mask, at=fraction, final=fraction >= end)
 
     def settled(self) -> Sparse:
@@ -126,6 +128,11 @@ class Sparse:
 
     def with_learned(self, values: Mapping[str, Tensor]) -> Sparse:
         return replace(self, scores=values["scores"]) if values else self
+
+
+def zeros_alone(chain: Iterable[object]) -> bool:
+    """Whether formats only put zeros in, so that another one may follow them."""
+    return all(isinstance(fmt, Sparse) for fmt in chain)
 
 
 def encode_sparse(fmt: Sparse) -> dict[str, Any]:

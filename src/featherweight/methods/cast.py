@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from featherweight.errors import RecipeError
-from featherweight.formats import FloatCast
+from featherweight.formats import FloatCast, zeros_alone
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method
 from featherweight.model import Model
@@ -27,10 +27,10 @@ class Cast(Method, frozen=True, extra="forbid"):
     def apply(self, model: Model, context: Context) -> Model:
         fmt = FloatCast(self.weights)
         chosen: dict[str, None] = {}
-        held = set(model.formats)  # what a layer that stays as it is reads stays as it is for every reader
+        held = {name for name, chain in model.formats.items() if not zeros_alone(chain)}
         for entry in model.entries:
             graph = trace(model, entry)
-            for node in graph:
+            for node in graph:  # what a layer that stays as it is reads stays as it is for every reader
                 read = [name for name in node.parameters.values() if len(graph.parameter_shapes[name]) > 1]
                 if not self.where.selects(node.layer, node.layer_type):
                     held |= set(read)
@@ -38,7 +38,7 @@ class Cast(Method, frozen=True, extra="forbid"):
                     chosen |= dict.fromkeys(read)
         parameters = dict(model.module.named_parameters())
         formats = {
-            name: (context.supports.realise(fmt, "weight"),)
+            name: (*model.formats.get(name, ()), context.supports.realise(fmt, "weight"))
             for name in chosen
             if name in parameters and name not in held and parameters[name].dtype == torch.float32
         }

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from featherweight.errors import DataError, RecipeError, TargetError
-from featherweight.formats import IntQuant, TensorFormat
+from featherweight.formats import IntQuant, TensorFormat, zeros_alone
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
@@ -36,7 +36,7 @@ from featherweight.tools.integers import (
 )
 from featherweight.tools.output_ranges import output_ranges, readers_of_ranges
 from featherweight.tools.ranges import Histogram, RangeRule, WeightRule, activation_range, weight_format
-from featherweight.tools.simulate import Replay, layer_errors
+from featherweight.tools.simulate import Replay, layer_errors, project
 
 _ERROR_EXAMPLES = 32
 _NAMED = 4  # layers that a note names
@@ -148,13 +148,14 @@ class Quantize(Method, frozen=True, extra="forbid"):
         out = {node.layer for node in nodes if not self.where.selects(node.layer, node.layer_type)} | spared
         out |= {node.layer for node in nodes if own[node.name] == "float"}
         held = {name for node in nodes if node.layer in out for name in node.parameters.values()}
+        held |= {name for name, chain in model.formats.items() if not zeros_alone(chain)}
         activation = activation_draft(self.activations, self.symmetric_activations)
 
         def weight(node: Node) -> TensorFormat | None:
             return self._draft(own[node.name])
 
         return {
-            entry: plan_integers(graph, context.supports, weight, activation, out, held | set(model.formats))
+            entry: plan_integers(graph, context.supports, weight, activation, out, held)
             for entry, graph in graphs.items()
         }
 
@@ -197,13 +198,14 @@ class Quantize(Method, frozen=True, extra="forbid"):
     def _stored(self, model: Model, plan: Plan, context: Context) -> Formats:
         formats: Formats = {}
         for name, draft in plan.weights.items():
-            weight = model.module.get_parameter(name)
+            before = model.formats.get(name, ())  # zeros, which the ranges are of and which stay zeros
+            weight = project(model.module.get_parameter(name).detach(), before)
             if not torch.isfinite(weight).all():
                 raise DataError(
                     f"'{name}' holds NaN or infinite weights", fix="train or load the model again"
                 )
             grid = _realised(draft, "weight", context, name)
-            formats[name] = (weight_format(weight, grid, self.weight_range, self.percentile),)
+            formats[name] = (*before, weight_format(weight, grid, self.weight_range, self.percentile))
         return formats
 
     def _seen(

@@ -80,7 +80,9 @@ class ExecuTorch(Runtime):
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.exchange.pt2e import quantized_program
         from featherweight.runtimes._executorch_graph import delegable
+        from featherweight.tools.sparsity import with_zeros
 
+        model = with_zeros(model)
         files: dict[str, str] = {}
         tensors: dict[str, Mapping[str, str]] = {}
         batched: dict[str, Json] = {}

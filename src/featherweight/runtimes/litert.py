@@ -117,6 +117,9 @@ class LiteRT(Runtime):
         return replace(fmt, signed=True, headroom=0)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
+        from featherweight.tools.sparsity import with_zeros
+
+        model = with_zeros(model)
         files: dict[str, str] = {}
         details: dict[str, Any] = {}
         for entry in model.entries:

@@ -84,7 +84,9 @@ class Mnn(Runtime):
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._mnn_lower import lower_entry
+        from featherweight.tools.sparsity import with_zeros
 
+        model = with_zeros(model)
         files: dict[str, str] = {}
         details: dict[str, dict[str, Any]] = {}
         for entry in model.entries:

@@ -67,8 +67,9 @@ class Ncnn(Runtime):
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._ncnn_lower import lower
+        from featherweight.tools.sparsity import with_zeros
 
-        return lower(self, model, target, out)
+        return lower(self, with_zeros(model), target, out)
 
     def open(self, artifact: Artifact, target: Target) -> Session:
         from featherweight.runtimes._ncnn_session import Session as Opened

@@ -111,7 +111,9 @@ class OpenVino(Runtime):
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.formats import Dynamic
+        from featherweight.tools.sparsity import with_zeros
 
+        model = with_zeros(model)
         files: dict[str, str] = {}
         values: dict[str, dict[str, str]] = {}
         for entry in model.entries:

@@ -45,7 +45,9 @@ class Torch(Runtime):
         import torch
 
         from featherweight.exchange.opaque import opaque_layers
+        from featherweight.tools.sparsity import with_zeros
 
+        model = with_zeros(model)
         if opaque := opaque_layers(model.module):
             raise TargetError(
                 f"torch cannot run '{next(iter(opaque))}', which only ONNX Runtime has a kernel for",
