@@ -17,6 +17,7 @@ from featherweight.data import Data
 from featherweight.errors import RecipeError
 from featherweight.method import Context
 from featherweight.model import Model
+from featherweight.tools.distill_heads import Read, attention_reads, relations
 from featherweight.tools.distill_losses import (
     OutputKind,
     attention_loss,
@@ -32,6 +33,7 @@ from featherweight.tools.distillation import Distillation, Distilling, distilled
 from featherweight.tools.objectives import Objective, TaskLoss, UserStep
 from featherweight.tools.simulated import Simulated
 from golden import context, data, folded, inputs, model, model_of, quantized
+from language_nets import encoder
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -263,6 +265,40 @@ class TestPairs:
             paired("auto", {}, layers_seen(flat, x), "attention")
 
 
+class TestAttentions:
+    def test_of_golden_nets_are_found(self) -> None:
+        fused = attention_reads(model("attention"))
+        assert fused == (tuple(Read("qkv", part, 32, 4) for part in range(3)),)
+        separate = attention_reads(encoder())
+        assert separate == (tuple(Read(name, None, 48, 2) for name in "qkv"),)
+
+    def test_of_code_without_fused_attention_are_found(self) -> None:
+        class Plain(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.q, self.k, self.v = (nn.Linear(8, width) for width in (12, 12, 12))
+
+            def forward(self, x: Tensor) -> Tensor:
+                q, k, v = (one(x).unflatten(-1, (3, 4)).transpose(1, 2) for one in (self.q, self.k, self.v))
+                return ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+        plain = attention_reads(model_of(Plain(), randn(2, 5, 8)))
+        assert plain == (tuple(Read(name, None, 12, 3) for name in "qkv"),)
+        assert attention_reads(model("squeeze_excite")) == ()
+
+    def test_are_paired_by_depth_and_split_alike(self) -> None:
+        def deep(count: int, width: int, heads: int) -> tuple[tuple[Read, ...], ...]:
+            return tuple((Read(str(place), None, width, heads),) for place in range(count))
+
+        found = relations(deep(2, 24, 2), deep(6, 48, 4))
+        assert [(one.student.layer, one.teacher.layer, one.heads) for one in found] == [
+            ("0", "2", 4),
+            ("1", "5", 4),
+        ]
+        (odd,) = relations(deep(1, 18, 6), deep(1, 48, 4))
+        assert odd.heads == 2
+
+
 class TestTeacher:
     def test_is_in_inference_mode_and_stays_as_it_was(self) -> None:
         module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.9), nn.Flatten())
@@ -397,7 +433,7 @@ class TestDistillation:
             None, Distilling(teacher="original", attention="auto"), small, around(small, "attention")
         )
         assert isinstance(loss, Distillation)
-        assert loss.attention
+        assert [one.student.layer for one in loss.links.reads] == ["qkv"] * 3
         net = Simulated(small).eval()
         loss.attach(net)
         assert number(loss.step(net, x, None)) == pytest.approx(0, abs=1e-5)

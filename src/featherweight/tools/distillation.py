@@ -8,7 +8,7 @@ linear projection of the student's channels (a 1x1 convolution for maps) is trai
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from featherweight.errors import RecipeError
 from featherweight.method import Context
 from featherweight.model import Model
 from featherweight.tools.distill_check import check_alike
+from featherweight.tools.distill_heads import Read, Relation, attention_reads, relations
 from featherweight.tools.distill_losses import (
     OutputKind,
     attention_loss,
@@ -39,6 +40,7 @@ Alpha = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Features = Literal["none", "auto"] | dict[str, str]
 
+_READS = 3  # queries, keys, values
 _POOLS: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
@@ -54,8 +56,9 @@ class Distilling:
         features: Layers whose outputs are compared: ``auto``, or student's layer -> teacher's.
         feature_weight: Of each such pair.
         attention: Layers of which only the attention is compared: where the energy of a map is, how the
-            tokens of a sequence relate. ``auto``, or student's layer -> teacher's.
-        attention_weight: Of each such pair.
+            tokens of a sequence relate. ``auto`` (of transformers the queries, keys and values), or student's
+            layer -> teacher's.
+        attention_weight: Of each such pair; queries, keys and values are one.
     """
 
     teacher: TeacherName = "none"
@@ -94,23 +97,48 @@ def distilled(
     master = _teacher_of(how.teacher, model, context)
     role = "the teacher" if how.teacher == "teacher" else f"the teacher ({how.teacher})"
     outputs = check_alike(model, master, role=role, than="the student", entry=entry)
-    inputs = model.entries[entry].example_inputs
-    features: tuple[Pair, ...] = ()
-    attention: tuple[Pair, ...] = ()
-    if how.features != "none" or how.attention != "none":
-        mine, theirs = layers_seen(model, inputs, entry), layers_seen(master, inputs, entry)
-        features = paired(how.features, mine, theirs, "features")
-        attention = paired(how.attention, mine, theirs, "attention")
-    layers = dict.fromkeys(pair.teacher.layer for pair in (*features, *attention))
+    links = _linked(how, model, master, entry)
     return Distillation(
         task,
-        Teacher(master, tuple(layers), entry=entry, keep=cache, room=context.scratch),
+        Teacher(master, links.of("teacher"), entry=entry, keep=cache, room=context.scratch),
         output_kinds(outputs, context.data),
         how,
-        features,
-        attention,
+        links,
         seed=context.seed,
     )
+
+
+@dataclass(frozen=True)
+class Links:
+    """What is compared inside both networks.
+
+    Attributes:
+        features: Pairs whose outputs are compared.
+        attention: Pairs whose attention is compared.
+        reads: What attentions read.
+    """
+
+    features: tuple[Pair, ...] = ()
+    attention: tuple[Pair, ...] = ()
+    reads: tuple[Relation, ...] = ()
+
+    def of(self, whose: Literal["student", "teacher"]) -> tuple[str, ...]:
+        """The layers to watch."""
+        both = (*self.features, *self.attention, *self.reads)
+        return tuple(dict.fromkeys(getattr(one, whose).layer for one in both))
+
+
+def _linked(how: Distilling, model: Model, master: Model, entry: str) -> Links:
+    if how.features == how.attention == "none":
+        return Links()
+    inputs = model.entries[entry].example_inputs
+    mine, theirs = layers_seen(model, inputs, entry), layers_seen(master, inputs, entry)
+    features = paired(how.features, mine, theirs, "features")
+    if how.attention == "auto":
+        reads = relations(attention_reads(model, entry), attention_reads(master, entry))
+        if reads:
+            return Links(features, reads=reads)
+    return Links(features, paired(how.attention, mine, theirs, "attention"))
 
 
 def _teacher_of(name: TeacherName, model: Model, context: Context) -> Model:
@@ -132,8 +160,7 @@ class Distillation(Objective):
         teacher: What is asked.
         kinds: What each output holds.
         how: Weights and temperature.
-        features: Pairs whose outputs are compared.
-        attention: Pairs whose attention is compared.
+        links: What is compared inside.
         seed: Of the projections.
     """
 
@@ -143,8 +170,7 @@ class Distillation(Objective):
         teacher: Teacher,
         kinds: tuple[OutputKind, ...],
         how: Distilling,
-        features: tuple[Pair, ...] = (),
-        attention: tuple[Pair, ...] = (),
+        links: Links | None = None,
         *,
         seed: int = 0,
     ) -> None:
@@ -152,9 +178,8 @@ class Distillation(Objective):
         self.task = task
         self.teacher = teacher
         self.how = how
-        self.features = features
-        self.attention = attention
-        self.projections = _projections(features, seed)
+        self.links = links or Links()
+        self.projections = _projections(self.links.features, seed)
         self._kinds = kinds
         self._nets: tuple[Net, ...] = ()  # in a tuple, so that it is no submodule
 
@@ -163,9 +188,9 @@ class Distillation(Objective):
         if self.task is not None:
             self.task.attach(net)
         self._nets = (net,)
-        layers = dict.fromkeys(pair.student.layer for pair in (*self.features, *self.attention))
+        layers = self.links.of("student")
         if layers:
-            net.watch(tuple(layers))
+            net.watch(layers)
 
     def step(self, net: Net, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
         """Run the student on a batch, in the task's own way, and give the loss."""
@@ -190,16 +215,24 @@ class Distillation(Objective):
         loss = self._of_outputs(outputs, said, targets)
         if task is not None:
             loss = (1 - how.alpha) * task + how.alpha * loss
-        if not layers:
-            return loss
-        seen = self._nets[0].seen
-        for pair, projection in zip(self.features, self.projections, strict=True):
+        return loss + self._of_links(self._nets[0].seen, layers) if layers else loss
+
+    def _of_links(self, seen: Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> Tensor:
+        """Weighted sum over all that is compared inside."""
+        how, links, found = self.how, self.links, []
+        for pair, projection in zip(links.features, self.projections, strict=True):
             mine, theirs = _aligned(seen[pair.student.layer], layers[pair.teacher.layer], pair)
-            loss = loss + how.feature_weight * feature_loss(projection(mine), theirs)
-        for pair in self.attention:
+            found.append(how.feature_weight * feature_loss(projection(mine), theirs))
+        for pair in links.attention:
             mine, theirs = _aligned(seen[pair.student.layer], layers[pair.teacher.layer], pair)
-            loss = loss + how.attention_weight * _of_attention(mine, theirs, pair)
-        return loss
+            found.append(how.attention_weight * _of_attention(mine, theirs, pair))
+        for one in links.reads:
+            mine, theirs = (
+                _part(values[read.layer], read)
+                for values, read in ((seen, one.student), (layers, one.teacher))
+            )
+            found.append(how.attention_weight / _READS * relation_loss(mine, theirs, one.heads))
+        return torch.stack(found).sum()
 
     def _of_outputs(self, outputs: Outputs, said: Outputs, targets: Tensor | None) -> Tensor:
         """Mean over the outputs that say something."""
@@ -257,6 +290,11 @@ def _pooled(value: Tensor, size: list[int]) -> Tensor:
         return value
     pool: Callable[[Tensor, list[int]], Tensor] = _POOLS[len(size) - 1]
     return pool(value, size)
+
+
+def _part(value: Tensor, read: Read) -> Tensor:
+    """Queries, keys or values out of what the layer gives."""
+    return value if read.part is None else value.chunk(_READS, -1)[read.part]
 
 
 def _of_attention(mine: Tensor, theirs: Tensor, pair: Pair) -> Tensor:
