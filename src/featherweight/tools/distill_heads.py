@@ -1,8 +1,8 @@
 """What attention reads: which layers make the queries, keys and values of each attention, found in the graph.
 
 Attention probabilities live inside fused kernels, so a student follows how its queries, keys and values
-relate among themselves instead: softmax(A A^T / sqrt(d)) of A = Q, K, V, of any width (Wang et al. 2021, MiniLMv2,
-https://arxiv.org/abs/2012.15828).
+relate among themselves instead: softmax(A A^T / sqrt(d)) of A = Q, K, V, of any width (MiniLMv2: Wang et al.
+2021, https://arxiv.org/abs/2012.15828).
 """
 
 from __future__ import annotations
