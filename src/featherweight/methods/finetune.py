@@ -11,11 +11,12 @@ optional. Costs nothing at inference.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.errors import RecipeError
@@ -42,6 +43,8 @@ from featherweight.tools.training_examples import TrainingExamples, training_exa
 
 _HELD_BACK = 0.1  # when patience asks for some
 _STATISTICS = 1024  # examples that batch norms are estimated from anew
+_NORMALIZED = 256  # that temporary ones begin with
+_TOGETHER = 128
 _STEP_RATE = 1e-3  # of learned step sizes, which are relative
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -66,7 +69,8 @@ class Finetune(Method, frozen=True, extra="forbid"):
         validation: Share of the training examples that is held back; the epoch of their lowest loss is kept.
         patience: Epochs without a lower loss on those that end training; 0: all epochs.
         precision: 32, bf16-mixed or 16-mixed; auto is what --precision says.
-        batch_norm: train, freeze (statistics stay), or reestimate them from all examples at the end.
+        batch_norm: train; freeze (statistics stay); reestimate them at the end; temporary: under formats,
+            norms behind folded layers that training has and the result has not.
         loss: path.py:callable (outputs, targets) -> a tensor of one number; auto follows from the targets.
         training_step: path.py:callable (module, (inputs, targets)) -> the loss, instead of any other.
         augment: Of images, in this order: shift, flip, crop, mixup, cutmix.
@@ -98,7 +102,7 @@ class Finetune(Method, frozen=True, extra="forbid"):
     validation: Share = 0.0
     patience: Annotated[int, Field(ge=0)] = 0
     precision: Precision | Literal["auto"] = "auto"
-    batch_norm: Literal["train", "freeze", "reestimate"] = "train"
+    batch_norm: Literal["train", "freeze", "reestimate", "temporary"] = "train"
     loss: str = "auto"
     training_step: str = "none"
     augment: tuple[Augmentation, ...] = ()
@@ -167,7 +171,16 @@ class Finetune(Method, frozen=True, extra="forbid"):
         objective = distilled(task, teaching, model, context, cache=not examples.augment)
         if objective is None:
             raise no_labels()
-        net = Simulated(model, entry, fixed=_fixed(model, entry, context))
+        fixed = _fixed(model, entry, context)
+        if self.batch_norm == "temporary":
+            if frozen:
+                raise RecipeError(
+                    "temporary batch norms change every layer, and where leaves some out",
+                    fix="leave where out, or batch_norm: train",
+                )
+            net = Simulated(model, entry, fixed=fixed, normalize=list(_some(examples, _NORMALIZED)))
+        else:
+            net = Simulated(model, entry, fixed=fixed)
         for name, parameter in net.module.named_parameters():
             if name in frozen:
                 parameter.requires_grad_(False)
@@ -217,17 +230,21 @@ class Finetune(Method, frozen=True, extra="forbid"):
 
     def _reestimated(self, model: Model, examples: TrainingExamples, entry: str) -> Model:
         """The model whose batch norms that may change have statistics of the trained network."""
-        count = min(_STATISTICS, len(examples))
-        size = min(self.batch_size, count)
-        plain = TrainingExamples(examples.source, examples.picks, seed=examples.seed)
-        batches = (plain.batch(step, size).inputs for step in range(count // size))
-        found = reestimate(model, batches, self.where.selects, entry)
+        found = reestimate(model, _some(examples, _STATISTICS), self.where.selects, entry)
         for name, value in found.items():
             model.module.get_buffer(name).copy_(value)  # a module of this step's own
         return model
 
 
 PLUGIN = Finetune
+
+
+def _some(examples: TrainingExamples, count: int) -> Iterator[tuple[Tensor, ...]]:
+    """Inputs of so many training examples, or all, as they are."""
+    plain = TrainingExamples(examples.source, examples.picks, seed=examples.seed)
+    count = min(count, len(plain))
+    size = min(_TOGETHER, count)
+    return (plain.batch(step, size).inputs for step in range(count // size))
 
 
 def _entry(model: Model) -> str:

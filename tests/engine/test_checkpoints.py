@@ -1,0 +1,168 @@
+"""Checkpoints: whole or not at all, gone when the step is stored, and what kill -9 in an epoch leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from featherweight.engine.checkpoints import KIND, StoredCheckpoint
+from featherweight.engine.run import Run
+from featherweight.engine.store import Store
+from featherweight.errors import MachineError
+from featherweight.methods.finetune import Finetune
+from golden import target
+from training import problem, small
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from featherweight.engine.run import Run, write_model
+from featherweight.engine.store import Store
+from featherweight.methods.finetune import Finetune
+from featherweight.tools import training
+from golden import target
+from training import problem, small
+
+training._SAVE_S = 0.0
+place, slow = Path(sys.argv[1]), sys.argv[2] == "slow"
+
+class Shown:
+    def track(self, items, words, total=None):
+        for count, item in enumerate(items):
+            yield item
+            print("step", item, flush=True)
+            if slow and count == 4:
+                sys.stdin.read()
+    def note(self, message):
+        print(message, flush=True)
+
+run = Run(small(), problem(), target(), Store(place), progress=Shown(), devices=int(sys.argv[3]))
+run.sources = ""  # the same code, whoever edits it meanwhile
+step = Finetune(epochs=5, batch_size=16, ema=0.5, validation=0.25)
+write_model(place, run.step(run.original, step))
+"""
+
+
+def state() -> dict[str, object]:
+    return {
+        "step": 3,
+        "values": {"w": torch.arange(3.0)},
+        "list": [1.5, None, "x"],
+        "pair": (1, torch.ones(2)),
+    }
+
+
+class TestStored:
+    def test_gives_back_what_was_saved(self, tmp_path: Path) -> None:
+        checkpoint = StoredCheckpoint(Store(tmp_path), "key")
+        assert checkpoint.load() is None
+        checkpoint.save(state())
+        checkpoint.save({**state(), "step": 4})
+        found = StoredCheckpoint(Store(tmp_path), "key").load()
+        assert found is not None
+        assert found["step"] == 4
+        assert torch.equal(found["values"]["w"], torch.arange(3.0))
+        assert found["list"] == [1.5, None, "x"]
+        assert StoredCheckpoint(Store(tmp_path), "other").load() is None
+
+    def test_is_not_there_when_it_is_broken(self, tmp_path: Path) -> None:
+        checkpoint = StoredCheckpoint(Store(tmp_path), "key")
+        checkpoint.save(state())
+        file = next((tmp_path / KIND / "key").iterdir())
+        file.write_bytes(file.read_bytes()[:100])
+        assert checkpoint.load() is None
+
+    def test_runs_no_pickled_code(self, tmp_path: Path) -> None:
+        class Evil:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return os.system, (f"touch {tmp_path}/ran",)
+
+        folder = tmp_path / KIND / "key"
+        folder.mkdir(parents=True)
+        torch.save({"x": Evil()}, folder / "state.pt")
+        assert StoredCheckpoint(Store(tmp_path), "key").load() is None
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_failed_save_leaves_the_one_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoint = StoredCheckpoint(Store(tmp_path), "key")
+        checkpoint.save(state())
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(MachineError, match="the checkpoint could not be written: the disk is full"):
+            checkpoint.save({"step": 9})
+        found = checkpoint.load()
+        assert found is not None
+        assert found["step"] == 3
+        assert len(list((tmp_path / KIND / "key").iterdir())) == 1
+
+
+def test_is_removed_when_the_step_is_stored(tmp_path: Path) -> None:
+    run = Run(small(), problem(), target(), Store(tmp_path))
+    run.step(run.original, Finetune(epochs=2, batch_size=16))
+    assert (tmp_path / KIND).is_dir()
+    assert not list((tmp_path / KIND).iterdir())
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_kill_9_in_an_epoch_resumes_to_the_same_weights(tmp_path: Path, devices: int) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1])))
+
+    def start(place: str, pace: str) -> subprocess.Popen[str]:
+        (tmp_path / place).mkdir(exist_ok=True)
+        return subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / place), pace, str(devices)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    killed = start("killed", "slow")
+    assert killed.stdout is not None
+    seen = [killed.stdout.readline().strip() for _ in range(6)]
+    assert seen[-1] == "step 4"  # two of three updates of the second epoch are done
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    for pipe in (killed.stdin, killed.stdout):
+        assert pipe is not None
+        pipe.close()
+    others = [int(one) for one in _session(killed.pid)]
+    deadline = time.monotonic() + 10
+    while others and time.monotonic() < deadline:  # what was forked ends with it
+        time.sleep(0.1)
+        others = _session(killed.pid)
+    assert not others
+    said = start("killed", "fast").communicate()[0]
+    assert "training goes on after step 5 of 15" in said
+    assert said.count("step 5\n") == 1
+    assert "step 4\n" not in said
+    start("whole", "fast").communicate()
+    resumed, whole = (load_file(tmp_path / place / "weights.safetensors") for place in ("killed", "whole"))
+    assert list(resumed) == list(whole)
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of a session, which are not zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
