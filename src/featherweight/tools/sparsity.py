@@ -101,13 +101,12 @@ def global_sparsities(
     Returns:
         Such that all together have the sparsity, to a value or block, where the limit admits it.
     """
-    means = {name: _units(score, pattern) for name, score in scores.items()}
     sizes = {name: _units(torch.ones_like(score), pattern) for name, score in scores.items()}
+    means = {name: _units(score, pattern) / sizes[name] for name, score in scores.items()}
     counts = {name: len(units) for name, units in means.items()}
     for name, units in means.items():
         most = math.floor(limit * counts[name] + 1e-9)
-        ranked = units.div_(sizes[name]).argsort(stable=True)
-        units[ranked[most:]] = math.inf
+        units[units.argsort(stable=True)[most:]] = math.inf
     everything, weight = torch.cat(list(means.values())), torch.cat(list(sizes.values()))
     order = everything.argsort(stable=True)
     reached = weight[order].cumsum(0, dtype=torch.float64)
