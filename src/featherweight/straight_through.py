@@ -95,7 +95,9 @@ def _products(one: Tensor, other: Tensor, like: Tensor) -> Tensor:
     """Sum of products, of all elements or as they share a scale."""
     if like.dim():
         return (one.float() * other.float()).sum_to_size(like.shape)
-    return torch.dot(one.float().reshape(-1), other.float().reshape(-1))
+    last = other.dim() == 4 and not other.is_contiguous()  # channels, most likely; a copy would cost more
+    flat = [(x.permute(0, 2, 3, 1) if last else x).reshape(-1).float() for x in (one, other)]
+    return torch.dot(*flat)
 
 
 class _Scaled(torch.autograd.Function):

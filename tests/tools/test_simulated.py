@@ -488,6 +488,30 @@ class TestModule:
         assert torch.equal(fmt.mask, mask)
         assert (net.absorb().parameters["head.weight"] == 0).float().mean() == 0.5
 
+    def test_what_is_frozen_stays_to_the_last_bit(self) -> None:
+        subject = in_few_bits("residual", 4, 4)
+        held = [name for name in subject.parameters if name.startswith(("stem", "head"))]
+        net = Simulated(subject)
+        net.freeze(held)
+        train(net, "residual", 4, 1e-2)
+        back = net.absorb()
+        for name, parameter in subject.parameters.items():
+            assert torch.equal(back.parameters[name], parameter) == (name in held)
+            if name in subject.formats:
+                assert (back.formats[name] == subject.formats[name]) == (name in held)
+        x, _ = batch("residual")
+        with torch.no_grad():
+            assert torch.equal(net.eval()(x)[0], simulate(back)(x)[0])
+
+    def test_memory_laid_out_by_channels_is_undone(self) -> None:
+        one, other = (Simulated(in_few_bits("depthwise", 4, 4)) for _ in range(2))
+        other.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert train(one, "depthwise", 3) == pytest.approx(train(other, "depthwise", 3), rel=1e-3)
+        back = other.absorb()
+        assert all(tensor.is_contiguous() for tensor in back.module.state_dict().values())
+        assert all(one.requires_grad and one.grad is None for one in back.module.parameters())
+        assert not any(layer.training for layer in back.module.modules())
+
     def test_mixed_precision_runs(self) -> None:
         net, (x, y) = Simulated(in_few_bits("residual", 4, 4)), batch("residual")
         with torch.autocast("cpu", torch.bfloat16):

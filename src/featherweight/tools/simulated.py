@@ -68,6 +68,7 @@ class Simulated(nn.Module):
         self._plan = _Plan(model, entry, frozenset(fixed), bool(normalize))
         self._watched: dict[str, str] = {}  # path -> value, where a graph is replayed
         self._replay = _Replay()
+        self._frozen: frozenset[str] = frozenset()
         self.formats = nn.ModuleDict(
             {key: Learned(fmt, *self._plan.learning(key)) for key, fmt in self._plan.formats.items()}
         )
@@ -86,10 +87,23 @@ class Simulated(nn.Module):
         parts = {"weights": self.module, "steps": self.formats, "norms": self.norms}
         return {name: [p for p in part.parameters() if p.requires_grad] for name, part in parts.items()}
 
+    def freeze(self, parameters: Collection[str]) -> None:
+        """These parameters and their formats stay as the model has them, also when they are read back.
+
+        Args:
+            parameters: First names; before training, and none that a temporary norm stands behind.
+        """
+        self._frozen = frozenset(parameters)
+        for name, parameter in self.module.named_parameters():
+            if name in self._frozen:
+                parameter.requires_grad_(False)
+                for key in self._plan.keys.get(name, ()):
+                    self.formats[key].requires_grad_(False)
+
     def advance(self, fraction: float) -> None:
         """Tell formats with a schedule how far training is, from 0 to 1."""
         for name, parameter in self.module.named_parameters():
-            for key in self._plan.keys.get(name, ()):
+            for key in () if name in self._frozen else self._plan.keys.get(name, ()):
                 self._learned(key).advance(parameter.detach(), fraction)
 
     def penalty(self) -> Tensor | None:
@@ -238,15 +252,21 @@ class Simulated(nn.Module):
         model = self._plan.model
         formats = dict(model.formats)
         for name, keys in self._plan.keys.items():
+            if name in self._frozen:
+                continue
             formats[name] = tuple(as_data(self._learned(key).current()) for key in keys)
         for name, norm in self._norms():
             fmt = self._learned(self._plan.keys[name][0]).current()
             formats[name] = (as_data(norm.folded_format(fmt)),)
         stored, module = self._stored(folded=True), copy.deepcopy(self.module)
+        module.zero_grad(set_to_none=True)
         for name, parameter in module.named_parameters():
-            if name in stored:
-                parameter.copy_(stored[name])
-                parameter.requires_grad_(model.module.get_parameter(name).requires_grad)
+            begun = model.module.get_parameter(name)
+            now = begun.to(parameter.device) if name in self._frozen else stored.get(name, parameter)
+            parameter.data = now.detach().clone(memory_format=torch.contiguous_format)
+            parameter.requires_grad_(begun.requires_grad)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.contiguous()
         for path, layer in model.module.named_modules():
             module.get_submodule(path).training = layer.training
         return model.evolve(module=module.cpu(), formats=formats)
