@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, fx
 
+from featherweight.tools.channel_moves import filled
 from featherweight.tools.channel_products import broadcast
 from featherweight.tools.channel_walk import (
     Axes,
@@ -45,15 +46,6 @@ def _glu(walk: Walk, node: fx.Node) -> Made:
     walk.labels.tie(one, other)
     axes[dim] = one
     return axes
-
-
-def _factory(walk: Walk, node: fx.Node) -> Made:
-    """What code makes of sizes follows them: it has the labels of what it meets."""
-    shape = node.meta["val"].shape
-    return [
-        walk.labels.fresh(size) if isinstance(size, int) else np.zeros(number(size), np.int64)
-        for size in shape
-    ]
 
 
 def _reduce(walk: Walk, node: fx.Node) -> Made:
@@ -141,11 +133,11 @@ _REDUCTIONS = (
 RULES: dict[str, Rule] = {
     "getitem": _item,
     "pointwise": _pointwise,
-    "factory": _factory,
+    "factory": filled,
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_SAMES, _same),
     **dict.fromkeys(_REDUCTIONS, _reduce),
-    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _factory),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), filled),
     "glu": _glu,
     **dict.fromkeys(_POOLS, _slide),
 }

@@ -111,7 +111,17 @@ def _squeeze(walk: Walk, node: fx.Node) -> Made:
 
 
 def _expand(walk: Walk, node: fx.Node) -> Made:
+    if prod(walk.shape(operands(node)[0])) == 1:
+        return filled(walk, node)
     return spread(walk, walk.read(operands(node)[0]), walk.shape(node))
+
+
+def filled(walk: Walk, node: fx.Node) -> Axes:
+    """What code makes of sizes, or of one number, follows them: it has the labels of what it meets."""
+    return [
+        walk.labels.fresh(size) if isinstance(size, int) and size > 1 else np.zeros(number(size), np.int64)
+        for size in node.meta["val"].shape
+    ]
 
 
 def spread(walk: Walk, axes: Axes, shape: Sequence[int]) -> Axes:
