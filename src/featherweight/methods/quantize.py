@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from featherweight.errors import DataError, RecipeError, TargetError
-from featherweight.formats import IntQuant, TensorFormat, zeros_alone
+from featherweight.formats import Binary, IntQuant, TensorFormat, zeros_alone
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
@@ -205,6 +205,11 @@ class Quantize(Method, frozen=True, extra="forbid"):
                     f"'{name}' holds NaN or infinite weights", fix="train or load the model again"
                 )
             grid = _realised(draft, "weight", context, name)
+            if before and isinstance(grid, Binary):
+                raise RecipeError(
+                    f"binary weights have no zero, and '{name}' is sparse",
+                    fix="take ternary weights, or exclude its layer under where",
+                )
             formats[name] = (*before, weight_format(weight, grid, self.weight_range, self.percentile))
         return formats
 
