@@ -14,7 +14,7 @@ al. 2024, arXiv:2403.03853).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -38,6 +38,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 _AMOUNTS = ("blocks", "macs", "parameters", "latency")
 _AUTO = {"Hardswish": "ReLU", "GELU": "ReLU", "SiLU": "ReLU", "Mish": "ReLU"}
 _PAYS = 0.02  # of the network's time that costly activations must take before they are replaced
+_LARGEST = 31  # kernel that is looked at
 _NAMED = 4  # parts that a note names
 
 
@@ -46,11 +47,11 @@ class Shrink(Method, frozen=True, extra="forbid"):
 
     Attributes:
         blocks: How many residual blocks go.
-        macs: Fraction of the multiply-accumulates to keep; blocks go, and kernels where they are named.
+        macs: Fraction of the multiply-accumulates to keep; blocks go and kernels shrink, what costs least.
         parameters: Fraction of the parameters to keep, likewise.
         latency: Fraction of the target's measured time to keep, likewise.
-        kernels: Size -> smaller size of convolutions' kernels, e.g. ``{5: 3}``; all of them, or with an
-            amount those that it takes.
+        kernels: Size -> smaller size of convolutions' kernels, e.g. ``{5: 3}``; all of them, or with a
+            fraction to keep those that it takes. ``auto``: with a fraction, each may lose its rim.
         activations: Activation -> cheaper one, e.g. ``{Hardswish: ReLU}``; ``auto`` makes ReLU of them where
             they take a part of the target's measured time.
         importance: What removing a part costs: ``error`` of the outputs, or ``kl`` of the classes.
@@ -64,7 +65,7 @@ class Shrink(Method, frozen=True, extra="forbid"):
     macs: Share | None = None
     parameters: Share | None = None
     latency: Share | None = None
-    kernels: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    kernels: dict[str, Annotated[int, Field(ge=1)]] | Literal["auto"] = "auto"
     activations: dict[str, str] | Literal["auto"] = Field(default_factory=dict)
     importance: Measure = "error"
     samples: Annotated[int, Field(ge=1)] = 128
@@ -73,7 +74,7 @@ class Shrink(Method, frozen=True, extra="forbid"):
     @classmethod
     def _sizes_as_text(cls, data: object) -> object:
         """Recipes hold text as names: sizes may be given as numbers."""
-        if isinstance(data, dict) and isinstance(data.get("kernels"), dict):
+        if isinstance(data, dict) and isinstance(data.get("kernels"), Mapping):
             return {**data, "kernels": {str(size): smaller for size, smaller in data["kernels"].items()}}
         return data
 
@@ -81,7 +82,8 @@ class Shrink(Method, frozen=True, extra="forbid"):
     def _check(self) -> Shrink:
         if len(given := [name for name in _AMOUNTS if getattr(self, name) is not None]) > 1:
             raise ValueError(f"{' and '.join(given)} are two amounts: give one")
-        for size, smaller in self.kernels.items():
+        named = {} if self.kernels == "auto" else self.kernels
+        for size, smaller in named.items():
             if not size.isdigit() or int(size) <= smaller or (int(size) - smaller) % 2:
                 raise ValueError(
                     f"a kernel of {size} cannot become one of {smaller}: give a smaller odd or even size"
@@ -128,7 +130,8 @@ class Shrink(Method, frozen=True, extra="forbid"):
         for unit, share in units.items():
             if share is not None:
                 return unit, share
-        return None if self.kernels or self.activations else ("parts", 1)
+        named = self.kernels and self.kernels != "auto"
+        return None if named or self.activations else ("parts", 1)
 
     # ---- activations
 
@@ -160,13 +163,15 @@ class Shrink(Method, frozen=True, extra="forbid"):
 
     @property
     def _sizes(self) -> dict[int, int]:
+        if self.kernels == "auto":
+            return {size: size - 2 for size in range(3, _LARGEST + 1)}
         return {int(size): smaller for size, smaller in self.kernels.items()}
 
     def _kernels(self, model: Model) -> list[Kernel]:
         return [one for one in cuttable_kernels(model, self._sizes) if self._selects(model, one.path)]
 
     def _with_all_kernels(self, model: Model, batches: Batches, entry: str) -> Model:
-        if not self.kernels:
+        if not self.kernels or self.kernels == "auto":
             return model
         found = self._kernels(model)
         if not found:

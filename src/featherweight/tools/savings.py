@@ -1,7 +1,8 @@
 """Parts of a network that may go, what each saves, and which to take first.
 
-Greedy: every part that is left is taken away alone, what that does to the outputs is measured, and the one
-with the least error for what it saves stays away; then all others are measured anew::
+Greedy: every part is taken away alone, what that does to the outputs is measured, and the one with the least
+error for what it saves stays away; then the others are measured anew, the least costly first, as long as what
+they cost before is less than what the best one costs now (lazy evaluation, Minoux 1978)::
 
     argmin_i  (error_i - error) / min(saved_i, still needed)
 
@@ -17,7 +18,7 @@ from typing import Literal
 
 from featherweight.errors import RecipeError
 from featherweight.model import Model
-from featherweight.tools.output_error import Batches, Measure, difference, outputs
+from featherweight.tools.output_error import Batches, Measure, Outputs, difference, outputs
 
 Unit = Literal["parts", "macs", "parameters", "latency"]
 _FLOOR = 1e-3  # of the error so far: smaller differences are noise
@@ -83,26 +84,41 @@ class Greedy:
         """The model that saves this much of the unit, or as much as is to be had, and what went."""
         wanted = outputs(model, self.batches, self.entry)
         taken: list[Taken] = []
+        known: dict[str, float] = {}  # part -> what it added to the error when it was measured last
         left, error = needed, 0.0
         while left > 1e-9 * max(needed, 1.0):
-            best: tuple[float, Model, Taken] | None = None
-            offers = [one for one in self.offers(model) if one.saved.get(self.unit, 0.0) > 0]
-            for one in self.track(offers):
-                if one.name in self.refused:
-                    continue
-                try:
-                    changed = self.refresh(one.make(model))
-                except RecipeError as refusal:
-                    self.refused[one.name] = str(refusal.what)
-                    continue
-                seen = difference(wanted, outputs(changed, self.batches, self.entry), self.measure)
-                saved = one.saved[self.unit]
-                score = max(seen - error, _FLOOR * error) / min(saved, left)
-                if best is None or score < best[0]:
-                    best = score, changed, Taken(one.name, saved, seen)
+            best = self._best(model, wanted, error, left, known)
             if best is None:
                 break
-            _, model, last = best
+            model, last = best
             taken.append(last)
             left, error = left - last.saved, last.error
         return model, taken
+
+    def _best(
+        self, model: Model, wanted: Outputs, error: float, left: float, known: dict[str, float]
+    ) -> tuple[Model, Taken] | None:
+        """The part that costs least; those that cost more when fewer were gone are not measured again."""
+
+        def score(one: Saving, added: float) -> float:
+            return max(added, _FLOOR * error) / min(one.saved[self.unit], left)
+
+        offers = [one for one in self.offers(model) if one.saved.get(self.unit, 0.0) > 0]
+        offers.sort(key=lambda one: score(one, known.get(one.name, 0.0)))
+        best: tuple[float, Model, Taken] | None = None
+        for one in self.track(offers):
+            if one.name in self.refused:
+                continue
+            if best is not None and one.name in known and score(one, known[one.name]) >= best[0]:
+                continue
+            try:
+                changed = self.refresh(one.make(model))
+            except RecipeError as refusal:
+                self.refused[one.name] = str(refusal.what)
+                continue
+            seen = difference(wanted, outputs(changed, self.batches, self.entry), self.measure)
+            known[one.name] = seen - error
+            own = score(one, known[one.name])
+            if best is None or own < best[0]:
+                best = own, changed, Taken(one.name, one.saved[self.unit], seen)
+        return None if best is None else best[1:]
