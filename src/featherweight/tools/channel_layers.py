@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from featherweight.tools.channel_labels import Axis
+from featherweight.tools.channel_products import broadcast
 from featherweight.tools.channel_walk import Axes, Made, Rule, Walk, arguments, number, operands, operator_of
 
 
@@ -107,6 +108,14 @@ def _group_norm(walk: Walk, node: fx.Node) -> Made:
     return _first(node, axes)
 
 
+def _weight_norm(walk: Walk, node: fx.Node) -> Made:
+    """A direction and a length per row."""
+    direction, length = operands(node)[:2]
+    axes = walk.read(direction)
+    broadcast(walk, [axes, walk.read(length)])
+    return _first(node, axes)
+
+
 def _prelu(walk: Walk, node: fx.Node) -> Made:
     source, slopes = operands(node)[:2]
     axes = walk.read(source)
@@ -196,6 +205,7 @@ RULES: dict[str, Rule] = {
     "_native_batch_norm_legit_no_training": _batch_norm,
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"), _layer_norm),
     **dict.fromkeys(("group_norm", "native_group_norm"), _group_norm),
+    **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     "embedding": _embedding,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),

@@ -32,7 +32,7 @@ def _sort(walk: Walk, node: fx.Node) -> Made:
     walk.labels.fix(axes[place])
     seen = node.meta["val"]
     several = isinstance(seen, (tuple, list))
-    axes[place] = np.zeros(number((seen[0] if several else seen).shape[place]), np.int64)
+    axes[place] = axes[place][: number((seen[0] if several else seen).shape[place])]
     return tuple(axes for _ in seen) if several else axes
 
 
