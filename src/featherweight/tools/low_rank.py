@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-30
-_GRADIENTS = 20  # steps of conjugate gradients between two exact solutions of the other stage
+_GRADIENTS = 5  # steps of conjugate gradients between two exact solutions of the other stage
+_FURTHER = 1.5  # times as far as the last step that was good
+_WORTHWHILE = 2e-3  # of the error, that a round takes off
 _SMALL = 1e-12  # of a matrix' largest eigenvalue, below which there is nothing
 
 
@@ -129,13 +131,18 @@ class Stages:
     def better_first(self, first: Tensor, second: Tensor) -> Tensor:
         """A V of less error for an H (outputs, rank, b)."""
         inner = torch.einsum("orb,osc->rbsc", second, second)
+        usual = torch.diagonal(self.gram, dim1=1, dim2=3).mean(-1)
+        channels = torch.einsum("rbsb->rs", inner)
 
         def curvature(v: Tensor) -> Tensor:
             seen = torch.einsum("sy,xbyc->xbsc", v, self.gram)
             return torch.einsum("rbsc,xbsc->rx", inner, seen)
 
+        def nearly_solved(v: Tensor) -> Tensor:  # exactly so where the taps b do not know of each other
+            return solved(usual, solved(channels, v.mT).mT)
+
         target = torch.einsum("orb,oxb->rx", second, self._crossed)
-        return _conjugate_gradients(curvature, target, first)
+        return _conjugate_gradients(curvature, nearly_solved, target, first)
 
     def error(self, first: Tensor, second: Tensor) -> float:
         """E ||W x - M x||² of stages V (rank, ca) and H (outputs, rank, b)."""
@@ -147,7 +154,7 @@ def solved(moments: Tensor, crossed: Tensor) -> Tensor:
     """The least-squares solution X of X moments = crossed, of least norm where there are several."""
     scale = moments.diagonal().mean() + _TINY
     factor, failed = torch.linalg.cholesky_ex(
-        moments + 1e-10 * scale * torch.eye(len(moments), dtype=torch.float64)
+        moments + 1e-13 * scale * torch.eye(len(moments), dtype=torch.float64)
     )
     if not failed:
         found: Tensor = torch.cholesky_solve(crossed.mT, factor).mT
@@ -159,7 +166,7 @@ def solved(moments: Tensor, crossed: Tensor) -> Tensor:
 
 
 def two_stages(
-    stages: Stages, rank: int, second_rank: int | None = None, rounds: int = 3
+    stages: Stages, rank: int, second_rank: int | None = None, rounds: int = 12
 ) -> tuple[Tensor, ...]:
     """The factors of a convolution, by alternating solutions.
 
@@ -167,22 +174,26 @@ def two_stages(
         stages: Weight and moments.
         rank: Channels between the first stage and the second.
         second_rank: Rank of the second stage, for Tucker-2; None: any.
-        rounds: How often the first stage is solved again.
+        rounds: How often the first stage is solved again at most.
 
     Returns:
         V (rank, ca) and H (outputs, rank, b); with ``second_rank`` V, the core (second_rank, rank, b) and
         U (outputs, second_rank).
     """
-    first = stages.first(rank)
+    first, reach = stages.first(rank), 1.0
     best = _rest(stages, first, second_rank)
     least = stages.error(first, _joined(best))
     for _ in range(rounds):
+        before, begun = first, least
         tried = stages.better_first(first, _joined(best))
-        rest = _rest(stages, tried, second_rank)
-        error = stages.error(tried, _joined(rest))
-        if error >= least:
+        for one in (tried, tried + reach * (tried - before)):  # further along the way: alternating is slow
+            rest = _rest(stages, one, second_rank)
+            error = stages.error(one, _joined(rest))
+            reach = reach * _FURTHER if error < least else max(reach / 2, 0.5)
+            if error < least:
+                first, best, least = one, rest, error
+        if least > begun * (1 - _WORTHWHILE):
             break
-        first, best, least = tried, rest, error
     core, back = best
     flat, first = balanced(core.transpose(0, 1).flatten(1).mT, first)
     core = flat.mT.reshape(core.shape[1], core.shape[0], core.shape[2]).transpose(0, 1)
@@ -213,20 +224,31 @@ def _positive(moments: Tensor) -> Tensor:
     return moments + ridge * torch.eye(len(moments), dtype=moments.dtype)
 
 
-def _conjugate_gradients(curvature: Callable[[Tensor], Tensor], target: Tensor, start: Tensor) -> Tensor:
-    """Steps towards the solution of curvature(x) = target, which is symmetric and positive semidefinite."""
+def _conjugate_gradients(
+    curvature: Callable[[Tensor], Tensor],
+    nearly_solved: Callable[[Tensor], Tensor],
+    target: Tensor,
+    start: Tensor,
+) -> Tensor:
+    """Steps towards the solution of curvature(x) = target, which is symmetric and positive semidefinite.
+
+    Args:
+        curvature: The linear map.
+        nearly_solved: A symmetric map near to its inverse.
+        target: Right side.
+        start: Where to begin.
+    """
     x = start.clone()
     rest = target - curvature(x)
-    way, size = rest, float((rest * rest).sum())
-    begun = size
+    way = nearly_solved(rest)
+    size = begun = float((rest * way).sum())
     for _ in range(_GRADIENTS):
-        if size <= _SMALL**2 * begun or size == 0:
-            break
         along = curvature(way)
         bend = float((way * along).sum())
-        if bend <= 0:
+        if size <= _SMALL * begun or bend <= 0:
             break
         x, rest = x + size / bend * way, rest - size / bend * along
-        new = float((rest * rest).sum())
-        way, size = rest + new / size * way, new
+        turned = nearly_solved(rest)
+        new = float((rest * turned).sum())
+        way, size = turned + new / size * way, new
     return x
