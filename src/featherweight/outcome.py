@@ -245,7 +245,7 @@ class LayerRow(_Record):
         type: Its class, or the operator.
         macs: For one example.
         params: Parameters.
-        bytes_before: Of the parameters in the original.
+        bytes_before: Of the parameters before the steps.
         bytes_after: In the artifact.
         stored: Type of the weight in the artifact.
         sqnr_db: Of its output when it alone is in its formats.

@@ -326,13 +326,22 @@ class TestTeacher:
             (said,), seen = kept((x[pick],))
             assert torch.allclose(said, wanted, atol=1e-5)
             assert torch.allclose(seen["layer1"], layers["layer1"], atol=1e-5)
-        assert plain.asked == 30
+        plain((x[pick],))
+        assert plain.asked == 35
         assert kept.asked <= 12
         changed = x.clone()
         changed[0, 0, 0, 0] += 1
         (said,), _ = kept((changed,))
         (wanted,), _ = plain((changed,))
         assert torch.allclose(said, wanted, atol=1e-5)
+
+    def test_is_asked_once_about_one_batch(self) -> None:
+        master, (x,) = Teacher(model("residual")), batch()
+        first, again = master((x,))[0][0], master((x,))[0][0]
+        assert master.asked == len(x)
+        assert torch.equal(first, again)
+        master((x.clone(),))
+        assert master.asked == 2 * len(x)
 
     def test_asks_again_where_there_is_no_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("featherweight.tools.distill_teacher._LARGEST", 4 * 10 * 4)
@@ -441,6 +450,17 @@ class TestDistillation:
             for parameter in net.parameters():
                 parameter.mul_(1.3)
         assert number(loss.step(net, x, None)) > 1e-3
+
+    def test_half_floats_are_compared_as_single_ones(self) -> None:
+        begun = student()
+        losses = []
+        for enabled in (False, True):
+            loss, net = objective(begun, features="auto", attention="auto"), Simulated(begun).eval()
+            loss.attach(net)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                losses.append(loss.step(net, batch(), None))
+        assert losses[1].dtype == torch.float32
+        assert number(losses[1]) == pytest.approx(number(losses[0]), rel=0.05)
 
     def test_the_teacher_is_neither_trained_nor_stored(self) -> None:
         loss = objective(student())

@@ -237,7 +237,9 @@ class Distillation(Objective):
     def _of_outputs(self, outputs: Outputs, said: Outputs, targets: Tensor | None) -> Tensor:
         """Mean over the outputs that say something."""
         losses = [
-            output_loss(mine, theirs, kind, self.how.temperature, targets if index == 0 else None)
+            output_loss(
+                _single(mine), _single(theirs), kind, self.how.temperature, targets if index == 0 else None
+            )
             for index, (mine, theirs, kind) in enumerate(zip(outputs, said, self._kinds, strict=True))
             if kind.name != "none"
         ]
@@ -277,8 +279,14 @@ def _projections(pairs: tuple[Pair, ...], seed: int) -> nn.ModuleList:
         )
 
 
+def _single(value: Tensor) -> Tensor:
+    """Half floats, which networks in mixed precision give, as single ones."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
 def _aligned(mine: Tensor, theirs: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     """Both with channels last; of two maps the larger one is averaged down to the smaller one's positions."""
+    mine, theirs = _single(mine), _single(theirs)
     if pair.student.places != pair.teacher.places:
         size = [min(sizes) for sizes in zip(mine.shape[2:], theirs.shape[2:], strict=True)]
         mine, theirs = _pooled(mine, size), _pooled(theirs, size)
@@ -294,7 +302,7 @@ def _pooled(value: Tensor, size: list[int]) -> Tensor:
 
 def _part(value: Tensor, read: Read) -> Tensor:
     """Queries, keys or values out of what the layer gives."""
-    return value if read.part is None else value.chunk(_READS, -1)[read.part]
+    return _single(value if read.part is None else value.chunk(_READS, -1)[read.part])
 
 
 def _of_attention(mine: Tensor, theirs: Tensor, pair: Pair) -> Tensor:
