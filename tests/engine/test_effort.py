@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from featherweight.data import Data
 from featherweight.engine import effort
 from featherweight.engine.deadline import Bounded, OutOfTime
 from featherweight.engine.effort import Pace, pace_of, plan, planned
@@ -19,7 +20,7 @@ from featherweight.method import Silent
 from featherweight.outcome import LEVELS, Budget
 from featherweight.plugins import method_names
 from featherweight.recipe import Choice, Recipe, Step
-from golden import context, data, model, target
+from golden import context, data, inputs, model, target
 from nets import NETS
 
 SMALL = Pace(example_s=0.002, weights_s=2.0)
@@ -159,6 +160,69 @@ class TestAmounts:
         assert twice.of(recipe) == pytest.approx(2 * Pace(SMALL.example_s, 0.0).of(recipe))
         more = Pace(SMALL.example_s, 7.0).of(recipe) - Pace(SMALL.example_s, 0.0).of(recipe)
         assert more == pytest.approx(7.0)
+
+
+class TestTraining:
+    def test_takes_its_share_of_the_time(self) -> None:
+        pace = Pace(0.002, 2.0, training=10_000, structure=True)
+        counts = [pace.epochs("thorough", seconds) for seconds in (100.0, 900.0, 3600.0, 1e6)]
+        assert counts[0] == 0  # too few examples to be worth it
+        assert counts[2] == pytest.approx(0.15 * 3600 / (4 * 10_000 * 0.002), abs=0.01)
+        assert counts[-1] == 10
+        assert pace.epochs("quick", 1e6) == 0
+        assert Pace(0.002, 2.0).epochs("thorough", 1e6) == 0
+
+    def test_follows_the_ways_that_make_networks_smaller(self) -> None:
+        made = planned(Pace(0.002, 2.0, training=2000, structure=True), CONVOLUTIONS, 600.0)
+        assert made.level == "standard"
+        recipe = made.ways["shrunk and pruned"]
+        assert steps(recipe)[:4] == ["shrink", "prune", "finetune", "fold"]
+        assert recipe.steps[2].parameters["teacher"] == "original"
+        assert next(iter(made.ways)) == "gptq"
+
+    def test_without_time_for_it_networks_are_made_smaller_by_calibration_alone(self) -> None:
+        made = planned(Pace(0.5, 2.0, training=2000, structure=True), CONVOLUTIONS, 7200.0)
+        assert made.level == "thorough"
+        assert "finetune" not in steps(made.ways["pruned"])
+
+    def test_without_examples_nothing_is_made_smaller(self) -> None:
+        made = planned(SMALL, CONVOLUTIONS, 7200.0)
+        assert not {"prune", "shrink", "factorize", "finetune"} & {
+            method for recipe in made.ways.values() for method in steps(recipe)
+        }
+
+    def test_of_thorough_tries_every_method(self) -> None:
+        made = planned(Pace(0.002, 2.0, training=2000, structure=True), MATRICES, 7200.0, LIMITS)
+        tried = {method for recipe in made.ways.values() for method in steps(recipe)}
+        assert {
+            "prune",
+            "shrink",
+            "factorize",
+            "sparsify",
+            "finetune",
+            "quantize",
+            "mixed_precision",
+        } <= tried
+
+    def test_of_a_student_comes_first_and_once(self) -> None:
+        pace = Pace(0.002, 2.0, training=2000, structure=True, student=True, teacher="teacher")
+        made = planned(pace, CONVOLUTIONS, 600.0)
+        lesson = Step("finetune", {"epochs": pace.lessons(600.0), "teacher": "teacher"})
+        assert all(recipe.steps[0] == lesson for recipe in made.ways.values())
+        assert pace.lessons(600.0) == pytest.approx(0.4 * 600 / (4 * 2000 * 0.002))
+        assert (pace.lessons(0.0), pace.lessons(1e9)) == (1.0, 100.0)
+        assert planned(pace, CONVOLUTIONS, 30.0).ways["nearest"].steps[0].method == "finetune"
+
+    def test_counts_examples_without_labels(self, tmp_path: Path) -> None:
+        known = data("residual")
+        run = Run(model("residual"), known, target(), Store(tmp_path))
+        assert (pace_of(run).training, pace_of(run).structure) == (32, True)
+        unlabelled = Data.of(known.scored.inputs[0], calibration=inputs("residual", 24))
+        run = Run(model("residual"), unlabelled, target(), Store(tmp_path))
+        assert (pace_of(run).training, pace_of(run).structure) == (24, True)
+        random = Data.of(known.scored.inputs[0])
+        run = Run(model("residual"), random, target(), Store(tmp_path))
+        assert (pace_of(run).training, pace_of(run).structure) == (0, False)
 
 
 class TestLonger:

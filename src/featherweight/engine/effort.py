@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from featherweight.data import Data
 from featherweight.engine.run import Run
 from featherweight.engine.store import digest
 from featherweight.engine.template import Amounts, Shape, shape_of, ways
+from featherweight.examples import Examples
 from featherweight.graph import trace
 from featherweight.holes import Choice
 from featherweight.outcome import LEVELS, Budget, Effort, Level, Way
@@ -44,12 +46,18 @@ _RECONSTRUCTION = 0.2  # share of the time that goes to the reconstruction of bl
 # Forward passes that a step costs for each calibration example (rounding: by GPTQ), and for each iteration;
 # seen on EfficientNet-Lite0, whose layers are many and small.
 _PASSES = {"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 4.0, "mixed_precision": 12.0}
+_PASSES |= {"prune": 40.0, "shrink": 40.0, "factorize": 4.0}
 _OF_WEIGHTS = {
     "rounding": 1.0,
     "mixed_precision": 1.0,
 }  # how often all weights are rounded by GPTQ, as foresight too
 _MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
 _PASSES_OF_ITERATION = 40.0
+_PASSES_OF_TRAINING = 4.0  # forward passes that training on one example takes, a teacher's included
+_LESSONS, _MOST_LESSONS = 0.4, 100.0  # share of the time in which a student learns, and epochs at most
+_TRAINING = 0.15  # share of the time that one fine-tuning may take
+_EPOCHS: Mapping[Level, float] = {"quick": 0.0, "standard": 3.0, "thorough": 10.0}
+_FEWEST_SEEN = 2000  # examples that a fine-tuning sees; below, it is not worth it
 _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
 _TIMED = 8  # examples of the timed pass
 _ADDS: Mapping[Level, str] = {
@@ -113,16 +121,26 @@ class Pace:
     Attributes:
         example_s: Seconds of a forward pass of one example.
         weights_s: Seconds of rounding all weights by GPTQ, whatever the examples.
+        training: Examples that there are to train with, labelled or not.
+        structure: Whether there are examples of the user's own, by which layers can be made smaller.
+        student: Whether steps start from a student, who learns first.
+        teacher: Whose outputs are learned.
     """
 
     example_s: float
     weights_s: float
+    training: int = 0
+    structure: bool = False
+    student: bool = False
+    teacher: str = "original"
 
     def of(self, recipe: Recipe) -> float:
         """Seconds until a recipe's model is ready, predicted."""
         return sum(self._of_step(step) for step in recipe.steps)
 
     def _of_step(self, step: Step) -> float:
+        if step.method == "finetune":
+            return float(_PASSES_OF_TRAINING * self.training * step.parameters["epochs"] * self.example_s)
         if step.method not in _PASSES:
             return 0.0
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)
@@ -132,7 +150,26 @@ class Pace:
 
     def amounts(self, level: Level, time_s: float, limits: Mapping[str, Any]) -> Amounts:
         """How much of everything fits into the time."""
-        return Amounts(self.samples(level, time_s), self.iterations(level, time_s), limits)
+        return Amounts(
+            self.samples(level, time_s),
+            self.iterations(level, time_s),
+            limits,
+            self.epochs(level, time_s),
+            self.structure,
+            self.lessons(time_s) if self.student else 0.0,
+            self.teacher,
+        )
+
+    def lessons(self, time_s: float) -> float:
+        """Epochs of a student, in the share of the time that is its; as few as one."""
+        one = _PASSES_OF_TRAINING * self.training * self.example_s
+        return round(min(max(_LESSONS * time_s / one, 1.0), _MOST_LESSONS), 2) if one else 1.0
+
+    def epochs(self, level: Level, time_s: float) -> float:
+        """Of a fine-tuning, in the share of the time that is its; 0 where that is not worth it."""
+        one = _PASSES_OF_TRAINING * self.training * self.example_s
+        count = min(_TRAINING * time_s / one, _EPOCHS[level]) if one else 0.0
+        return round(count, 2) if count * self.training >= min(_FEWEST_SEEN, 3 * self.training) else 0.0
 
     def samples(self, level: Level, time_s: float) -> int:
         """Calibration examples whose passes take a quarter of the time at most."""
@@ -223,7 +260,17 @@ def pace_of(run: Run) -> Pace:
             macs += here
             shapes = [graph.parameter_shapes[name] for name in node.parameters.values()] if here else []
             weights += sum(math.prod(shape) for shape in shapes)
-    return Pace(example_s, _MACS_OF_WEIGHT * weights * example_s / max(macs, 1))
+    known_data = run.data.calibration_source in ("calibration", "training")
+    weights_s = _MACS_OF_WEIGHT * weights * example_s / max(macs, 1)
+    teacher = "original" if run.teacher is None else "teacher"
+    training, student = _training_examples(run.data), run.student is not None
+    return Pace(example_s, weights_s, training, known_data, student, teacher)
+
+
+def _training_examples(data: Data) -> int:
+    """Examples to train with; those for calibration where there are no others: a teacher labels them."""
+    examples = data.train or data.calibration_examples
+    return len(examples) if isinstance(examples, Examples) else 0
 
 
 def _machine() -> list[object]:

@@ -66,11 +66,19 @@ class Amounts:
         samples: Calibration examples of each step.
         iterations: Of the reconstruction of each block; 0: none.
         limits: Of mixed precision; none: it has nothing to weigh against, so it is left out.
+        epochs: Of fine-tuning, with the original as teacher; 0: none.
+        structure: Whether there are calibration examples, by which layers can be made smaller.
+        lessons: Epochs in which a student learns before anything else; 0: there is none.
+        teacher: Whose outputs are learned.
     """
 
     samples: int
     iterations: int
     limits: Mapping[str, Any]
+    epochs: float = 0.0
+    structure: bool = False
+    lessons: float = 0.0
+    teacher: str = "original"
 
 
 def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
@@ -95,23 +103,49 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
         "weights, nearest": (fold, alone),
         "weights, 4 bits": (fold, Step("quantize", int4), gptq),
     }
+    taught = {"teacher": amounts.teacher}
+    tuned = Step("finetune", {"epochs": amounts.epochs, **taught})
+    tune = (tuned,) if amounts.epochs else ()
+    integers = (fold, dynamic, gptq) if shape.of_matrices else (fold, equalize, static, gptq)
+    if amounts.structure:
+        found |= {
+            "pruned": (Step("prune", few), *tune, *integers),
+            "shrunk": (Step("shrink", few), *tune, *integers),
+            "shrunk and pruned": (Step("shrink", few), Step("prune", few), *tune, *integers),
+            "factorized": (Step("factorize", few), *tune, *integers),
+        }
+    if amounts.epochs:
+        found |= {
+            "tuned": (fold, static, tuned),
+            "tuned, 4 bits": (fold, Step("quantize", int4), tuned),
+            "sparse": (fold, Step("sparsify", {"schedule": "cubic"}), tuned, static),
+        }
     if not amounts.limits:
         found.pop("mixed")
     if not iterations:
         found.pop("blocks")
-    return {name: Recipe(found[name]) for name in _order(level, shape) if name in found}
+    lessons = (Step("finetune", {"epochs": amounts.lessons, **taught}),) if amounts.lessons else ()
+    order = _order(level, shape, amounts)
+    return {name: Recipe((*lessons, *found[name])) for name in order if name in found}
 
 
-def _order(level: Level, shape: Shape) -> list[str]:
+_SMALLER = ("shrunk and pruned", "pruned", "shrunk", "factorized")  # ways that change the network's shapes
+
+
+def _order(level: Level, shape: Shape, amounts: Amounts) -> list[str]:
     matrices = shape.of_matrices
+    smaller = ("factorized", *_SMALLER) if matrices else _SMALLER
     if level == "quick":
         order = ["nearest", *(["dynamic, nearest", "weights, nearest"] if matrices else [])]
     elif level == "standard":
         order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order += smaller[:3] if amounts.epochs else ()
         order += ["gptq, not equalized", "blocks", "nearest"]
     else:
         order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
-        order += ["blocks", "mixed", "gptq, not equalized", "nearest"]
+        order += [*smaller, "tuned", *(["tuned, 4 bits"] if matrices else [])]
+        order += ["blocks", "mixed", "gptq, not equalized", "nearest", "sparse"]
+        order = list(dict.fromkeys(order))
     if shape.recurrent:  # static integers leave recurrent layers as they are
         order.sort(key=lambda name: not name.startswith("dynamic"))
     return order
