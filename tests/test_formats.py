@@ -550,6 +550,12 @@ class TestCodes:
             assert torch.equal(trained.project(stored), stored)
             assert stored.abs().max() == torch.tensor(0.4)
 
+    def test_a_threshold_follows_its_scale(self) -> None:
+        fmt = Ternary(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))
+        trained = fmt.with_learned({"scale": torch.tensor([0.5, 1.0])})
+        assert trained.threshold.tolist() == [0.25, 0.5]
+        assert trained.project(torch.tensor([[0.3], [0.4]])).tolist() == [[0.5], [0.0]]
+
     @pytest.mark.parametrize(
         ("scale", "threshold", "said"),
         [

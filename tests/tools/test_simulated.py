@@ -235,6 +235,42 @@ class TestTraining:
         torch.manual_seed(2)
         assert (first - net(x)[0]).abs().max() > 1e-3  # other units were dropped
 
+    @pytest.mark.parametrize("kind", ["lstm", "gru", "attention"])
+    def test_dropout_inside_of_layers_is_live(self, kind: str) -> None:
+        """In the replayed graph as in the eager module, which draws the same numbers."""
+
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner: nn.Module
+                if kind == "attention":
+                    self.inner = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+                else:
+                    recurrent = nn.LSTM if kind == "lstm" else nn.GRU
+                    self.inner = recurrent(8, 8, num_layers=2, batch_first=True, dropout=0.5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                if kind == "attention":
+                    return self.inner(x, x, x, need_weights=False)[0]
+                return self.inner(x)[0]
+
+        torch.manual_seed(0)
+        subject = model_of(Net(), torch.randn(2, 5, 8))
+        fine = IntQuant(torch.tensor(-8.0), torch.tensor(8.0), 16)
+        net = Simulated(subject.evolve(formats={"input:x": (fine,)}))
+        x = fine.project(torch.randn(3, 5, 8))
+        module = subject.copy_module()
+        for training in (True, False):
+            net.train(training)
+            module.train(training)
+            torch.manual_seed(1)
+            (made,) = net(x)
+            torch.manual_seed(1)
+            wanted = module(x)
+            assert torch.allclose(made, wanted, atol=1e-5)
+            torch.manual_seed(2)
+            assert torch.allclose(net(x)[0], made, atol=1e-5) != training
+
     def test_a_frozen_batch_norm_stays(self) -> None:
         net = Simulated(MODELS["int8"]("concat"))
         norm = net.module.get_submodule("norms.0").eval()

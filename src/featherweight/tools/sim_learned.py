@@ -87,7 +87,10 @@ class Learned(nn.Module):
         )
 
     def _advanced(self, value: Tensor, fraction: float) -> TensorFormat:
-        made: TensorFormat = self.current().advanced(value, fraction)  # type: ignore[attr-defined]
+        now: Any = self.current()
+        made: TensorFormat = now.advanced(value, fraction)
+        if made is now:
+            return self.base
         for name in self._state:
             setattr(self, f"state_{name}", getattr(made, name).detach().clone())
         return made
