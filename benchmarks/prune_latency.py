@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, Bar, Parts, Shown
-from fine_tuned import run_of
+from fine_tuned import accuracy, run_of
 from interleaved import measure, ratio
 from networks import TRAINED, load_network
 from pruning_peers import Setting, torch_pruning
@@ -45,14 +45,16 @@ class Case:
         network: Which one.
         method: How it got smaller, in words.
         macs: Fraction to keep.
-        recipe: Ours; None: Torch-Pruning's.
+        shrink: What goes before channels do, as parameters of ``shrink``; None: nothing.
+        peer: Torch-Pruning's, not ours.
         round_to: Of the peer.
     """
 
     network: str
     method: str
     macs: float
-    recipe: Recipe | None = None
+    shrink: Mapping[str, Any] | None = None
+    peer: bool = False
     round_to: int | None = None
 
 
@@ -60,14 +62,12 @@ def _cases() -> list[Case]:
     cases = []
     for network in ("resnet20", "resnet18"):
         for macs in (0.5, 0.25):
-            fold = Step("fold")
-            cases.append(Case(network, "prune", macs, Recipe((Step("prune", {"macs": macs}), fold))))
-            if network == "resnet20":
-                # Blocks take half of the way there, channels the rest.
-                steps = (Step("shrink", {"macs": macs**0.5}), Step("prune", {"macs": macs}), fold)
-                cases.append(Case(network, "shrink, prune", macs, Recipe(steps)))
-            cases.append(Case(network, "Torch-Pruning", macs))
-            cases.append(Case(network, "Torch-Pruning, rounded to 8", macs, round_to=8))
+            cases.append(Case(network, "prune", macs))
+            if network == "resnet20":  # blocks and kernels take most of the way, channels the rest
+                smaller = {"macs": min(1.2 * macs, 0.7), "kernels": {3: 1}}
+                cases.append(Case(network, "shrink, prune", macs, smaller))
+            cases.append(Case(network, "Torch-Pruning", macs, peer=True))
+            cases.append(Case(network, "Torch-Pruning, rounded to 8", macs, peer=True, round_to=8))
     return cases
 
 
@@ -81,8 +81,11 @@ def _run(network: str, folder: Path) -> Run:
 
 
 def _made(case: Case, run: Run) -> Model:
-    if case.recipe is not None:
-        return run.apply(case.recipe)
+    if not case.peer:
+        shrink = () if case.shrink is None else (Step("shrink", dict(case.shrink)),)
+        left = totals(run.apply(Recipe(shrink)))["macs"] / totals(run.original)["macs"]
+        prune = () if left <= case.macs else (Step("prune", {"macs": case.macs / left}),)
+        return run.apply(Recipe((*shrink, *prune)))
     shape = run.original.entries["forward"].example_inputs[0].shape
     images = torch.randn(2, *shape[1:]), torch.zeros(2, dtype=torch.long)
     pruned = torch_pruning(run.original, _PEER, case.macs, images, case.round_to)
@@ -93,6 +96,7 @@ def _made(case: Case, run: Run) -> Model:
 def _row(case: Case, folder: Path, seconds: float, shown: Shown) -> Json:
     run = _run(case.network, folder / "store")
     model = _made(case, run)
+    scored = accuracy(model.module, run.data) if case.network in TRAINED else None
     artifacts = {"original": run.lower(run.original), "smaller": run.lower(model)}
     inputs = run.original.entries["forward"].example_inputs[0][:1].numpy()
     rounds = measure(
@@ -113,6 +117,7 @@ def _row(case: Case, folder: Path, seconds: float, shown: Shown) -> Json:
         "asked_macs": case.macs,
         "macs": left["macs"] / whole["macs"],
         "params": left["params"] / whole["params"],
+        "accuracy": scored,
         "ratio": seen.median,
         "ci95": seen.ci95,
         "original_ms": 1000 * sorted(rounds["original"])[len(rounds["original"]) // 2],
@@ -130,7 +135,16 @@ def rows_of(parts: Parts, folder: Path, seconds: float, shown: Shown) -> list[Js
     ]
 
 
-HEADERS = ("network", "made smaller by", "MACs", "params", "latency ratio", "95 %", "original, ms")
+HEADERS = (
+    "network",
+    "made smaller by",
+    "MACs",
+    "params",
+    "latency ratio",
+    "95 %",
+    "original, ms",
+    "%, untuned",
+)
 
 
 def cells(rows: Sequence[Json]) -> list[list[str]]:
@@ -144,6 +158,7 @@ def cells(rows: Sequence[Json]) -> list[list[str]]:
             f"{row['ratio']:.3f}",
             "" if row["ci95"] is None else f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]",
             f"{row['original_ms']:.2f}",
+            "" if row["accuracy"] is None else f"{row['accuracy']:.2f}",
         ]
         for row in rows
     ]
