@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import featherweight as fw
+from featherweight.data import Data
 from featherweight.errors import RecipeError
 from featherweight.formats import (
     Binary,
@@ -26,12 +27,14 @@ from featherweight.formats import (
     TensorFormat,
     Ternary,
 )
+from featherweight.methods.quantize import Quantize
 from featherweight.model import Model
 from featherweight.tools.ranges import weight_format
 from featherweight.tools.sim_learned import Learned
 from featherweight.tools.simulate import simulate
 from featherweight.tools.simulated import Simulated
-from golden import folded, inputs, model, model_of, quantized
+from golden import context, folded, inputs, model, model_of, quantized, target
+from language_nets import encoder, ids, recurrent, sequences
 from nets import NETS
 from rounded import in_few_bits
 
@@ -389,6 +392,43 @@ class TestShared:
         assert losses[-1] < losses[0]
         with torch.no_grad():
             assert torch.equal(net.eval()(ids)[0], simulate(net.absorb())(ids)[0])
+
+
+class TestLanguage:
+    @pytest.mark.parametrize("activations", ["int8", "dynamic", "none"])
+    @pytest.mark.parametrize("kind", ["encoder", "lstm", "gru"])
+    def test_what_quantize_gives_is_simulated_and_trained(self, kind: str, activations: str) -> None:
+        """Tables, attention, ranges at run time, gates' weights; shared tables stay shared."""
+        whole = encoder() if kind == "encoder" else recurrent(kind.upper(), True)
+        x = ids(24) if kind == "encoder" else sequences(24)
+        where = context(whole, Data.of(x[:8], x_train=x[8:]), target("onnxruntime"))
+        subject = Quantize.model_validate({"activations": activations}).apply(whole, where)
+        net, inputs_ = Simulated(subject).eval(), torch.from_numpy(x)
+        with torch.no_grad():
+            assert torch.equal(net(inputs_)[0], simulate(subject)(inputs_)[0])
+        wanted = whole.module(inputs_).detach().roll(1, 0)
+        optimizer, losses = torch.optim.Adam(net.train().parameters(), 3e-3), []
+        for _ in range(10):
+            loss = (net(inputs_)[0] - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.95 * losses[0]
+        back = net.eval().absorb()
+        with torch.no_grad():
+            assert torch.equal(net(inputs_)[0], simulate(back)(inputs_)[0])
+        if kind == "encoder":
+            module = back.module
+            assert module.get_submodule("head").weight is module.get_submodule("table").weight
+
+    def test_formats_of_other_entries_are_left_alone(self) -> None:
+        whole = quantized("residual")
+        there = {"elsewhere/add#0:0": (IntQuant(torch.tensor(-1.0), torch.tensor(1.0)),)}
+        net = Simulated(whole.evolve(formats={**whole.formats, **there}))
+        train(net, "residual", 2)
+        assert all(one.grad is not None for one in net.parameters())
+        assert net.absorb().formats["elsewhere/add#0:0"] is there["elsewhere/add#0:0"]
 
 
 class TestNorms:

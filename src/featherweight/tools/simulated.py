@@ -286,6 +286,8 @@ class _Plan:
         self._names: dict[str, list[str]] = {}
         known: dict[str, str] = {}
         for name, chain in model.formats.items():
+            if self.graph is not None and name not in self._parameters and name not in self.graph.values:
+                continue  # a value of another way of calling the module
             keys = []
             for place, fmt in enumerate(chain):
                 key = known.setdefault(self._identity(name, place, fmt), str(len(known)))
