@@ -69,8 +69,8 @@ class Learned(nn.Module):
         value: Tensor = getattr(self, name)
         if not self.relative:
             return value
-        ratio = scaled_gradient(value, self.factor).clamp(min=_LEAST)
-        return ratio * getattr(self, f"first_{name}")
+        ratio = scaled_gradient(value, self.get_buffer("factor")).clamp(min=_LEAST)
+        return ratio * self.get_buffer(f"first_{name}")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.current().project(x)

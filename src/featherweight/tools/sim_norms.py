@@ -80,6 +80,7 @@ class TemporaryNorm(nn.Module):
             zero = fmt.grid_of(stored)[1]
             return made.dequantize((fmt.quantize(stored) - zero) * signs + zero)
         assert isinstance(fmt, Ternary | Binary)
+        assert isinstance(made, Ternary | Binary)
         return signs * fmt.codes(stored) * per_element(made.scale, made.granularity, stored)
 
 
