@@ -108,8 +108,8 @@ class Simulated(nn.Module):
 
     def penalty(self) -> Tensor | None:
         """What formats add to the loss, e.g. for gates that are open; None: nothing."""
-        asked = [getattr(one.current(), "penalty", None) for one in map(self._learned, self.formats)]
-        found = [extra for one in asked if one is not None and (extra := one()) is not None]
+        having: list[Any] = [one for one in map(self._learned, self.formats) if hasattr(one.base, "penalty")]
+        found = [extra for one in having if (extra := one.current().penalty()) is not None]
         return torch.stack(found).sum() if found else None
 
     def _learned(self, key: str) -> Learned:
