@@ -23,7 +23,7 @@ from featherweight.errors import RecipeError
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole
-from featherweight.tools.batch_norms import reestimate, with_statistics
+from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.batches import calibration_batches
 from featherweight.tools.costs import totals
 from featherweight.tools.kernels import Kernel, cuttable_kernels, with_smaller_kernel
@@ -32,7 +32,7 @@ from featherweight.tools.prices import Prices
 from featherweight.tools.removal import removed
 from featherweight.tools.replacements import CHEAP, COSTLY, activations, replaced
 from featherweight.tools.residuals import ResidualBlock, residual_blocks
-from featherweight.tools.savings import Greedy, Saving, Taken, Unit
+from featherweight.tools.savings import Greedy, Saving, Taken, Unit, with_buffers
 
 Share = Annotated[float, Field(gt=0, le=1)]
 _AMOUNTS = ("blocks", "macs", "parameters", "latency")
@@ -249,8 +249,7 @@ class Shrink(Method, frozen=True, extra="forbid"):
         return self.where.selects(path, type(model.module.get_submodule(path)).__name__)
 
     def _refreshed(self, model: Model, batches: Batches, entry: str) -> Model:
-        buffers = reestimate(model, batches, self.where.selects, entry)
-        return with_statistics(model, buffers) if buffers else model
+        return with_buffers(model, reestimate(model, batches, self.where.selects, entry))
 
 
 PLUGIN = Shrink

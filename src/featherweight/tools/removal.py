@@ -66,8 +66,7 @@ def _wanted(model: Model, block: ResidualBlock) -> tuple[Tensor, ...]:
 def _ways(model: Model, block: ResidualBlock) -> Iterator[tuple[Edit, ...]]:
     if block.path:
         yield (Remove(block.path),)
-        passed = _passing(model, block)
-        if passed is not None:
+        for passed in _passing(model, block):
             yield (Replace(block.path, passed),)
     graphs = {entry: trace(model, entry) for entry in model.entries}
     try:
@@ -84,8 +83,8 @@ def _ways(model: Model, block: ResidualBlock) -> Iterator[tuple[Edit, ...]]:
     yield (Unroll(programs, constants),)
 
 
-def _passing(model: Model, block: ResidualBlock) -> Layer | None:
-    """A layer that returns the argument which is the block's source, as the block returned its result."""
+def _passing(model: Model, block: ResidualBlock) -> list[Layer]:
+    """Layers that return an argument which may be the block's source, as the block returned its result."""
     seen: list[Layer] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -95,15 +94,15 @@ def _passing(model: Model, block: ResidualBlock) -> Layer | None:
         given = [*enumerate(args), *kwargs.items()]
         alike = [key for key, x in given if isinstance(x, Tensor) and x.shape == made.shape]
         rest = 0 if isinstance(output, Tensor) else len(output)
-        if alike and not any(isinstance(x, Tensor) for x in pytree.tree_leaves(output)[1:]):
-            seen.append(Layer("Bypass", {"argument": alike[0], "items": rest}))
+        if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(output)[1:]):
+            seen.extend(Layer("Bypass", {"argument": key, "items": rest}) for key in alike)
 
     module = model.copy_module().eval()
     entry = model.entries[block.entry]
     module.get_submodule(block.path).register_forward_hook(look, with_kwargs=True)
     with torch.no_grad():
         getattr(module, entry.method)(*entry.arguments(entry.example_inputs))
-    return seen[0] if seen else None
+    return seen
 
 
 def _made(

@@ -12,9 +12,11 @@ batch norms are re-estimated before a part is judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 from featherweight.errors import RecipeError
 from featherweight.model import Model
@@ -122,3 +124,13 @@ class Greedy:
             if best is None or own < best[0]:
                 best = own, changed, Taken(one.name, one.saved[self.unit], seen)
         return None if best is None else best[1:]
+
+
+def with_buffers(model: Model, buffers: Mapping[str, Tensor]) -> Model:
+    """The model with other values of some buffers; itself where there are none."""
+    if not buffers:
+        return model
+    module = model.copy_module()
+    for name, value in buffers.items():
+        module.get_buffer(name).copy_(value)
+    return model.evolve(module=module)
