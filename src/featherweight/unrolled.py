@@ -39,6 +39,9 @@ class Unrolled(nn.Module):
 
     programs: Mapping[str, ProgramData]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (dict(self.programs),), self.__dict__
+
     def run(self, method: str, arguments: Sequence[Any]) -> Any:
         """What the method returns for these positional arguments."""
         program = self.programs[method]
@@ -112,11 +115,8 @@ def unroll(
         constants: Tensors of the programs that are no parameters or buffers: name -> (shape, dtype). They
             become buffers (zeros unless the module has such an attribute).
     """
-    methods = {name: _method(name, program["names"]) for name, program in programs.items()}
-    kind: type[Unrolled] = type("Unrolled", (Unrolled,), {**methods, "__module__": __name__})
-    made = kind()
+    made = _empty(programs)
     made.__dict__.update({key: value for key, value in vars(module).items() if key in _OWN})
-    made.programs = dict(programs)
     for name, (shape, dtype) in constants.items():
         scope, _, own = name.rpartition(".")
         owner = made.get_submodule(scope)
@@ -127,6 +127,15 @@ def unroll(
         for chunk in program["runs"]:
             if chunk["layer"]:
                 made.get_submodule(chunk["layer"]).__dict__["forward"] = _scope
+    return made
+
+
+def _empty(programs: Mapping[str, ProgramData]) -> Unrolled:
+    """A module with these methods and no layers."""
+    methods = {name: _method(name, program["names"]) for name, program in programs.items()}
+    kind: type[Unrolled] = type("Unrolled", (Unrolled,), {**methods, "__module__": __name__})
+    made = kind()
+    made.programs = dict(programs)
     return made
 
 

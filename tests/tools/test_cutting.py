@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +196,7 @@ class TestWhatFollows:
         x = torch.randn(3, 7, 10)
         assert torch.equal(_rebuilt(model, done)(x), done.module(x))
         assert torch.equal(copy.deepcopy(done.module)(x), done.module(x))
+        assert torch.equal(pickle.loads(pickle.dumps(done.module))(x), done.module(x))  # for processes
         assert list(done.module.state_dict()) == list(model.module.state_dict())
         assert not done.module.first.bias.requires_grad
         assert done.module.first.weight.requires_grad
