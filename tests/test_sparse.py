@@ -123,7 +123,7 @@ class TestGates:
         np.testing.assert_allclose(mean_gates(self.LOGITS).numpy(), wanted, atol=1e-6)
 
     def test_the_penalty_is_the_expected_number_of_open_gates_and_can_be_trained(self) -> None:
-        scores = (self.LOGITS / 20).requires_grad_()
+        scores = (self.LOGITS / 100).requires_grad_()
         fmt = Sparse(torch.ones(7, dtype=torch.bool), 0.5, by="gates", scores=scores, rate=0.1, final=False)
         penalty = fmt.penalty()
         assert penalty is not None

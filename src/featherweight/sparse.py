@@ -24,7 +24,7 @@ from featherweight.masks import cubic, drawn_gates, largest, mean_gates, open_ch
 from featherweight.straight_through import straight_through
 
 _STEP = 0.005  # of the training, between two masks
-_GAIN = 20.0  # logits of gates per score, so that rates which suit other formats open and close them
+_GAIN = 100.0  # logits of gates per score, so that rates which suit other formats open and close them
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Sparse:
         end: Share of the training after which the mask stays.
         by: What ranks values in training: their ``magnitude``; ``scores`` that stay as they are, or are
             learned by their gradient (``movement``, Sanh et al. 2020, arXiv:2005.07683); ``gates``.
-        scores: Of the tensor's shape, where not magnitudes rank; of gates a twentieth of their logits.
+        scores: Of the tensor's shape, where not magnitudes rank; of gates a hundredth of their logits.
         rate: Of the penalty for each gate that is open.
         final: The mask does not change any more.
         at: The share of the training that the mask is of.

@@ -37,7 +37,7 @@ from featherweight.tools.sparsity import (
 )
 
 _DEFAULT = 0.5
-_BEGIN = 0.1  # learned scores at first: of gates that are open, of weights of usual size
+_USUAL, _OPEN = 0.1, 0.02  # learned scores at first: of weights of usual size, of gates
 _NAMED = 3  # layers that a note names
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -175,7 +175,7 @@ class Sparsify(Method, frozen=True, extra="forbid"):
         sparsity = min(sparsity, 1 - 1 / max(weight.numel(), 2))
         if self.regularisation == "l0":
             rate = self.penalty / sum(one.numel() for one in scores.values())
-            gates = torch.full_like(weight, _BEGIN, dtype=torch.float32)
+            gates = torch.full_like(weight, _OPEN, dtype=torch.float32)
             return Sparse(
                 mask, sparsity, schedule=self.schedule, by="gates", scores=gates, rate=rate, final=False
             )
@@ -183,7 +183,7 @@ class Sparsify(Method, frozen=True, extra="forbid"):
         learned: Tensor | None = None
         if self.criterion == "movement":
             usual = weight.square().mean().sqrt().clamp(min=1e-12)
-            by, learned = "movement", (_BEGIN * weight.abs() / usual).float()
+            by, learned = "movement", (_USUAL * weight.abs() / usual).float()
         elif self.criterion == "gradient" and self.schedule == "cubic":
             by, learned = "scores", score.float()
         final = self.schedule == "none" and by != "movement"
