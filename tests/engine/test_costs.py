@@ -68,7 +68,7 @@ def test_times_of_kernels_are_shared_among_the_layers_that_they_stand_for(tmp_pa
     place.mkdir()
     seen = profiled(artifact, net, "forward", made.target, place)
     layers = layer_seconds(seen)
-    assert set(layers) <= weighted()
+    assert weighted() <= set(layers) <= weighted() | {"pool"}  # and what has kernels of its own
     alone = {
         name: sum(share.values()) * seen.kernels.get(name, 0.0) for name, share in seen.found.shares.items()
     }

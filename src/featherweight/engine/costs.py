@@ -245,14 +245,14 @@ def _excess(table: Mapping[str, Any], spared: Sequence[str]) -> float:
 
 
 def layer_seconds(seen: Profiled, moved: bool = False) -> dict[str, float]:
-    """Layer with weights -> seconds of its kernels in one call.
+    """Layer -> seconds of its kernels in one call; of one without weights, if it has kernels of its own.
 
     Args:
         seen: A profile.
         moved: With what changes the layout of its input back to the plain one, or of its output from it:
             its kernel is the reason why.
     """
-    layers = {node.name: node.layer for node in seen.graph if node.parameters}
+    layers = {node.name: node.layer for node in seen.graph if node.parameters or "/" not in node.name}
     moves = _moves(seen) if moved else {}
     found: dict[str, float] = {}
     for kernel, shares in seen.found.shares.items():
