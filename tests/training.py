@@ -14,7 +14,8 @@ from featherweight.data import Data
 from featherweight.model import Model
 from featherweight.tools.objectives import TaskLoss
 from featherweight.tools.simulated import Simulated
-from featherweight.tools.training import History, TrainSettings, train
+from featherweight.tools.train_settings import History, TrainSettings
+from featherweight.tools.training import train
 from featherweight.tools.training_examples import training_examples
 from golden import context, model_of
 

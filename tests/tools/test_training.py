@@ -17,7 +17,8 @@ from featherweight.tools import training
 from featherweight.tools.objectives import Net, Objective, Outputs, TaskLoss
 from featherweight.tools.optimizers import rate_factor
 from featherweight.tools.simulated import Simulated
-from featherweight.tools.training import TrainSettings, train
+from featherweight.tools.train_settings import TrainSettings
+from featherweight.tools.training import train
 from featherweight.tools.training_examples import training_examples
 from golden import context, data, model, model_of
 from training import Kept, Told, fitted, problem, same, small, weights

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.errors import RecipeError
+from featherweight.formats import Binary, IntQuant, Ternary
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method, Need, Precision
 from featherweight.model import Model
@@ -37,14 +37,17 @@ from featherweight.tools.distillation import (
 )
 from featherweight.tools.objectives import no_labels, task_objective
 from featherweight.tools.optimizers import OptimizerName, Schedule
+from featherweight.tools.sim_norms import normable
 from featherweight.tools.simulated import Simulated
-from featherweight.tools.training import TrainSettings, train
+from featherweight.tools.train_settings import TrainSettings
+from featherweight.tools.training import train
 from featherweight.tools.training_examples import TrainingExamples, training_examples
 
 _HELD_BACK = 0.1  # when patience asks for some
 _STATISTICS = 1024  # examples that batch norms are estimated from anew
 _NORMALIZED = 256  # that temporary ones begin with
 _TOGETHER = 128
+_COARSE = 4  # bits
 _STEP_RATE = 1e-3  # of learned step sizes, which are relative
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -70,7 +73,8 @@ class Finetune(Method, frozen=True, extra="forbid"):
         patience: Epochs without a lower loss on those that end training; 0: all epochs.
         precision: 32, bf16-mixed or 16-mixed; auto is what --precision says.
         batch_norm: train; freeze (statistics stay); reestimate them at the end; temporary: under formats,
-            norms behind folded layers that training has and the result has not.
+            norms behind folded layers that training has and the result has not. auto: temporary where weights
+            are stored in 4 bits or fewer, else train.
         loss: path.py:callable (outputs, targets) -> a tensor of one number; auto follows from the targets.
         training_step: path.py:callable (module, (inputs, targets)) -> the loss, instead of any other.
         augment: Of images, in this order: shift, flip, crop, mixup, cutmix.
@@ -102,7 +106,7 @@ class Finetune(Method, frozen=True, extra="forbid"):
     validation: Share = 0.0
     patience: Annotated[int, Field(ge=0)] = 0
     precision: Precision | Literal["auto"] = "auto"
-    batch_norm: Literal["train", "freeze", "reestimate", "temporary"] = "train"
+    batch_norm: Literal["auto", "train", "freeze", "reestimate", "temporary"] = "auto"
     loss: str = "auto"
     training_step: str = "none"
     augment: tuple[Augmentation, ...] = ()
@@ -171,22 +175,33 @@ class Finetune(Method, frozen=True, extra="forbid"):
         objective = distilled(task, teaching, model, context, cache=not examples.augment)
         if objective is None:
             raise no_labels()
-        fixed = _fixed(model, entry, context)
-        if self.batch_norm == "temporary":
-            if frozen:
-                raise RecipeError(
-                    "temporary batch norms change every layer, and where leaves some out",
-                    fix="leave where out, or batch_norm: train",
-                )
-            net = Simulated(model, entry, fixed=fixed, normalize=list(_some(examples, _NORMALIZED)))
-        else:
-            net = Simulated(model, entry, fixed=fixed)
-        for name, parameter in net.module.named_parameters():
-            if name in frozen:
-                parameter.requires_grad_(False)
+        net = self._simulated(model, entry, frozen, examples, context)
         train(net, objective, examples, self._settings(model, context), context)
-        trained = _read_back(model, net, frozen)
+        trained = net.absorb()
         return self._reestimated(trained, examples, entry) if self.batch_norm == "reestimate" else trained
+
+    def _simulated(
+        self,
+        model: Model,
+        entry: str,
+        frozen: frozenset[str],
+        examples: TrainingExamples,
+        context: Context,
+    ) -> Simulated:
+        """What is trained: the network as it will be stored, maybe with temporary norms."""
+        norms = self.batch_norm == "temporary" or (
+            self.batch_norm == "auto" and not frozen and _is_coarse(model) and _can_be_normed(model, entry)
+        )
+        if norms and frozen:
+            raise RecipeError(
+                "temporary batch norms change every layer, and where leaves some out",
+                fix="leave where out, or batch_norm: train",
+            )
+        batches = list(_some(examples, _NORMALIZED)) if norms else []
+        net = Simulated(model, entry, fixed=_fixed(model, entry, context), normalize=batches)
+        if frozen:
+            net.freeze(frozen)
+        return net
 
     def _frozen(self, model: Model) -> frozenset[str]:
         """Parameters that a layer holds which ``where`` leaves out, by their first name."""
@@ -270,7 +285,21 @@ def _rate(optimizer: OptimizerName, model: Model) -> float:
         return 0.01 if model.formats else 0.03
     if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
         return 3e-5 if model.formats else 1e-4
-    return 5e-4 if model.formats else 1e-3
+    return 1e-3
+
+
+def _is_coarse(model: Model) -> bool:
+    """Whether weights are stored in so few bits that temporary norms help."""
+    chains = [model.formats.get(name, ()) for name in model.parameters]
+    formats = [fmt for chain in chains for fmt in chain]
+    return any(
+        isinstance(fmt, Ternary | Binary) or (isinstance(fmt, IntQuant) and fmt.width <= _COARSE)
+        for fmt in formats
+    )
+
+
+def _can_be_normed(model: Model, entry: str) -> bool:
+    return bool(normable(model, trace(model, entry)))
 
 
 def _fixed(model: Model, entry: str, context: Context) -> frozenset[str]:
@@ -279,19 +308,3 @@ def _fixed(model: Model, entry: str, context: Context) -> frozenset[str]:
         return frozenset()
     ranges = context.supports.fixed_ranges
     return frozenset(name for node in trace(model, entry) if node.op in ranges for name in node.outputs)
-
-
-def _read_back(model: Model, net: Simulated, frozen: frozenset[str]) -> Model:
-    """What was trained; parameters that were not are as they came, and so are their formats."""
-    done = net.absorb()
-    before = model.parameters
-    with torch.no_grad():
-        for name, parameter in done.module.named_parameters():
-            parameter.data = parameter.data.contiguous()
-            parameter.requires_grad_(before[name].requires_grad)
-            if name in frozen:
-                parameter.copy_(before[name])
-        for buffer in done.module.buffers():
-            buffer.data = buffer.data.contiguous()
-    kept = {name: chain for name, chain in model.formats.items() if name in frozen}
-    return done.evolve(formats={**done.formats, **kept}) if kept else done

@@ -13,6 +13,7 @@ core: OpenMP's threads do not survive a fork.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,6 +43,7 @@ from featherweight.method import Precision
 _LOCAL = "127.0.0.1"
 _START_S = 60.0
 _END_S = 10.0
+_SILENT_S = 600.0  # that a process may compute between two exchanges
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def together(size: int, work: Callable[[Seat], Any]) -> Any:
     threads = torch.get_num_threads()
     try:
         for rank in range(1, size):
-            ours, theirs = context.Pipe(duplex=False)
+            ours, theirs = context.Pipe()
             process = context.Process(
                 target=_other, args=(Seat(rank, size, port), work, theirs, os.getpid()), daemon=True
             )
@@ -104,7 +107,9 @@ def together(size: int, work: Callable[[Seat], Any]) -> Any:
         if distributed.is_initialized():
             distributed.destroy_process_group()
         for process, ours in others:
-            process.join(0 if sys.exc_info()[0] else _END_S)
+            if sys.exc_info()[0] is None:
+                ours.send(True)  # it may end: what it sent last has arrived
+                process.join(_END_S)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -113,15 +118,23 @@ def together(size: int, work: Callable[[Seat], Any]) -> Any:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
-def make_fabric(seat: Seat, device: torch.device, precision: Precision) -> Fabric:
-    """Fabric for one seat: devices, precision and, for several processes, distributed data parallel."""
+def make_fabric(seat: Seat, device: torch.device, precision: Precision, *, unused: bool = False) -> Fabric:
+    """Fabric for one seat: devices, precision and, for several processes, distributed data parallel.
+
+    Args:
+        seat: This process's.
+        device: Its kind counts; the seat's number is the device's.
+        precision: Of the computation.
+        unused: Some parameters that train take no part in the loss.
+    """
     kind = device.type
     strategy: Any = "auto"
     if seat.size > 1:
         strategy = DDPStrategy(
             cluster_environment=_Seated(seat),
             process_group_backend="nccl" if kind == "cuda" else "gloo",
-            find_unused_parameters=True,  # a layer that is frozen or skipped makes no gradient
+            find_unused_parameters=unused,
+            timeout=timedelta(seconds=_SILENT_S),
         )
     with _quiet():
         fabric = Fabric(
@@ -262,7 +275,6 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning_fabric", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters.*")
         warnings.filterwarnings("ignore", module="lightning_fabric.*")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -277,13 +289,15 @@ def _other(seat: Seat, work: Callable[[Seat], Any], pipe: Connection, parent: in
     """What a forked process does: the work, then it tells how it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is asked to stop, and stops the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what ends with the first process's objects, such as threads to join, is not here
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     sys.stdout = sys.stderr
     pipe.send(True)
     try:
         work(seat)
-        pipe.send(None)
+        pipe.recv()
+        os._exit(0)
     except FeatherweightError as error:
         pipe.send(error)
         os._exit(1)

@@ -17,7 +17,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +26,9 @@ from featherweight.errors import DataError, RecipeError
 from featherweight.method import Context, NoCheckpoint, Precision, Silent
 from featherweight.tools.layout import layout
 from featherweight.tools.objectives import Objective
-from featherweight.tools.optimizers import Average, OptimizerName, Schedule, make_optimizer, rate_factor
+from featherweight.tools.optimizers import Average, make_optimizer, rate_factor
 from featherweight.tools.simulated import Simulated
+from featherweight.tools.train_settings import History, TrainSettings
 from featherweight.tools.training_examples import Batch, TrainingExamples
 
 if TYPE_CHECKING:
@@ -39,70 +39,6 @@ State = dict[str, Tensor]
 _SAVE_S = 60.0
 _EXPLODED = 100.0  # times the first losses, which count as 1 at least
 _RECENT = 10  # steps that the first and the last losses are means of
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Attributes:
-        epochs: Passes over the examples; may be a fraction.
-        steps: Updates instead of epochs.
-        batch_size: Examples of one update.
-        accumulate: Parts of a batch that go through the network one after the other.
-        optimizer: ``sgd`` with Nesterov momentum, or ``adamw``.
-        learning_rate: The largest one.
-        step_rate: That of what formats learn, such as step sizes.
-        momentum: Of SGD; the first beta of AdamW.
-        weight_decay: Of kernels and matrices.
-        warmup: Share of the updates in which the rate rises.
-        schedule: How it falls then.
-        clip: Largest norm of the gradient; None: any.
-        ema: Decay of averaged weights, which are then the result; None: no average.
-        patience: Epochs without a lower loss on the examples held back that end training; None: all epochs.
-        precision: Of the computation; weights stay float32.
-        devices: Processes that share each batch.
-        seed: Of everything random.
-        frozen: Layers, without what is below them, that run as in inference: batch norms keep theirs.
-    """
-
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 128
-    accumulate: int = 1
-    optimizer: OptimizerName = "sgd"
-    learning_rate: float = 0.02
-    step_rate: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    warmup: float = 0.1
-    schedule: Schedule = "cosine"
-    clip: float | None = None
-    ema: float | None = None
-    patience: int | None = None
-    precision: Precision = "32"
-    devices: int = 1
-    seed: int = 0
-    frozen: frozenset[str] = frozenset()
-
-
-@dataclass
-class History:
-    """How training went.
-
-    Attributes:
-        losses: Of each update, over the whole batch.
-        rates: Learning rate of each update.
-        validation: Loss on the examples held back, after each epoch.
-        steps: Updates that were meant to be.
-        stopped: Why there were less; '' where there were not.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    validation: list[float] = field(default_factory=list)
-    steps: int = 0
-    stopped: str = ""
 
 
 def train(
@@ -197,9 +133,12 @@ class _Training:
         first = seat.rank == 0
         self.progress = context.progress if first else Silent()
         self.checkpoint = context.checkpoint if first else NoCheckpoint()
-        self.fabric = make_fabric(seat, _device(context), _precision(settings, context, self.progress))
         self.learner = Learner(net, objective)
-        self.ordered = layout(net, examples.batch(0, min(len(examples), 2)).inputs)
+        few = examples.few()
+        unused = seat.size > 1 and _leaves_some_out(self.learner, few)
+        precision = _precision(settings, context, self.progress)
+        self.fabric = make_fabric(seat, _device(context), precision, unused=unused)
+        self.ordered = layout(net, few.inputs)
         optimizer = make_optimizer(
             self.learner,
             settings.optimizer,
@@ -435,6 +374,13 @@ def _precision(settings: TrainSettings, context: Context, progress: Any) -> Prec
         progress.note("warning: CPUs do not train in float16; bf16-mixed is used")
         return "bf16-mixed"
     return settings.precision
+
+
+def _leaves_some_out(learner: Learner, batch: Batch) -> bool:
+    """Whether some parameters that train take no part in the loss, e.g. of a layer that is not called."""
+    trained = [one for one in learner.parameters() if one.requires_grad]
+    loss = learner.eval()(batch.inputs, batch.targets)
+    return any(one is None for one in torch.autograd.grad(loss, trained, allow_unused=True))
 
 
 def _copied(state: Mapping[str, Tensor]) -> State:

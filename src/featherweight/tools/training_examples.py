@@ -68,6 +68,11 @@ class TrainingExamples:
         """Batches of an epoch: the last one, when it would be smaller, is left out."""
         return max(len(self) // batch_size, 1)
 
+    def few(self, count: int = 2) -> Batch:
+        """The first examples, not augmented."""
+        pick = self.picks[:count]
+        return self._made(pick, weight=len(pick))
+
     def batch(self, step: int, batch_size: int, parts: int = 1, part: int = 0) -> Batch:
         """What one step sees, counted over all epochs; one of several equal parts of it."""
         epoch, place = divmod(step, self.steps(batch_size))
