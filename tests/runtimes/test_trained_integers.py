@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from featherweight.formats import IntQuant
 from featherweight.plugins import find_runtime
+from featherweight.runtime import Role
 from featherweight.tools.simulated import Simulated
 from golden import decibels, inputs, quantized, target
 
@@ -50,3 +51,31 @@ def test_onnxruntime_stores_what_training_used(tmp_path: Path, normalize: bool) 
     (made,) = runtime.open(artifact, where)(x.numpy())
     with torch.no_grad():
         assert decibels(net(x)[0].numpy(), made) > 30
+
+
+@pytest.mark.parametrize(
+    "name", ["onnxruntime", "onnxruntime-web", "openvino", "litert", "executorch", "mnn", "ncnn", "torch"]
+)
+def test_trained_ranges_are_on_the_grid_of_each_runtime(name: str) -> None:
+    """A runtime has nothing left to change: what it would store is what was trained."""
+    where, runtime = target(name), find_runtime(name)
+    subject, x = quantized("residual", name), torch.from_numpy(inputs("residual", 16))
+    net = Simulated(subject)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x)[0], torch.arange(16) % 10).backward()
+        optimizer.step()
+    trained, moved = net.absorb(), 0
+    for value, chain in trained.formats.items():
+        (fmt,) = chain
+        role: Role = "weight" if value in trained.parameters else "activation"
+        stored = runtime.realise(fmt, where, role)
+        assert isinstance(fmt, IntQuant)
+        assert isinstance(stored, IntQuant)
+        for one, other in zip(stored.grid(), fmt.grid(), strict=True):
+            assert torch.equal(one, other)
+        before = subject.formats[value][0]
+        assert isinstance(before, IntQuant)
+        moved += not torch.equal(before.high, fmt.high)
+    assert moved > len(trained.formats) // 2
