@@ -22,7 +22,7 @@ from featherweight.engine.scratch import MappedScratch
 from featherweight.engine.store import Store, code_digest, digest, sources_digest
 from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.exchange.key import root_key
-from featherweight.formats import TensorFormat, decode, encode
+from featherweight.formats import TensorFormat, decode, encode, zeros_alone
 from featherweight.graph import Graph, Node
 from featherweight.method import Checkpoint, Context, Memo, Method, Precision, Progress, Silent, forgetful
 from featherweight.model import Model, decode_edit, encode_edit
@@ -31,6 +31,7 @@ from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Json, Role, Runtime, Target
 from featherweight.tools.costs import totals
 from featherweight.tools.layer_report import weight_bits
+from featherweight.tools.sparsity import with_zeros
 from featherweight.usercode import load_callable
 
 
@@ -185,12 +186,13 @@ class Run:
     def _follow(self, model: Model, method: Method, key: str) -> None:
         """Remember the network as it reached the first format step, for every step from there on.
 
-        It is no part of a step's key: it follows from the steps before.
+        A network with zeros put in is float yet, and what trained it since is not to be lost. This is no part
+        of a step's key: it follows from the steps before.
         """
         behind = self._float_keys.get(model.key)
-        if behind is None and method.kind == "format":
+        if method.kind == "format" and (behind is None or all(map(zeros_alone, model.formats.values()))):
             behind = model.key
-            self._floats[behind] = model
+            self._floats[behind] = with_zeros(model)
         if behind is not None:
             self._float_keys[key] = behind
 
@@ -207,7 +209,8 @@ class Run:
         try:
             context = replace(self.context(model), checkpoint=checkpoint)
             if method.kind == "format":
-                context = replace(context, models={"float": model, **context.models})
+                known = self._floats.get(model.key) or context.models.get("float", model)
+                context = replace(context, models={**context.models, "float": known})
             return method.apply(model, context)
         except FeatherweightError as error:
             if error.where is None:
