@@ -4,7 +4,7 @@ Three acts, each on the groups of channels that belong together (tools/groups.py
 are ranked (tools/rankings.py), so many of each are chosen that little is lost for what is saved
 (tools/selection.py), and they are cut out (tools/cutting.py). Then every layer that reads fewer channels is
 solved by least squares so that it gives what it gave before (tools/reconstruction.py; He et al. 2017,
-arXiv:1707.06168), and batch norms take the statistics of what reaches them.
+arXiv:1707.06168), so the statistics of batch norms hold on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from featherweight.graph import Node, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole, Range
+from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.batches import calibration_batches
 from featherweight.tools.channels import channel_groups
 from featherweight.tools.costs import totals
@@ -71,7 +72,8 @@ class Prune(Method, frozen=True, extra="forbid"):
             like.
         min_channels: So many stay in each group.
         max_ratio: Largest fraction of a group that may go.
-        reconstruct: Solve the layers that are left anew; None: where there are calibration examples.
+        reconstruct: Solve the layers that are left anew; ``norms``: only take batch-norm statistics anew;
+            None: solve where there are calibration examples.
         samples: Calibration examples to read.
         ridge: How much solved weights are held where they were, as a share of what they read.
     """
@@ -91,7 +93,7 @@ class Prune(Method, frozen=True, extra="forbid"):
     round_to: Annotated[int, Field(ge=1)] | None = None
     min_channels: Annotated[int, Field(ge=1)] = 1
     max_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    reconstruct: bool | None = None
+    reconstruct: bool | Literal["norms"] | None = None
     samples: Annotated[int, Field(ge=1)] = 512
     ridge: Annotated[float, Field(gt=0)] = 1e-3
 
@@ -174,7 +176,7 @@ class Prune(Method, frozen=True, extra="forbid"):
             return self.importance
         return "reconstruction" if _calibrated(context) else "l2"
 
-    def _solves(self, context: Context) -> bool:
+    def _solves(self, context: Context) -> bool | Literal["norms"]:
         if self.reconstruct and not _calibrated(context):
             raise DataError(
                 "prune found no calibration examples to reconstruct layers with",
@@ -272,17 +274,21 @@ class Prune(Method, frozen=True, extra="forbid"):
         def selects(node: Node) -> bool:
             return not held & set(node.parameters.values())
 
-        found = reconstruct(
-            done,
-            model,
-            batches,
-            selects=selects,
-            settings=Settings(ridge=self.ridge),
-            seed=context.seed,
-            entry=entry,
-            progress=context.progress,
-            scratch=context.scratch,
-        )
+        if self._solves(context) == "norms":
+            tracked = context.progress.track(batches, "batch-norm statistics", len(batches))
+            found = reestimate(done, tracked, self.where.selects, entry)
+        else:
+            found = reconstruct(
+                done,
+                model,
+                batches,
+                selects=selects,
+                settings=Settings(ridge=self.ridge),
+                seed=context.seed,
+                entry=entry,
+                progress=context.progress,
+                scratch=context.scratch,
+            )
         module = done.copy_module()
         state: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
         with torch.no_grad():

@@ -9,7 +9,7 @@ Szegedy 2015, arXiv:1502.03167, algorithm 2; ``momentum=None`` in torch)::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def reestimate(
     return found
 
 
-def with_statistics(model: Model, buffers: dict[str, Tensor]) -> Model:
+def with_statistics(model: Model, buffers: Mapping[str, Tensor]) -> Model:
     """The model with other values of some buffers."""
     module = model.copy_module()
     for name, value in buffers.items():

@@ -50,12 +50,10 @@ class Settings:
     Attributes:
         ridge: As a share of the mean square of what a weight reads.
         sums: Whether a layer makes up for what the other operand of a sum has lost.
-        norms: Whether batch norms take the statistics of what reaches them now.
     """
 
     ridge: float = 1e-3
     sums: bool = True
-    norms: bool = True
 
 
 _DEFAULTS = Settings()
@@ -73,7 +71,7 @@ def reconstruct(
     progress: Progress = _SILENT,
     scratch: Scratch = in_memory,
 ) -> dict[str, Tensor]:
-    """Weights, biases and batch-norm statistics with which a cut network does what the original did.
+    """Weights, biases and means of batch norms with which a cut network does what the original did.
 
     Args:
         model: The cut network; its edits tell which channels are left.
@@ -98,12 +96,9 @@ def reconstruct(
         node = stop.node
         if not selects(node) or any(readers[name] > 1 for name in node.parameters.values()):
             continue
-        if node.op == "batch_norm" and settings.norms:
-            made = _statistics(stop)
-        elif is_product(node):
-            made = _solved(stop, graph, kept, selects, settings, seed)
-        else:
+        if not is_product(node):
             continue
+        made = _solved(stop, graph, kept, selects, settings, seed)
         for name, value in made.items():
             stop.stored.set_parameter(name, value)
         found |= made
@@ -132,24 +127,6 @@ class Kept:
     def __call__(self, tensor: str, axis: int) -> Tensor | None:
         """Indices of the original's axis that are left; None: all."""
         return self._left.get((tensor, axis))
-
-
-# ---- batch norms
-
-
-def _statistics(stop: Stop) -> dict[str, Tensor]:
-    """Running statistics of what reaches a batch norm now, over all examples."""
-    names = [stop.node.parameters.get(key) for key in ("running_mean", "running_var")]
-    if None in names:
-        return {}
-    total = square = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for batch in range(stop.stored.count):
-        x = stop.stored.value(stop.node.inputs[0], batch).movedim(1, 0).flatten(1).double()
-        total, square, count = total + x.sum(1), square + x.square().sum(1), count + x.shape[1]
-    mean = total / count
-    variance = (square / count - mean.square()).clamp(min=0) * (count / max(count - 1, 1))
-    return {str(names[0]): mean.float(), str(names[1]): variance.float()}
 
 
 # ---- products
