@@ -197,7 +197,7 @@ class TestHeldBack:
         examples = training_examples(problem(24), taught=False, held_back=0.34)
         net.eval()
         losses = [
-            float(TaskLoss(highest=3)(net(*one.inputs), one.inputs, one.targets))
+            TaskLoss(highest=3)(net(*one.inputs), one.inputs, one.targets).item()
             for one in examples.held_back(64)
         ]
         assert losses == pytest.approx([history.validation[best]], rel=1e-4)
