@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from featherweight.data import Data
+from featherweight.engine.run import Run
+from featherweight.engine.store import Store
 from featherweight.errors import RecipeError, TargetError
 from featherweight.formats import FloatCast, IntQuant, Sparse, Ternary
 from featherweight.masks import block_sums, pattern_of
@@ -24,6 +26,7 @@ from featherweight.methods.rounding import Rounding
 from featherweight.methods.sparsify import Sparsify
 from featherweight.model import Model
 from featherweight.plugins import find_runtime, runtime_names
+from featherweight.recipe import Recipe
 from featherweight.tools.simulate import simulate
 from featherweight.tools.sparsity import (
     global_sparsities,
@@ -284,6 +287,23 @@ class TestChains:
         for name, mask in masks(begun).items():
             assert not with_zeros(done).module.get_parameter(name)[~mask].any()
 
+    def test_gptq_makes_up_for_zeros_and_steps(self) -> None:
+        where = replace(around("residual"), target=target("torch"))
+        where = replace(
+            where, supports=context(folded("residual"), data("residual"), target("torch")).supports
+        )
+        quantize = Quantize(weights="int4", activations="none")
+        begun = quantize.apply(sparse("residual", sparsity=0.6, schedule="none"), where)
+        x = torch.from_numpy(inputs("residual", 32, 9))
+        seen = {}
+        for how in ("nearest", "gptq"):
+            done = Rounding.model_validate({"how": how}).apply(begun, where)
+            for name, mask in masks(begun).items():
+                assert not done.module.get_parameter(name)[~mask].any()
+            with torch.no_grad():
+                seen[how] = decibels(folded("residual").module(x), simulate(done)(x)[0])
+        assert seen["gptq"] > seen["nearest"] + 0.5
+
     def test_ternary(self) -> None:
         where = replace(around("residual"), target=target("torch"))
         where = replace(
@@ -313,6 +333,36 @@ class TestChains:
         done = Sparsify().apply(begun, around("residual"))
         assert done.formats["layer1.conv1.weight"] == begun.formats["layer1.conv1.weight"]
         assert isinstance(done.formats["layer2.conv1.weight"][0], Sparse)
+
+
+class TestRun:
+    def test_what_trained_the_sparse_network_is_what_later_steps_hold_to(self, tmp_path: Path) -> None:
+        recipe = Recipe.parse(
+            """
+version: 1
+steps:
+  - fold: {}
+  - sparsify: {sparsity: 0.8}
+  - finetune: {steps: 12, batch_size: 16, learning_rate: 0.01, optimizer: adamw}
+  - quantize: {}
+  - rounding: {correct_bias: false}
+"""
+        )
+        run = Run(model("residual"), data("residual"), target(), Store(tmp_path))
+        reached = [model("residual")]
+        for number, method in enumerate(recipe.methods(), 1):
+            reached.append(run.step(reached[-1], method, number))
+        _, plain, _, trained, _, rounded = reached
+        behind = run.context(rounded).models["float"]
+        assert not behind.formats
+        for name, mask in masks(trained).items():
+            held = trained.parameters[name].detach()
+            assert torch.equal(behind.parameters[name], held)
+            assert not rounded.parameters[name][~mask].any()
+            left = rounded.parameters[name].detach()
+            assert (left - held).norm() < 0.2 * (plain.parameters[name].detach() * mask - held).norm()
+        again = Run(model("residual"), data("residual"), target(), Store(tmp_path))
+        assert torch.equal(again.apply(recipe).parameters["head.weight"], rounded.parameters["head.weight"])
 
 
 class TestRuntimes:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary
+from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary, zeros_alone
 from featherweight.granularity import per_element
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress, Scratch, Silent, in_memory
@@ -125,7 +125,7 @@ def gptq(
         bias = own_bias(graph, stop.node) if settings.correct_bias else None
         if name in several and settings.correct_bias:
             bias = _shared_bias(graph, calls[name])
-        found |= _solved(stop, model.formats[name][0], seen.pop(name), bias, settings)
+        found |= _solved(stop, model.formats[name], seen.pop(name), bias, settings)
     return found
 
 
@@ -137,8 +137,9 @@ def _calls_of(model: Model, graph: Graph, weights: Collection[str]) -> dict[str,
         for argument, name in node.parameters.items():
             if name not in weights:
                 continue
-            plain = argument == "weight" and is_product(node) and len(model.formats[name]) == 1
-            if plain and levels_of(model.formats[name][0], model.module.get_parameter(name)) is not None:
+            *before, last = model.formats[name]
+            plain = argument == "weight" and is_product(node) and zeros_alone(before)
+            if plain and levels_of(last, model.module.get_parameter(name)) is not None:
                 calls.setdefault(name, []).append(node)
             else:
                 other.add(name)
@@ -192,7 +193,7 @@ def _examples_of(graph: Graph, value: str) -> int:
 
 
 def _solved(
-    stop: Stop, fmt: TensorFormat, halves: Halves, bias: str | None, settings: Settings
+    stop: Stop, chain: tuple[TensorFormat, ...], halves: Halves, bias: str | None, settings: Settings
 ) -> dict[str, Tensor]:
     """A layer's weight and bias, which the stored network goes on with."""
     node, name = stop.node, stop.node.parameters["weight"]
@@ -200,13 +201,15 @@ def _solved(
     rows = to_rows(node, weight.double())
     parts = [half.statistics(centred=bias is not None) for half in halves if half.positions]
     seen = parts[0] if len(parts) == 1 else joined(parts[0], parts[1], centred=bias is not None)
-    levels = levels_of(fmt, weight)
+    levels = levels_of(chain[-1], weight)
     assert levels is not None
-    grid = Levels(to_rows(node, levels.step), to_rows(node, levels.zero), levels.lowest, levels.highest)
+    kept = project(torch.ones_like(levels.step), chain[:-1])  # what is to be zero has no other level
+    step, zero = torch.where(kept > 0, levels.step, _TINY), torch.where(kept > 0, levels.zero, 0.0)
+    grid = Levels(to_rows(node, step), to_rows(node, zero), levels.lowest, levels.highest)
     target = _target(rows, parts, seen) if settings.follow else rows
     ridge = _ridge(target, parts, seen, grid, settings.damping)
     chosen = round_rows(target, damped(seen, ridge), grid, settings.passes)
-    value = fmt.project(from_rows(node, chosen, weight.shape).float())
+    value = project(from_rows(node, chosen, weight.shape).float(), chain)
     found = {name: value}
     if bias is not None:
         gap = rows @ seen.float_mean[..., None] - to_rows(node, value.double()) @ seen.mean[..., None]
