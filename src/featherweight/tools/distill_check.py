@@ -85,7 +85,12 @@ def _examples(entry: Entry) -> tuple[Tensor, ...]:
 def _call(model: Model, entry: Entry, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     with inference(model.module):
         called = getattr(model.module, entry.method)(*entry.arguments(inputs))
-    return tuple(pytree.tree_leaves(called))
+    return tensors(called)
+
+
+def tensors(called: object) -> tuple[Tensor, ...]:
+    """The flat outputs of a call."""
+    return tuple(leaf for leaf in pytree.tree_leaves(called) if isinstance(leaf, Tensor))
 
 
 def _differs(

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from featherweight.errors import RecipeError, nearest
 from featherweight.model import Model
-from featherweight.tools.distill_check import inference
+from featherweight.tools.distill_check import inference, tensors
 
 Names = Literal["none", "auto"] | Mapping[str, str]
 
@@ -97,14 +96,13 @@ def layers_seen(model: Model, inputs: tuple[Tensor, ...], entry: str = "forward"
     finally:
         for hook in hooks:
             hook.remove()
-    ends = [id(value) for value in torch.utils._pytree.tree_leaves(called)]
+    ends = [id(value) for value in tensors(called)]
     return {path: seen for path, seen in found.items() if calls[path] == 1 and id(results[path]) not in ends}
 
 
 def first_tensor(output: Any) -> Tensor | None:
     """What a layer gives, or the first of several tensors."""
-    values = torch.utils._pytree.tree_leaves(output)
-    return next((value for value in values if isinstance(value, Tensor)), None)
+    return next(iter(tensors(output)), None)
 
 
 def paired(

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from featherweight.method import Scratch, in_memory
 from featherweight.model import Model
-from featherweight.tools.distill_check import inference
+from featherweight.tools.distill_check import inference, tensors
 from featherweight.tools.distill_pairs import first_tensor
 
 _LARGEST = 1 << 30  # bytes of answers that are kept
@@ -82,7 +81,7 @@ class Teacher:
             for hook in hooks:
                 hook.remove()
         self.asked += len(inputs[0])
-        return (*pytree.tree_leaves(called), *(seen[path] for path in self._layers))
+        return (*tensors(called), *(seen[path] for path in self._layers))
 
     def _on(self, device: torch.device) -> nn.Module:
         """The module on the device where the student is trained."""
@@ -107,10 +106,10 @@ class Teacher:
         return tuple(
             torch.stack(
                 [
-                    new[number][fresh[row]] if row in fresh else self._kept_row(key, number)
+                    new[number][fresh[row]].cpu() if row in fresh else self._kept_row(key, number)
                     for row, key in enumerate(keys)
                 ]
-            )
+            ).to(inputs[0].device)
             for number in range(len(self._batches[0]))
         )
 
@@ -122,7 +121,7 @@ class Teacher:
             return
         self._held += size
         self._rows |= {key: (len(self._batches), row) for row, key in enumerate(keys)}
-        self._batches.append(tuple(self._room(answer.detach()) for answer in answers))
+        self._batches.append(tuple(self._room(answer.detach().cpu()) for answer in answers))
 
     def _kept_row(self, key: bytes, number: int) -> Tensor:
         batch, row = self._rows[key]
