@@ -31,7 +31,7 @@ from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Json, Role, Runtime, Target
 from featherweight.tools.costs import totals
 from featherweight.tools.layer_report import weight_bits
-from featherweight.tools.sparsity import with_zeros
+from featherweight.tools.sparsity import with_zeros, zeros_of
 from featherweight.usercode import load_callable
 
 
@@ -253,7 +253,8 @@ class Run:
         artifact = self.runtime.lower(model, for_runtime(self.target), folder)
         told = totals(model)
         costs = {"macs": told["macs"], "params": told["params"], "weight_bits": weight_bits(model)}
-        details = {**artifact.details, **costs}
+        zeros = zeros_of(model)
+        details = {**artifact.details, **costs, **({"sparsity": zeros} if zeros else {})}
         artifact = replace(artifact, details=details)
         (folder / "artifact.json").write_text(json.dumps(artifact.to_json()))
 

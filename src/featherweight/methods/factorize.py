@@ -147,10 +147,10 @@ class Factorize(Method, frozen=True, extra="forbid"):
             return (self.rank,) if self.rank <= most else ()
         small = [self.multiple >> shift for shift in range(1, self.multiple.bit_length())]
         ranks = sorted({*small, *range(self.multiple, most + 1, self.multiple)} - {0})
-        ranks = [rank for rank in ranks if rank <= most]
+        ranks = [rank for rank in ranks if rank <= most and _may_pay(one, way, rank)]
         if way == "product" or len(ranks) <= _WIDE:
             return tuple(ranks)
-        picks = {round((len(ranks) - 1) ** (place / (_WIDE - 1))) for place in range(_WIDE)}
+        picks = {0, *(round((len(ranks) - 1) ** (place / (_WIDE - 1))) for place in range(_WIDE))}
         return tuple(ranks[pick] for pick in sorted(picks))
 
     def _offered(
@@ -258,6 +258,12 @@ def _pays(one: Candidate, form: Form, pace: Pace | None) -> bool:
     if parts.parameters >= whole.parameters or parts.macs >= whole.macs:
         return False
     return pace is None or pace.seconds(one, form) < pace.seconds(one, None)
+
+
+def _may_pay(one: Candidate, way: Way, rank: int) -> bool:
+    """Whether some form of this rank pays; of Tucker-2 beside the smallest other one."""
+    forms = [Form(way, (rank, 1)), Form(way, (1, rank))] if way == "tucker" else [Form(way, (rank,))]
+    return any(_pays(one, form, None) for form in forms)
 
 
 def _by_energy(found: Sequence[Candidate], offered: Mapping[str, Mapping[Form, float]], lost: float) -> Forms:
