@@ -295,6 +295,44 @@ class TestActivations:
             Shrink(activations={"ReLU": "GELU"})
 
 
+class TestInput:
+    @pytest.mark.parametrize("share", [0.5, 0.75])
+    def test_all_behind_works_on_fewer_pixels(self, share: float, tmp_path: Path) -> None:
+        net = blocks()
+        done = shrunk(net, around(net), input=share)
+        pixels = (round(12 * share) / 12) ** 2
+        convolved = kept(net, "macs") - 40
+        assert kept(done, "macs") == pytest.approx(40 + convolved * pixels)
+        x = pictures(3)
+        with torch.no_grad():
+            wanted = done.module(torch.from_numpy(x)).numpy()
+            rebuilt = net.rebuild(done.edits, done.module.state_dict())
+            assert torch.equal(rebuilt(torch.from_numpy(x)), torch.from_numpy(wanted))
+        assert wanted.shape == (3, 5)
+        engine = find_runtime("onnxruntime")
+        session = engine.open(engine.lower(done, target(), tmp_path), target())
+        assert np.allclose(session(x)[0], wanted, atol=1e-4)
+
+    def test_whole_factors_are_averages(self) -> None:
+        net = blocks()
+        done = shrunk(net, around(net), input=0.5)
+        small = torch.nn.functional.avg_pool2d(torch.from_numpy(pictures(2)), 2)
+        plain = net.copy_module()
+        plain.load_state_dict(done.module.state_dict())
+        with torch.no_grad():
+            assert torch.allclose(done.module(torch.from_numpy(pictures(2))), plain(small), atol=1e-5)
+
+    def test_a_size_that_code_fixes_is_refused(self) -> None:
+        flat = model_of(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 5)), torch.randn(2, 3, 12, 12)
+        )
+        with pytest.raises(RecipeError, match="as large as it is") as caught:
+            shrunk(flat, around(flat), input=0.5)
+        assert "pool over all positions" in str(caught.value.fix)
+        with pytest.raises(RecipeError, match="no pictures"):
+            shrunk(model("linear3d"), replace(context(model("linear3d"), data("linear3d"))), input=0.5)
+
+
 def test_holes_name_what_the_network_has() -> None:
     net = blocks()
     holes = Shrink.holes(net, around(net))

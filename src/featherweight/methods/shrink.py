@@ -32,6 +32,7 @@ from featherweight.tools.prices import Prices
 from featherweight.tools.removal import removed
 from featherweight.tools.replacements import CHEAP, COSTLY, activations, replaced
 from featherweight.tools.residuals import ResidualBlock, residual_blocks
+from featherweight.tools.resolution import with_smaller_input
 from featherweight.tools.savings import Greedy, Saving, Taken, Unit, with_buffers
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -54,6 +55,8 @@ class Shrink(Method, frozen=True, extra="forbid"):
             fraction to keep those that it takes. ``auto``: with a fraction, each may lose its rim.
         activations: Activation -> cheaper one, e.g. ``{Hardswish: ReLU}``; ``auto`` makes ReLU of them where
             they take a part of the target's measured time.
+        input: Fraction of each side of the input pictures to keep; they are averaged down inside of the
+            artifact, so callers give what they gave before.
         importance: What removing a part costs: ``error`` of the outputs, or ``kl`` of the classes.
         samples: Calibration examples that it is measured on.
     """
@@ -67,6 +70,7 @@ class Shrink(Method, frozen=True, extra="forbid"):
     latency: Share | None = None
     kernels: dict[str, Annotated[int, Field(ge=1)]] | Literal["auto"] = "auto"
     activations: dict[str, str] | Literal["auto"] = Field(default_factory=dict)
+    input: Share | None = None
     importance: Measure = "error"
     samples: Annotated[int, Field(ge=1)] = 128
 
@@ -109,7 +113,9 @@ class Shrink(Method, frozen=True, extra="forbid"):
     def apply(self, model: Model, context: Context) -> Model:
         batches = calibration_batches(context, self.samples, "shrink")
         entry = "forward" if "forward" in model.entries else next(iter(model.entries))
-        made = self._with_cheap_activations(model, context)
+        smaller = self.input is not None and self.input < 1
+        made = with_smaller_input(model, self.input or 1.0) if smaller else model
+        made = self._with_cheap_activations(made, context)
         amount = self._amount
         if amount is None or amount[0] == "parts":
             made = self._with_all_kernels(made, batches, entry)
@@ -131,7 +137,7 @@ class Shrink(Method, frozen=True, extra="forbid"):
             if share is not None:
                 return unit, share
         named = self.kernels and self.kernels != "auto"
-        return None if named or self.activations else ("parts", 1)
+        return None if named or self.activations or self.input else ("parts", 1)
 
     # ---- activations
 
