@@ -22,15 +22,13 @@ from featherweight.tools.groups import Channels
 from featherweight.tools.simulate import module_tensors
 
 Gone = dict[tuple[str, int], set[int]]  # (tensor or value, axis) -> indices
-_MIXING = {
-    "layer_norm",
-    "group_norm",
-    "softmax",
-    "scaled_dot_product_attention",
+_MIXING = {"layer_norm", "rms_norm", "group_norm", "softmax", "scaled_dot_product_attention"} | {
     "mean",
     "amax",
     "amin",
     "var",
+    "max",
+    "min",
 }
 _VIEWS = {"view", "reshape", "_unsafe_view", "expand", "unflatten", "view_as", "reshape_as", "expand_as"}
 
@@ -102,7 +100,7 @@ class _Run(fx.Interpreter):
             set(range(number(source.meta["val"].shape[axis]))) - set(self.kept(source, axis))
             for axis in range(rank)
         ]
-        if op == "layer_norm":
+        if op in ("layer_norm", "rms_norm"):
             return any(lost[rank - len(given["normalized_shape"]) :])
         if "dim" in given:
             dims = given["dim"] if isinstance(given["dim"], (list, tuple)) else [given["dim"]]
@@ -126,7 +124,7 @@ class _Run(fx.Interpreter):
             dim = number(given.get("dim", 0))
             items = sorted((user for user in n.users), key=lambda user: user.args[1])
             return x.split([self.predicted(item)[dim] for item in items], dim)
-        if op == "layer_norm":
+        if op in ("layer_norm", "rms_norm"):
             return n.target(x, list(x.shape[-len(args[1]) :]), *args[2:], **kwargs)
         if op == "slice":
             return self._slice(n, x, given)

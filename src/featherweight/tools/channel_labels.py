@@ -34,6 +34,7 @@ class Labels:
         self._sets: list[tuple[int, ...]] = [()]
         self._numbers: dict[tuple[int, ...], int] = {(): 0}
         self._families: list[int] = []
+        self._factors: set[int] = set()  # families of rows and columns
         self._stands: dict[int, int] = {}  # label -> label of today; emptied by every change
 
     # ---- making labels
@@ -49,6 +50,12 @@ class Labels:
         self._sets.extend((atom,) for atom in atoms)
         self._numbers.update(zip(self._sets[first:], count(first)))
         return np.arange(first, first + size, dtype=np.int64)
+
+    def kept(self, why: str) -> Axis:
+        """One index that stays, and why."""
+        made = self.fresh(1)
+        self.fix(made, why)
+        return made
 
     def label(self, atoms: Iterable[int]) -> int:
         """The number of a set of atoms."""
@@ -132,6 +139,7 @@ class Labels:
         return all(one == families[0] for one in families)
 
     def _refine(self, grid: Axis, scattered: set[int]) -> None:
+        self._factors |= {len(self._families), len(self._families) + 1}
         rows, columns = self.fresh(grid.shape[0]).tolist(), self.fresh(grid.shape[1]).tolist()
         for row, labels in zip(rows, grid.tolist(), strict=True):
             for column, label in zip(columns, labels, strict=True):
@@ -196,7 +204,9 @@ class Labels:
         return atom
 
     def _whole_family(self, atom: int) -> int:
-        family = self._family[atom]
+        return self._whole(self._family[atom])
+
+    def _whole(self, family: int) -> int:
         while self._families[family] != family:
             family = self._families[family]
         return family
@@ -230,6 +240,11 @@ class Labels:
     def family(self, atom: int) -> int:
         """What atoms that were made or united together have in common."""
         return self._whole_family(self._root(atom))
+
+    def is_factor(self, atom: int) -> bool:
+        """Whether it is of an axis that was taken apart."""
+        factors = set(map(self._whole, self._factors))
+        return self.family(atom) in factors
 
     def reason(self, label: int) -> str | None:
         """Why (a part of) a label is fixed."""

@@ -174,6 +174,20 @@ def _recurrent(walk: Walk, node: fx.Node) -> Made:
     return tuple(outs)
 
 
+def _single_cell(walk: Walk, node: fx.Node) -> Made:
+    """One step of an LSTM or GRU."""
+    given = arguments(node)
+    gates = {"lstm_cell": 4, "gru_cell": 3}.get(operator_of(node), 1)
+    states: list[Any] = list(given["hx"]) if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
+    weights = [given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if given.get(name) is not None]
+    source = walk.read(given["input"])
+    hidden, _ = _cell(walk, weights, source[-1], gates, len(weights) == 4, False)
+    for state in states:
+        walk.labels.tie(walk.read(state)[-1], hidden)
+    made = [*source[:-1], hidden]
+    return made if isinstance(node.meta["val"], Tensor) else tuple(made for _ in node.meta["val"])
+
+
 def _cell(
     walk: Walk, weights: list[fx.Node], read: Axis, gates: int, biased: bool, projected: bool
 ) -> tuple[Axis, Axis]:
@@ -208,5 +222,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), _weight_norm),
     **dict.fromkeys(("prelu", "_prelu_kernel"), _prelu),
     "embedding": _embedding,
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _single_cell),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent),
 }

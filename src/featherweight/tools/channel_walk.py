@@ -14,6 +14,7 @@ from featherweight.graph import Graph
 from featherweight.tools.channel_labels import Axis, Labels
 from featherweight.tools.groups import Role
 
+_LAYERS = frozenset({"linear", "embedding", "layer_norm", "conv1d", "conv2d", "scaled_dot_product_attention"})
 Axes = list[Axis]
 Made = Axes | tuple[Axes, ...]  # of a tensor, or of several
 Rule = Callable[["Walk", fx.Node], Made]
@@ -87,8 +88,7 @@ class Walk:
         """Whoever is fixed by an input is told so."""
         if not _tensors_of(node.meta.get("val")):
             return []
-        one = self.labels.fresh(1)
-        self.labels.fix(one, "it meets an input of the network")
+        one = self.labels.kept("it meets an input of the network")
         return [one.repeat(size) for size in self.shape(node)]
 
     def _call(self, node: fx.Node) -> None:
@@ -106,7 +106,7 @@ class Walk:
         self._check(node)
         reads = [read for read in node.all_input_nodes if _tensors_of(read.meta.get("val"))]
         sources = [self.sources(read) for read in reads]
-        if sources and all(sources):
+        if sources and all(sources) and op not in _LAYERS:
             self._sources[node.name] = frozenset().union(*sources)
 
     def _check(self, node: fx.Node) -> None:
@@ -193,6 +193,9 @@ class Walk:
         for read in node.all_input_nodes:
             if _tensors_of(read.meta.get("val")):
                 self.keep(read, why=why)
+                call = self._calls.get(node.name)
+                if call is not None and read.name in self.graph.parameters:
+                    self.tensors.written.append((call.layer, self.labels.kept(why).repeat(2)))
         seen = node.meta["val"]
         if isinstance(seen, Tensor):
             return self.plain(node)

@@ -57,14 +57,14 @@ def channel_groups(model: Model) -> Channels:
         graph = trace(model, entry)
         walk = Walk(graph, labels, tensors, _RULES)
         walk.run()
-        values.update(_float_values(graph, walk, entry))
+        values.update(_labelled(graph, walk, entry))
     return _Grouping(labels, tensors, values).channels()
 
 
-def _float_values(graph: Graph, walk: Walk, entry: str) -> Iterator[tuple[tuple[str, str, int], Axis]]:
+def _labelled(graph: Graph, walk: Walk, entry: str) -> Iterator[tuple[tuple[str, str, int], Axis]]:
     for name, value in graph.values.items():
         made = walk.made.get(value.fx_name)
-        if isinstance(made, list) and value.dtype.is_floating_point:
+        if isinstance(made, list):
             yield from (((entry, name, place), axis) for place, axis in enumerate(made) if axis.any())
 
 
@@ -92,9 +92,10 @@ class _Grouping:
         self._values = {key: where for key, axis in values.items() if (where := self._where(axis))}
         self._kinds: dict[int, GroupKind] = {}
         for kind in _KINDS:
-            for one, axis in tensors.kinds:
-                if one == kind:
-                    self._kinds.update(dict.fromkeys(self._where(axis), kind))
+            for axis in (axis for one, axis in tensors.kinds if one == kind):
+                atoms = self._where(axis)
+                if kind == "hidden" or any(labels.is_factor(atom) for atom in atoms):
+                    self._kinds.update(dict.fromkeys(atoms, kind))
 
     def _where(self, axis: Axis) -> Where:
         """Atom -> where in an axis it is."""
@@ -184,8 +185,7 @@ class _Grouping:
         for layer, axis in self._tensors.written:
             if not grouped.isdisjoint(self._where(axis)):
                 free.add(layer)
-            if len(axis) == 1:
-                found.setdefault(layer, "it has one channel")
-            reasons = (self._labels.reason(int(one)) for one in np.unique(axis))
-            found.setdefault(layer, next((one for one in reasons if one), "all of its channels go together"))
+            told = [reason for one in np.unique(axis) if (reason := self._labels.reason(int(one)))]
+            alone = ["it has one channel"] if len(axis) == 1 else []
+            found.setdefault(layer, (alone + told + ["all of its channels go together"])[0])
         return {layer: reason for layer, reason in found.items() if layer not in free}
