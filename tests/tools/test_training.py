@@ -202,6 +202,15 @@ class TestHeldBack:
         ]
         assert losses == pytest.approx([history.validation[best]], rel=1e-4)
 
+    def test_no_epoch_is_the_best_before_formats_stay(self) -> None:
+        kept = Kept()
+        history, _ = fitted(
+            epochs=8, held_back=0.25, settled=0.5, learning_rate=0.5, schedule="constant", checkpoint=kept
+        )
+        best = int(np.argmin(history.validation[3:])) + 4
+        assert kept.states[-1]["best"][1] == best
+        assert all(state["best"] is None for state in kept.states if state["step"] < 12)
+
     def test_they_are_not_trained_on(self) -> None:
         examples = training_examples(problem(), taught=False, held_back=0.25)
         assert len(examples) == 48

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.errors import RecipeError
-from featherweight.formats import Binary, IntQuant, Ternary
+from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method, Need, Precision
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole, Range
+from featherweight.sparse import Sparse
 from featherweight.tools.augment import Augment, Augmentation
 from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.distillation import (
@@ -240,6 +241,7 @@ class Finetune(Method, frozen=True, extra="forbid"):
             precision=context.precision if self.precision == "auto" else self.precision,
             devices=context.devices,
             seed=context.seed,
+            settled=max((_end(fmt) for chain in model.formats.values() for fmt in chain), default=0.0),
             frozen=frozenset(still),
         )
 
@@ -286,6 +288,13 @@ def _rate(optimizer: OptimizerName, model: Model) -> float:
     if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
         return 3e-5 if model.formats else 1e-4
     return 1e-3
+
+
+def _end(fmt: TensorFormat) -> float:
+    """Share of the training after which a format that changes with it stays."""
+    if not isinstance(fmt, Sparse):
+        return 0.0
+    return 1.0 if fmt.by == "gates" else fmt.end
 
 
 def _is_coarse(model: Model) -> bool:

@@ -30,6 +30,7 @@ class TrainSettings:
         precision: Of the computation; weights stay float32.
         devices: Processes that share each batch.
         seed: Of everything random.
+        settled: Share of the training after which formats stay as they are; no epoch before is the best.
         frozen: Layers, without what is below them, that run as in inference: batch norms keep theirs.
     """
 
@@ -50,6 +51,7 @@ class TrainSettings:
     precision: Precision = "32"
     devices: int = 1
     seed: int = 0
+    settled: float = 0.0
     frozen: frozenset[str] = frozenset()
 
 

@@ -226,10 +226,11 @@ class _Training:
             value = self._held_back_loss()
             history.validation.append(value)
             said += f", {value:.4g} on the examples held back"
-            if math.isfinite(value) and (self.best is None or value < self.best[0]):
+            settled = done >= self.settings.settled * history.steps
+            if settled and math.isfinite(value) and (self.best is None or value < self.best[0]):
                 self.best = (value, epoch, self._result())
             since = epoch - (0 if self.best is None else self.best[1])
-            if self.settings.patience is not None and since >= self.settings.patience:
+            if settled and self.settings.patience is not None and since >= self.settings.patience:
                 history.stopped = f"no better for {since} epochs"
         self.progress.note(said)
 
