@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from common import Parts, Shown
-from featherweight.methods.finetune import Finetune
-from featherweight.methods.prune import Prune
 from networks import DEBIAN, EXAMPLES, _idx
 from pruning_peers import Setting, torch_pruning
 
@@ -25,6 +25,8 @@ from featherweight.engine.sources import load_sources
 from featherweight.engine.store import Store
 from featherweight.engine.targets import fit_targets
 from featherweight.method import Silent
+from featherweight.methods.finetune import Finetune
+from featherweight.methods.prune import Prune
 from featherweight.model import Model
 from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.costs import totals
@@ -58,9 +60,14 @@ class Job:
     @property
     def name(self) -> str:
         """Of its file."""
-        side = "ours" if self.peer is None else f"peer-{self.peer.importance}-{self.peer.scope}"
         terms = "teacher" if self.teacher else "labels"
-        return f"{self.network}-{self.macs:g}-{side}-{self.epochs}-{terms}-{self.seed}"
+        return f"{self.pruning}-{self.epochs}-{terms}-{self.seed}"
+
+    @property
+    def pruning(self) -> str:
+        """Of the file of what is pruned, whatever comes after."""
+        side = "ours" if self.peer is None else f"peer-{self.peer.importance}-{self.peer.scope}"
+        return f"{self.network}-{self.macs:g}-{side}"
 
 
 @cache
@@ -115,6 +122,13 @@ def accuracy(module: torch.nn.Module, data: Data) -> float:
     return 100 * right / len(scored)
 
 
+def original_accuracy(network: str) -> float:
+    """Percent of the test images, of the network as it comes."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_of(network, 1, Path(folder))
+        return accuracy(run.original.module, run.data)
+
+
 def prunes(run: Run, job: Job) -> Model:
     """The pruned network of a job."""
     if job.peer is None:
@@ -127,29 +141,42 @@ def prunes(run: Run, job: Job) -> Model:
     return torch_pruning(run.original, job.peer, job.macs, labelled)
 
 
-def row_of(job: Job, folder: Path) -> Json:
-    """Prune, score, re-estimate batch norms and score, fine-tune and score."""
+def pruned_row(job: Job, folder: Path) -> Json:
+    """Prune, score, re-estimate batch norms and score again; the network goes to a file of the folder."""
     torch.set_num_threads(1)
-    run = run_of(job.network, job.examples, folder, job.seed)
-    torch.manual_seed(job.seed)
+    run = run_of(job.network, job.examples, folder)
+    began = time.monotonic()
     pruned = prunes(run, job)
+    seconds = time.monotonic() - began
     whole, left = totals(run.original), totals(pruned)
-    row = {
-        **asdict(job),
-        "peer": None if job.peer is None else str(job.peer),
+    torch.save(pruned.module, _place(job, folder))
+    return {
         "macs_left": left["macs"] / whole["macs"],
         "params_left": left["params"] / whole["params"],
-        "original": accuracy(run.original.module, run.data),
         "before": accuracy(pruned.module, run.data),
         "before_bn": _with_statistics(pruned, run),
+        "prune_s": seconds,
     }
-    if job.epochs:
-        step = Finetune.model_validate(
-            {"epochs": job.epochs, "augment": AUGMENT, "teacher": "original" if job.teacher else "none"}
-        )
-        tuned = step.apply(pruned, replace(run.context(pruned), seed=job.seed))
-        row["after"] = accuracy(tuned.module, run.data)
-    return row
+
+
+def tuned_row(job: Job, folder: Path) -> Json:
+    """Fine-tune what was pruned before, and score it."""
+    torch.set_num_threads(1)
+    run = run_of(job.network, job.examples, folder, job.seed)
+    # What an earlier process of this benchmark wrote; an interrupted run makes it again.
+    if not _place(job, folder).is_file():
+        pruned_row(job, folder)
+    pruned = run.original.evolve(module=torch.load(_place(job, folder), weights_only=False))
+    teacher = "original" if job.teacher else "none"
+    step = Finetune.model_validate({"epochs": job.epochs, "augment": AUGMENT, "teacher": teacher})
+    began = time.monotonic()
+    tuned = step.apply(pruned, run.context(pruned))
+    seconds = time.monotonic() - began
+    return {"after": accuracy(tuned.module, run.data), "tune_s": seconds}
+
+
+def _place(job: Job, folder: Path) -> Path:
+    return folder / f"{job.pruning}.pt"
 
 
 def _with_statistics(pruned: Model, run: Run) -> float:
@@ -162,8 +189,13 @@ def _with_statistics(pruned: Model, run: Run) -> float:
 
 def rows_of(jobs: Sequence[Job], parts: Parts, folder: Path, workers: int, shown: Shown) -> list[Json]:
     """The rows of jobs in their order, several at once; those of an interrupted run are read."""
-    calls = {job.name: partial(row_of, job, folder / job.name) for job in jobs}
-    return pooled(calls, parts, workers, shown)
+    firsts = {job.pruning: partial(pruned_row, job, folder) for job in jobs}
+    pruned = dict(zip(firsts, pooled(firsts, parts, workers, shown), strict=True))
+    tuned = pooled({job.name: partial(tuned_row, job, folder) for job in jobs}, parts, workers, shown)
+    return [
+        {**asdict(job), "peer": job.peer and str(job.peer), **pruned[job.pruning], **row}
+        for job, row in zip(jobs, tuned, strict=True)
+    ]
 
 
 def pooled(calls: Mapping[str, Callable[[], Json]], parts: Parts, workers: int, shown: Shown) -> list[Json]:
@@ -181,7 +213,7 @@ def pooled(calls: Mapping[str, Callable[[], Json]], parts: Parts, workers: int, 
         for future in shown.track(as_completed(waiting), "training", len(waiting)):
             row = future.result()
             done[waiting[future]] = parts.get(waiting[future], lambda row=row: row)
-            shown.note(f"{waiting[future]}: {row.get('before', 0):.2f} % -> {row.get('after', 0):.2f} %")
+            shown.note(f"{waiting[future]}: {row['after' if 'after' in row else 'before']:.2f} %")
     return [done[name] for name in calls]
 
 

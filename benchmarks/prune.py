@@ -14,12 +14,13 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import prune_latency
 from common import Bar, Parts, Shown, finish, table, tell_load
-from fine_tuned import Job, grouped, mean_and_ends, rows_of
+from fine_tuned import Job, grouped, mean_and_ends, original_accuracy, rows_of
 from pruning_peers import SETTINGS, Setting
 
 Json = dict[str, Any]
@@ -70,9 +71,12 @@ def accuracy_rows(
             for peer in (best.peer, None)
             for seed in settings.seeds
         ]
-    return [{**row, "table": "trial"} for row in tried] + [
-        {**row, "table": "accuracy"} for row in rows_of(jobs, parts, folder, workers, shown)
-    ]
+    original = {
+        network: parts.get(f"original-{network}", partial(original_accuracy, network)) for network in networks
+    }
+    found = [("trial", row) for row in tried]
+    found += [("accuracy", row) for row in rows_of(jobs, parts, folder, workers, shown)]
+    return [{"table": name, "original": original[row["network"]], **row} for name, row in found]
 
 
 HEADERS = (
@@ -145,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--examples", type=int, default=20_000, help="training images")
+    parser.add_argument("--examples", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--seconds", type=float, default=60.0, help="of each timing")

@@ -239,7 +239,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 2,000 images, one epoch")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
-    parser.add_argument("--examples", type=int, default=20_000, help="training images")
+    parser.add_argument("--examples", type=int, default=10_000, help="training images")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--seconds", type=float, default=60.0, help="of each timing")
