@@ -336,9 +336,18 @@ class TestInput:
 def test_holes_name_what_the_network_has() -> None:
     net = blocks()
     holes = Shrink.holes(net, around(net))
-    assert set(holes) == {"blocks", "activations"}
-    assert set(holes["blocks"].ends()) == {1, 2, 0}
-    assert Shrink.holes(model("shared"), around(model("shared"))) == {}
+    assert set(holes) == {"macs", "activations"}
+    assert holes["macs"].ends() == (0.75, 0.5, 0.35, 0.25)
+    assert Shrink.holes(model("linear3d"), around(model("linear3d"))).keys() == {"macs", "activations"}
+    plain = model_of(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8))
+    assert Shrink.holes(plain, around(plain)) == {}
+
+
+def test_what_holes_offer_can_be_had() -> None:
+    net = blocks()
+    smallest = min(Shrink.holes(net, around(net))["macs"].ends())
+    done = shrunk(net, around(net), macs=smallest)
+    assert kept(done, "macs") <= smallest * kept(net, "macs")
 
 
 class TestDifference:

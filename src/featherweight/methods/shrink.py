@@ -38,8 +38,10 @@ from featherweight.tools.savings import Greedy, Saving, Taken, Unit, with_buffer
 Share = Annotated[float, Field(gt=0, le=1)]
 _AMOUNTS = ("blocks", "macs", "parameters", "latency")
 _AUTO = {"Hardswish": "ReLU", "GELU": "ReLU", "SiLU": "ReLU", "Mish": "ReLU"}
-_PAYS = 0.02  # of the network's time that costly activations must take before they are replaced
 _LARGEST = 31  # kernel that is looked at
+_RIMS = {size: size - 2 for size in range(3, _LARGEST + 1)}
+_PAYS = 0.02  # of the network's time that costly activations must take before they are replaced
+_SHARES = (0.75, 0.5, 0.35, 0.25)  # of the multiply-accumulates: what a search tries
 _NAMED = 4  # parts that a note names
 
 
@@ -101,11 +103,11 @@ class Shrink(Method, frozen=True, extra="forbid"):
 
     @classmethod
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
-        count = len(residual_blocks(model))
-        some = sorted({1, *(round(count * share) for share in (0.25, 0.5, 0.75))}) if count else []
         found: dict[str, Hole] = {}
-        if some:
-            found["blocks"] = Choice((*[n for n in some if 0 < n <= count], 0))
+        least = _least_macs(model)
+        shares = [share for share in _SHARES if share > least]
+        if shares:
+            found["macs"] = Choice(tuple(shares))
         if activations(model).layers:
             found["activations"] = Choice(({}, "auto"))
         return found
@@ -170,7 +172,7 @@ class Shrink(Method, frozen=True, extra="forbid"):
     @property
     def _sizes(self) -> dict[int, int]:
         if self.kernels == "auto":
-            return {size: size - 2 for size in range(3, _LARGEST + 1)}
+            return _RIMS
         return {int(size): smaller for size, smaller in self.kernels.items()}
 
     def _kernels(self, model: Model) -> list[Kernel]:
@@ -259,6 +261,15 @@ class Shrink(Method, frozen=True, extra="forbid"):
 
 
 PLUGIN = Shrink
+
+
+def _least_macs(model: Model) -> float:
+    """The fraction of multiply-accumulates that stays when all blocks and rims of kernels are gone."""
+    blocks = residual_blocks(model)
+    gone = {path for block in blocks for path in block.layers}
+    kernels = (one.macs for one in cuttable_kernels(model, _RIMS) if one.path not in gone)
+    whole = max(totals(model)["macs"], 1)
+    return 1 - (sum(block.macs for block in blocks) + sum(kernels)) / whole
 
 
 def _wholes(model: Model, prices: Prices | None) -> dict[str, float]:
