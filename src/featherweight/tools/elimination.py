@@ -122,7 +122,7 @@ def readers_of(
         run.seed = seed + number
         outputs = run.outputs(batch)
         signal += sum(float(y.detach().double().square().sum()) for y in outputs)
-        for draw in range(draws):
+        for draw in range(draws if outputs else 0):
             weighed = torch.stack([(y * _signs(y, signs)).sum() for y in outputs]).sum()
             taps = list(run.taps.items())
             slopes = torch.autograd.grad(

@@ -108,15 +108,17 @@ def _by_reconstruction(
 ) -> dict[str, Ranking]:
     found: dict[str, Ranking] = {}
     solved = solvable(channels, trace(model, entry))
-    readers = readers_of(
-        model,
-        {member.tensor for members in solved.values() for member in members},
-        batches,
-        seed=context.seed,
-        entry=entry,
-        progress=context.progress,
-        scratch=context.scratch,
-    )
+    readers = {}
+    if solved:
+        readers = readers_of(
+            model,
+            {member.tensor for members in solved.values() for member in members},
+            batches,
+            seed=context.seed,
+            entry=entry,
+            progress=context.progress,
+            scratch=context.scratch,
+        )
     for name in context.progress.track(list(solved), "ranking channels", len(solved)):
         own = [(member, readers[member.tensor]) for member in solved[name]]
         found[name] = eliminate(channels.groups[name], own)
