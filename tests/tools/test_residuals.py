@@ -209,3 +209,47 @@ def test_code_that_cannot_follow_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     (block,) = residual_blocks(model("residual"))
     with pytest.raises(RecipeError, match="computes something else"):
         removed(model("residual"), replace(block, path="layer1.conv2"))
+
+
+class Called(nn.Module):
+    """A transformer of the library, called with ids alone."""
+
+    def __init__(self, inner: nn.Module, **settings: object) -> None:
+        super().__init__()
+        self.inner, self.settings = inner, settings
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.inner(input_ids=ids, **self.settings)[0]
+
+
+SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TRANSFORMERS = {
+    "Bert": ("inner.encoder.layer", {**SMALL, "intermediate_size": 64}, {}),
+    "Llama": ("inner.layers", {**SMALL, "intermediate_size": 64}, {"use_cache": False}),
+    "DistilBert": (
+        "inner.transformer.layer",
+        {"vocab_size": 60, "dim": 32, "n_layers": 2, "hidden_dim": 64, "n_heads": 4},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_layers_of_transformers_go_whole(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path, config, settings = TRANSFORMERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        inner = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
+    net = model_of(Called(inner, **settings), torch.arange(20).reshape(2, 10))
+    found = residual_blocks(net)
+    assert [block.path for block in found] == [f"{path}.0", f"{path}.1"]
+    made = removed(net, found[0])
+    assert [type(edit) for edit in made.edits] == [Replace]
+    assert totals(net)["macs"] - totals(made)["macs"] == found[0].macs
+    engine = find_runtime("onnxruntime")
+    session = engine.open(engine.lower(made, target(), tmp_path), target())
+    ids = np.arange(30, dtype=np.int64).reshape(3, 10)
+    with torch.no_grad():
+        wanted = made.module(torch.from_numpy(ids)).numpy()
+    assert np.allclose(session(ids)[0], wanted, atol=1e-4)
