@@ -6,6 +6,7 @@ arXiv:1505.06798)::
 
     E || W x - A B x̂ ||²  =  tr (T - A B) H (T - A B)ᵀ + const,   H = E[x̂ x̂ᵀ],   T = W + W E[(x - x̂) x̂ᵀ] H⁻¹
 
+with the ridge of H at which each half of the examples is told best by the other, and T = W where none helps.
 Where a layer has a bias, all moments are about their means and the bias takes the mean error.
 """
 
@@ -21,9 +22,10 @@ from torch import Tensor
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress, Scratch, Silent, in_memory
 from featherweight.model import Model
-from featherweight.tools.columns import Moments, Statistics, pieces
+from featherweight.tools.columns import Moments, Statistics, joined, pieces
 from featherweight.tools.factors import Candidate
 from featherweight.tools.forms import Form, Product, Way, whole
+from featherweight.tools.gptq import following
 from featherweight.tools.walk import Stop, Stream, steps, walk
 
 _COLUMNS = 8192  # of a layer's inputs that are looked at, or
@@ -107,7 +109,7 @@ def _products(
                 continue
             owner = owners[node.name]
             moments = seen.setdefault(owner.path, _moments(owner))
-            _look(moments, owner, node, stream, stream, node, examples)
+            _look([moments], owner, node, stream, stream, node, examples)
             if node.name in last:
                 statistics = seen.pop(owner.path).statistics(_centred(node))
                 yield owner, _product(_weight(model, owner), statistics, examples.damping)
@@ -156,15 +158,14 @@ def solve(
 
 def _followed(stop: Stop, one: Candidate, form: Form, examples: Examples) -> Solution:
     """A layer's factors behind those of the layers before it."""
-    moments = _moments(one)
-    _look(moments, one, stop.node, stop.exact, stop.stored, stop.twin, examples)
-    seen = moments.statistics(_centred(stop.node))
+    halves, centred = (_moments(one), _moments(one)), _centred(stop.node)
+    _look(halves, one, stop.node, stop.exact, stop.stored, stop.twin, examples)
+    parts = [half.statistics(centred) for half in halves if half.positions]
+    seen = parts[0] if len(parts) == 1 else joined(parts[0], parts[1], centred)
     weight = stop.exact.parameter(one.weight).detach().double()
-    product = _product(weight, seen, examples.damping)
-    change = torch.linalg.solve(product.gram, (weight.flatten(1) @ seen.drift[0]).mT).mT
-    target = Product(weight + change.reshape(weight.shape), product.gram)
-    factors = target.factors(form)
-    if not _centred(stop.node):
+    best = following(weight.flatten(1)[None], parts, seen)[0].reshape(weight.shape)
+    factors = _product(best, seen, examples.damping).factors(form)
+    if not centred:
         return Solution(factors, None)
     stored = whole(form, factors, one.shape).flatten(1)
     gap = weight.flatten(1) @ seen.float_mean[0] - stored @ seen.mean[0]
@@ -213,7 +214,7 @@ def _moments(one: Candidate) -> Moments:
 
 
 def _look(
-    moments: Moments,
+    parts: Sequence[Moments],
     one: Candidate,
     node: Node,
     exact: Stream,
@@ -221,15 +222,19 @@ def _look(
     twin: Node,
     examples: Examples,
 ) -> None:
-    """Add what a call reads in both networks."""
+    """Add what a call reads in both networks; of two parts each gets every second example."""
     size = math.prod(one.shape[1:])
     rows = sum(stored.value(node.inputs[0], batch).shape[0] for batch in range(stored.count))
     total = rows * _positions(stored.graph, node) // stored.graph.values[node.inputs[0]].shape[0]
     share = max(_COLUMNS, _PER_INPUT * size) / max(total, 1)
     for batch in range(stored.count):
         pair = exact.value(twin.inputs[0], batch), stored.value(node.inputs[0], batch)
-        for columns in pieces(node, one.shape, *pair, share=share, seed=examples.seed + batch):
-            moments.add(*columns)
+        for place, moments in enumerate(parts):
+            some = [value[(batch + place) % len(parts) :: len(parts)] for value in pair]
+            if not len(some[0]):
+                continue
+            for columns in pieces(node, one.shape, *some, share=share, seed=examples.seed + batch):
+                moments.add(*columns)
 
 
 def _positions(graph: Graph, node: Node) -> int:

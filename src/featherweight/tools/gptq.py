@@ -206,7 +206,7 @@ def _solved(
     kept = project(torch.ones_like(levels.step), chain[:-1])  # what is to be zero has no other level
     step, zero = torch.where(kept > 0, levels.step, _TINY), torch.where(kept > 0, levels.zero, 0.0)
     grid = Levels(to_rows(node, step), to_rows(node, zero), levels.lowest, levels.highest)
-    target = _target(rows, parts, seen) if settings.follow else rows
+    target = following(rows, parts, seen) if settings.follow else rows
     ridge = _ridge(target, parts, seen, grid, settings.damping)
     chosen = round_rows(target, damped(seen, ridge), grid, settings.passes)
     value = project(from_rows(node, chosen, weight.shape).float(), chain)
@@ -220,7 +220,7 @@ def _solved(
     return found
 
 
-def _target(rows: Tensor, parts: Sequence[Statistics], seen: Statistics) -> Tensor:
+def following(rows: Tensor, parts: Sequence[Statistics], seen: Statistics) -> Tensor:
     """T with the ridge at which each half of the examples is told best by the other; W where none is."""
     if len(parts) == 1 or not seen.drift.any():
         return rows
