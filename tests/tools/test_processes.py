@@ -108,6 +108,17 @@ class TestFails:
         assert not distributed.is_initialized()
         fitted(devices=2, steps=2)  # and the next one runs
 
+    def test_an_error_of_the_network_is_its_own(self) -> None:
+        class Fails(TaskLoss):
+            def forward(self, outputs: Outputs, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
+                if distributed.is_initialized():
+                    return torch.zeros(2) @ torch.zeros(3)
+                return super().forward(outputs, inputs, targets)
+
+        with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+            self.train(Fails(highest=3))
+        fitted(devices=2, steps=2)
+
     def test_what_is_wrong_with_the_data_is_said_as_such(self) -> None:
         class Refuses(TaskLoss):
             def forward(self, outputs: Outputs, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:

@@ -99,8 +99,9 @@ def together(size: int, work: Callable[[Seat], Any]) -> Any:
             return work(Seat(0, size, port))
         except FeatherweightError:
             raise
-        except RuntimeError as error:  # what gloo and NCCL raise when a connection is gone
-            _raise_for_the_dead(others, size, error)
+        except RuntimeError as error:
+            if _tells_lost_connection(error):
+                _raise_for_the_dead(others, size, error)
             raise
     finally:
         torch.set_num_threads(threads)
@@ -319,6 +320,13 @@ def _said(pipe: Connection) -> Any:
         return False
 
 
+def _tells_lost_connection(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL raised it, since another process is gone."""
+    said = str(error).lower()
+    words = ("gloo", "nccl", "connection", "socket", "timed out")
+    return isinstance(error, distributed.DistError) or any(word in said for word in words)
+
+
 def _raise_for_the_dead(others: list[tuple[Any, Connection]], size: int, error: Exception) -> None:
     """Raise what another process failed of, if one did: what this one saw is the consequence."""
     deadline = time.monotonic() + _END_S
@@ -330,6 +338,10 @@ def _raise_for_the_dead(others: list[tuple[Any, Connection]], size: int, error: 
             raise said from error
         if not process.is_alive() and (process.exitcode or said):
             raise _died(process, rank, size, said if isinstance(said, str) else "") from error
+    raise RunnerError(
+        f"the {size} training processes lost touch: {str(error).splitlines()[0]}",
+        fix="run the same command again: it goes on from the checkpoint; or --devices 1",
+    ) from error
 
 
 def _died(process: Any, rank: int, size: int, said: str = "") -> RunnerError:
