@@ -56,14 +56,14 @@ def _file(package: str, name: str, *inputs: str) -> Load:
 def _example(name: str) -> Load:
     return lambda: load_model(
         f"{EXAMPLES / 'nets.py'}:{name}",
-        weights=EXAMPLES / f"{name}.safetensors",
+        weights=str(EXAMPLES / f"{name}.safetensors"),
         inputs=[InputSpec.parse("1x28x28")],
     )
 
 
 def _efficientnet() -> Model:
     spec, weights = efficientnet_files(RESULTS / "work" / "weights")
-    return load_model(spec, weights=weights, inputs=[InputSpec.parse("3x224x224")])
+    return load_model(spec, weights=str(weights), inputs=[InputSpec.parse("3x224x224")])
 
 
 def _magika() -> Model:
