@@ -17,6 +17,7 @@ from featherweight.tools.channels import channel_groups
 from featherweight.tools.cutting import cut
 from nets import CHANNEL_NETS
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 EXPECTED = {
     "selective": {"small": "12 channel", "squeeze": "6 channel"},
     "hierarchical": {"stem": "4 channel", "inner.2": "4 channel"},
