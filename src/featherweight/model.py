@@ -106,7 +106,7 @@ class Layer:
         arguments = {
             name: tuple(value) if isinstance(value, list) else value for name, value in self.arguments.items()
         }
-        kind = Bypass if self.kind == Bypass.__name__ else getattr(nn, self.kind)
+        kind: type[Any] = Bypass if self.kind == Bypass.__name__ else getattr(nn, self.kind)
         made: nn.Module = kind(*(layer.build() for layer in self.layers), **arguments)
         return made
 
