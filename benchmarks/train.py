@@ -107,7 +107,8 @@ def jobs_of(settings: Settings, tables: Sequence[str]) -> list[Job]:
         ("resnet20", "binary", "none", 2.0),
         ("depthwise", "int4", "int4", 1.0),
     ):
-        layers = dict.fromkeys(_ENDS[network], "int8")
+        end = {"weights": "int8", "activations": "none" if bits == "none" else "int8"}
+        layers = dict.fromkeys(_ENDS[network], end)
         quantized = ("quantize", {"weights": weights, "activations": bits, "layers": layers})
         for teacher in (False, True):
             words = f"weights {weights}, activations {bits}, {'teacher' if teacher else 'labels'}"
@@ -119,7 +120,7 @@ def jobs_of(settings: Settings, tables: Sequence[str]) -> list[Job]:
         steps = (("sparsify", {"sparsity": 0.9, "schedule": "cubic"}), _tuned(epochs, teacher))
         bar = 1.0 if teacher else None
         found.append(Job("sparse", "resnet20", words, steps, 0, few, most=bar))
-    smaller = (("shrink", {"macs": 0.5}), ("prune", {"macs": 0.25}), _tuned(epochs))
+    smaller = (("shrink", {"macs": 0.6}), ("prune", {"macs": 0.45}), _tuned(epochs))
     int8 = (("fold", {}), ("quantize", {}), ("rounding", {}))
     words = "a quarter of the MACs, int8"
     found.append(Job("pruned", "resnet20", words, smaller + int8, 0, few, "onnxruntime", most=0.7))
