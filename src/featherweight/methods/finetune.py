@@ -287,7 +287,9 @@ def _rate(optimizer: OptimizerName, model: Model) -> float:
         return 0.01 if model.formats else 0.03
     if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
         return 3e-5 if model.formats else 1e-4
-    return 1e-3
+    formats = [fmt for name in model.parameters for fmt in model.formats.get(name, ())]
+    codes = any(isinstance(fmt, Ternary | Binary) for fmt in formats)  # whose signs must turn round
+    return 5e-4 if any(isinstance(fmt, IntQuant) for fmt in formats) and not codes else 1e-3
 
 
 def _end(fmt: TensorFormat) -> float:
