@@ -14,6 +14,7 @@ import argparse
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -186,10 +187,8 @@ def main() -> None:
     for name, amount in sizes[1:2] if arguments.quick else sizes:
         for way, how in WAYS.items():
             shown.note(f"{name}, {way}")
-            key = f"{name}, {way}"
-            made = parts.get(
-                key, lambda n=name, w=way, h=how, a=amount: asdict(row(case, n, w, {**h, **a}, wanted, shown))
-            )
+            work = partial(row, case, name, way, {**how, **amount}, wanted, shown)
+            made = parts.get(f"{name}, {way}", lambda work=work: asdict(work()))  # type: ignore[misc]
             rows.append(Row(**made))
     headers = ["kept", "way", "params", "layer error", "worst", "output error", "cosine", "least"]
     cells = [
