@@ -126,7 +126,7 @@ class Costs(Protocol):
         ...
 
     def scaled(self, layer: str, inputs: float, outputs: float, integers: bool) -> float | None:
-        """Seconds of one call of a layer that keeps these fractions (0 to 1) of its channels; None: unknown."""
+        """Seconds of a call of a layer that keeps these fractions (0 to 1) of its channels; None: unknown."""
         ...
 
 

@@ -149,6 +149,6 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int = 1) -> Tensor:
 
 
 def _relations(tokens: Tensor, heads: int) -> Tensor:
-    split = tokens.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    split = tokens.reshape(*tokens.shape[:-1], heads, -1).transpose(-3, -2)
     scale: float = split.shape[-1] ** 0.5
     return F.log_softmax(split @ split.mT / scale, -1)
