@@ -96,7 +96,7 @@ class OnnxRuntime(Runtime):
         return True
 
     def width_multiple(self, target: Target) -> int:
-        """Float convolutions work on blocks of channels: 16 with AVX-512, 8 with AVX2 (MlasNchwcGetBlockSize).
+        """Float convolutions work on blocks of channels: 16 with AVX-512, 8 with AVX2 (MLAS).
 
         Eight 3 x 3 convolutions at 28 x 28 with AVX-512, in units of those with 32 channels: 0.37 at 16
         channels, 1.00 at 20, 0.96 at 22, 1.00 at 24; 2.05 at 40, 2.80 at 45, 2.05 at 48, 3.47 at 56; a
