@@ -108,7 +108,7 @@ def jobs_of(settings: Settings, tables: Sequence[str]) -> list[Job]:
         ("resnet20", "binary", "none", 2.0),
         ("depthwise", "int4", "int4", 1.0),
     ):
-        end = {"weights": "int8", "activations": "none" if bits == "none" else "int8"}
+        end = {"weights": "int8"} | ({} if bits == "none" else {"activations": "int8"})
         layers = dict.fromkeys(_ENDS[network], end)
         quantized = ("quantize", {"weights": weights, "activations": bits, "layers": layers})
         words = f"weights {weights}, activations {bits}"

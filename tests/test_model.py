@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from featherweight.formats import IntQuant
-from featherweight.model import Entry, Model, Remove, SetAttr, make_edit
+from featherweight.model import Entry, Model, Remove, SetAttr, Unroll, make_edit
 
 FORMAT = IntQuant(torch.tensor(-1.0), torch.tensor(1.0))
 
@@ -131,3 +131,26 @@ def test_nested_arguments_come_out_of_flat_inputs() -> None:
     entry = Entry(tuple(flat), ("a", "mask", "c"), ("y",), tree=tree)
     assert entry.arguments(tuple(flat)) == ([a, {"mask": b}], c)
     assert Entry((a, b), ("a", "b"), ("y",)).arguments((a, b)) == (a, b)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "torch.load",
+        "torch.ops",
+        "operator.attrgetter",
+        "operator.methodcaller",
+        "load_library",
+        "inductor.x.y",
+        "aten.view.__init__",
+        "aten.__class__.default",
+        "os.system",
+    ],
+)
+def test_programs_from_files_call_operators_alone(target: str) -> None:
+    step = {"name": "y", "target": target, "args": [{"value": "x"}], "kwargs": {}, "last": []}
+    program = {"names": ["x"], "inputs": ["x"], "tree": None, "outputs": [{"value": "y"}]}
+    program["runs"] = [{"layer": "", "steps": [step]}]
+    made = make_edit(nn.Identity(), Unroll({"forward": program}))
+    with pytest.raises((ValueError, AttributeError), match=r"no operator|no attribute"):
+        made(torch.zeros(2))

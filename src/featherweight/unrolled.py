@@ -28,7 +28,12 @@ from torch.utils import _pytree as pytree
 
 ProgramData = Mapping[str, Any]
 _OWN = frozenset(vars(nn.Module()))
-_BUILTIN: Mapping[str, Any] = {"operator": operator, "torch": torch}
+_NAMESPACES = frozenset({"aten", "prims"})  # of operators; others may load code
+# Arithmetic of sizes; nothing else of these modules is called, since programs come from files.
+_ARITHMETIC = frozenset({"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "abs"})
+_ARITHMETIC |= {"eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_", "getitem", "lshift", "rshift"}
+_SIZES = frozenset({"sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite", "sym_sum"})
+_SIZES |= {"_sym_sqrt"}
 
 
 class Unrolled(nn.Module):
@@ -91,12 +96,30 @@ class Unrolled(nn.Module):
 
 
 def _target(name: str) -> Any:
-    """``aten.view.default`` or ``operator.mul`` as what is called."""
-    first, *rest = name.split(".")
-    found: Any = _BUILTIN[first] if first in _BUILTIN else getattr(torch.ops, first)
-    for part in rest:
-        found = getattr(found, part)
-    return found
+    """``aten.view.default`` or ``operator.mul`` as what is called.
+
+    Raises:
+        ValueError: It is neither an operator on tensors nor arithmetic of sizes.
+    """
+    match name.split("."):
+        case ["operator", kind] if kind in _ARITHMETIC:
+            return getattr(operator, kind)
+        case ["torch", kind] if kind in _SIZES:
+            return getattr(torch, kind)
+        case [space, kind, overload] if space in _NAMESPACES:
+            found = getattr(getattr(getattr(torch.ops, space), kind), overload)
+            if isinstance(found, torch._ops.OpOverload):
+                return found
+    raise ValueError(f"'{name}' is no operator of a traced program")
+
+
+def runs(name: str) -> bool:
+    """Whether a program may call this."""
+    try:
+        _target(name)
+    except (ValueError, AttributeError):
+        return False
+    return True
 
 
 def _scope(run: Callable[[], None]) -> None:

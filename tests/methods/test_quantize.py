@@ -629,6 +629,23 @@ class TestLayers:
         assert (head.width, head.symmetric) == (3, False)
         assert formats["stem.0.weight"].width == 8
 
+    def test_read_inputs_of_their_own(self) -> None:
+        ends = {"weights": "int8", "activations": "int8"}
+        formats = on_torch(
+            "residual", weights="int4", activations="int4", layers={"stem.0": ends, "head": ends}
+        )
+        net = trace(folded("residual"))
+        read = {node.layer: node.inputs[0] for node in net if "weight" in node.parameters}
+        assert {layer: formats[value].width for layer, value in read.items()} == {
+            layer: 8 if layer in ("stem.0", "head") else 4 for layer in read
+        }
+        moved = net.producer[read["head"]].inputs[0]  # what flatten only moves shares its grid
+        assert encode(formats[moved]) == encode(formats[read["head"]])
+
+    def test_own_inputs_need_static_integers(self) -> None:
+        with pytest.raises(ValueError, match="layers asks for int8 inputs, and activations is none"):
+            Quantize.model_validate({"activations": "none", "layers": {"fc": {"activations": "int8"}}})
+
     def test_float_is_as_if_it_were_excluded(self) -> None:
         some = on_torch("residual", layers={"layer2.*": "float"})
         same = on_torch("residual", where={"exclude": ["layer2.*"]})

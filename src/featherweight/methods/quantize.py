@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from featherweight.errors import DataError, RecipeError, TargetError
 from featherweight.formats import Binary, IntQuant, TensorFormat, zeros_alone
@@ -47,10 +47,11 @@ Formats = dict[str, tuple[TensorFormat, ...]]
 
 
 class LayerFormat(BaseModel):
-    """What a layer's weights become instead; what is not given is the step's.
+    """What a layer's weights and inputs become instead; what is not given is the step's.
 
     Attributes:
         weights: Type of the weights.
+        activations: Integers that the layer reads; of several readers of a value the finest count.
         granularity: What shares a weight's scale.
         group: Weights that share a scale, for ``per_group``.
         symmetric_weights: Zero in the middle of the grid.
@@ -59,6 +60,7 @@ class LayerFormat(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: Weights | None = None
+    activations: Literal["int8", "int7", "int6", "int5", "int4", "int3", "int2"] | None = None
     granularity: Shared | None = None
     group: Annotated[int, Field(ge=2)] | None = None
     symmetric_weights: bool | None = None
@@ -106,6 +108,16 @@ class Quantize(Method, frozen=True, extra="forbid"):
     samples: Annotated[int, Field(ge=1)] = 256
     fallback: Annotated[int, Field(ge=0)] = 0
     layers: dict[str, LayerFormat | Literal["float"]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _static_inputs(self) -> Quantize:
+        own = [one for one in self.layers.values() if isinstance(one, LayerFormat) and one.activations]
+        if own and self.activations in ("dynamic", "none"):
+            raise ValueError(
+                f"layers asks for {own[0].activations} inputs, and activations is {self.activations}: "
+                "give activations: int8 or fewer bits"
+            )
+        return self
 
     @classmethod
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
@@ -190,7 +202,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
                 formats[value] = tuple(_realised(fmt, "activation", context, value) for fmt in chain)
             if plan.values:
                 seen = self._seen(model, entry, plan, context, notes)
-                formats |= self._activations(seen, plan, context)
+                widths = self._widths(trace(model, entry), plan)
+                formats |= self._activations(seen, plan, widths, context)
                 if self.range == "output":
                     formats |= self._by_output(model, entry, formats, seen, plan, context)
         return formats
@@ -240,11 +253,26 @@ class Quantize(Method, frozen=True, extra="forbid"):
         notes |= dict.fromkeys(odd)
         return histograms
 
-    def _activations(self, seen: Mapping[str, Histogram], plan: Plan, context: Context) -> Formats:
+    def _widths(self, graph: Graph, plan: Plan) -> dict[str, str]:
+        """The finest integers that ``layers`` asks for, by the value that names a grid."""
+        found: dict[str, str] = {}
+        for value, source in plan.values.items():
+            grid = plan.grids.get(source, source)
+            for node in graph.consumers[value]:
+                own = self._own(node)
+                asked = None if own == "float" else own.activations
+                if asked is not None and asked > found.get(grid, ""):
+                    found[grid] = asked
+        return found
+
+    def _activations(
+        self, seen: Mapping[str, Histogram], plan: Plan, widths: Mapping[str, str], context: Context
+    ) -> Formats:
         """One format per source of values; what is only moved shares it."""
         formats: Formats = {}
         for name, histogram in seen.items():
-            formats[name] = (self._activation(histogram, name, plan.fixed.get(name), context),)
+            kind = widths.get(name, self.activations)
+            formats[name] = (self._activation(histogram, name, kind, plan.fixed.get(name), context),)
         return {value: formats[plan.grids.get(source, source)] for value, source in plan.values.items()}
 
     def _by_output(
@@ -274,7 +302,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
         return {value: better[source] for value, source in plan.values.items() if source in better}
 
     def _activation(
-        self, seen: Histogram, name: str, fixed: tuple[float, float] | None, context: Context
+        self, seen: Histogram, name: str, kind: str, fixed: tuple[float, float] | None, context: Context
     ) -> TensorFormat:
         low, high = (torch.tensor(end) for end in fixed or (seen.low, seen.high))
         if not torch.isfinite(high - low):
@@ -282,7 +310,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
                 f"the range of '{name}' is infinite in float32: {seen.low:g} to {seen.high:g} on calibration",
                 fix="exclude the layers that make and read it under where",
             )
-        draft = activation_draft(self.activations, self.symmetric_activations)
+        draft = activation_draft(kind, self.symmetric_activations)
         assert isinstance(draft, IntQuant)
         grid = _realised(replace(draft, low=low, high=high), "activation", context, name)
         if fixed or not isinstance(grid, IntQuant):

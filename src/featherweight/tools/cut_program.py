@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from featherweight.graph import Graph, Node
 from featherweight.model import Entry, Model, Unroll
 from featherweight.tools.cut_literals import Call, MisfitError
+from featherweight.unrolled import runs
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _MODULES = (
@@ -250,10 +251,11 @@ def _call_key(node: fx.Node) -> str:
 
 
 def _name(target: Any, node: fx.Node) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverload) and runs(str(target)):
         return str(target)
     name = getattr(target, "__name__", "")
     for module in (operator, torch):
-        if getattr(module, name, None) is target:
-            return f"{module.__name__.lstrip('_')}.{name}"
+        full = f"{module.__name__.lstrip('_')}.{name}"
+        if getattr(module, name, None) is target and runs(full):
+            return full
     raise MisfitError(node.name, "", f"its graph calls {target}")
