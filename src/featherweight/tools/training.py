@@ -263,10 +263,10 @@ class _Training:
                 f"a learning_rate below {self.settings.learning_rate:.2g} may help"
             )
         result = self._result() if self.best is None else self.best[2]
-        if all(bool(value.isfinite().all()) for value in result.values() if value.is_floating_point()):
+        if _finite(result):
             self.learner.load_state_dict(result)
         else:
-            self._fall_back(self.history.steps, math.nan)
+            self._fall_back(self.history.steps - 1, math.nan)
 
     def _ends(self) -> tuple[Iterable[float], Iterable[float]]:
         losses = self.history.losses
@@ -302,7 +302,10 @@ class _Training:
         return late if self.seat.size == 1 else bool(self.fabric.broadcast(late))
 
     def _save(self, done: int) -> None:
-        self.kept = (done, self._result())
+        result = self._result()
+        if not _finite(result):
+            return
+        self.kept = (done, result)
         self.checkpoint.save(
             {
                 "about": self._about(),
@@ -390,3 +393,7 @@ def _copied(state: Mapping[str, Tensor]) -> State:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _finite(state: State) -> bool:
+    return all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())

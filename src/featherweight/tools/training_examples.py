@@ -138,7 +138,8 @@ def training_examples(
     if source is None:
         raise DataError(
             "there are no training examples",
-            fix="add x_train and y_train to the data" + (", or calibration examples" if taught else ""),
+            fix="add x_train and y_train to the data, or "
+            + ("calibration examples" if taught else "teacher: original, which learns from x_calibration"),
         )
     picks = np.arange(len(source))
     held = picks[:0]
