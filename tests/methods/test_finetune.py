@@ -208,10 +208,6 @@ class TestErrors:
         with pytest.raises(RecipeError, match="training diverged"):
             tuned(small(norm=False), optimizer="sgd", learning_rate=1e30, clip=0)
 
-    def test_a_last_step_that_leaves_no_numbers(self) -> None:
-        with pytest.raises(RecipeError, match="diverged: the loss is nan at step 1 of 1"):
-            tuned(small(norm=False), steps=1, warmup=0, optimizer="sgd", learning_rate=3e38, clip=0)
-
 
 class TestHoles:
     def test_only_with_examples_to_train_on(self) -> None:

@@ -254,14 +254,24 @@ class TestDiverging:
         assert history.stopped
         assert all(value.isfinite().all() for value in weights(trained).values())
 
+    def test_a_last_update_without_a_gradient(self) -> None:
+        told, kept = Told(), Kept()
+        history, net = self.run(told, kept, broken_at=39, value=None)  # the loss itself is a number
+        assert len(history.losses) == 40
+        assert any("the loss is nan at step 40 of 40; the weights of step 36" in note for note in told.notes)
+        assert all(value.isfinite().all() for value in weights(net).values())
+        assert kept.states[-1]["step"] == 36
+
     @staticmethod
-    def run(told: Told, kept: Kept, broken_at: int, value: float = torch.nan) -> Any:
+    def run(told: Told, kept: Kept, broken_at: int, value: float | None = torch.nan) -> Any:
         class Breaks(TaskLoss):
             calls = 0
 
             def forward(self, outputs: Outputs, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
                 Breaks.calls += 1
                 loss = super().forward(outputs, inputs, targets)
+                if value is None and Breaks.calls > broken_at:
+                    return loss + (0 * loss).sqrt()  # whose gradient is 0 / 0
                 return loss if Breaks.calls <= broken_at else loss * 0 + value
 
         net, around = small(), replace(context(small(), problem()), progress=told, checkpoint=kept)
