@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+import importlib.util
 from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "fashion_mnist"))
-from nets import InvertedResidual
+_NETS = Path(__file__).parents[1] / "examples" / "fashion_mnist" / "nets.py"
+_spec = importlib.util.spec_from_file_location("fashion_mnist_nets", _NETS)
+assert _spec is not None and _spec.loader is not None
+_nets = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_nets)
+InvertedResidual = _nets.InvertedResidual
 
 
 class Student(nn.Module):

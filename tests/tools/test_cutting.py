@@ -108,7 +108,7 @@ def test_an_artifact_of_what_is_left_agrees(name: str, tmp_path: Path) -> None:
         assert golden.decibels(one, other) > 80
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"linear3d"}))  # all of its groups are under a norm
 def test_cutting_is_zeroing(name: str) -> None:
     """Exact for groups that no norm over channels touches."""
     model = _model(name)
@@ -120,8 +120,7 @@ def test_cutting_is_zeroing(name: str) -> None:
         if not any(ops.get(member.layer) in _OVER_CHANNELS for member in group.members)
     }
     drop = _random(plain, 5)
-    if not drop:
-        pytest.skip("each group is under a norm over channels")
+    assert drop
     module = model.copy_module()
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
