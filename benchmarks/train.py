@@ -140,7 +140,7 @@ def row_of(job: Job, folder: Path) -> Json:
     if job.student:
         torch.manual_seed(job.seed)
         start = load_sources(job.student, data=images(job.examples)).model
-        run = Run(run.original, run.data, run.target, run.store, seed=job.seed, start=start)
+        run = Run(run.original, run.data, run.target, run.store, seed=job.seed, student=start)
     changed = run.apply(recipe)
     left = totals(changed)
     return {
