@@ -25,7 +25,7 @@ from featherweight.recipe import Recipe, Step
 from featherweight.tools.costs import totals
 
 Json = dict[str, Any]
-_CALIBRATION = 256
+_CALIBRATION = 48  # images of 224 px
 _LATENCIES: Mapping[tuple[str, str, float], float] = {  # network, method, MACs -> asked latency ratio
     ("resnet20", "prune", 0.5): 0.80,
     ("resnet20", "prune", 0.25): 0.65,
