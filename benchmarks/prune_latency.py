@@ -84,7 +84,10 @@ def _made(case: Case, run: Run) -> Model:
     if not case.peer:
         shrink = () if case.shrink is None else (Step("shrink", dict(case.shrink)),)
         left = totals(run.apply(Recipe(shrink)))["macs"] / totals(run.original)["macs"]
-        prune = () if left <= case.macs else (Step("prune", {"macs": case.macs / left}),)
+        amount: Json = {"macs": case.macs / left}
+        if case.network not in TRAINED:  # its weights are random: widths count, not which channels go
+            amount |= {"importance": "l2", "scope": "layer", "reconstruct": False}
+        prune = () if left <= case.macs else (Step("prune", amount),)
         return run.apply(Recipe((*shrink, *prune)))
     shape = run.original.entries["forward"].example_inputs[0].shape
     images = torch.randn(2, *shape[1:]), torch.zeros(2, dtype=torch.long)
