@@ -753,7 +753,7 @@ def demo(*, out: str | Path, force: bool = False, progress: Progress | None = No
         str(example / "data.npz"),
         weights=str(example / "resnet20.safetensors"),
         budget=Budget(quality_drop=0.005, bytes=350_000),
-        trials=3,
+        trials=2,
         out=out,
         force=force,
         progress=progress,

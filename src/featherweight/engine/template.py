@@ -139,8 +139,9 @@ def _order(level: Level, shape: Shape, amounts: Amounts) -> list[str]:
         order = ["nearest", *(["dynamic, nearest", "weights, nearest"] if matrices else [])]
     elif level == "standard":
         order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
+        order.append("gptq, not equalized")
         order += smaller[:3] if amounts.epochs else ()
-        order += ["gptq, not equalized", "blocks", "nearest"]
+        order += ["blocks", "nearest"]
     else:
         order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
         order += [*smaller, "tuned", *(["tuned, 4 bits"] if matrices else [])]
