@@ -76,27 +76,32 @@ class InvertedResidual(nn.Module):
         return x + y if self.add else y
 
 
+# Channels out, stride and expansion of each block.
+BLOCKS = ((32, 2, 3), (32, 1, 4), (32, 1, 4), (64, 2, 4), (64, 1, 4), (64, 1, 4), (64, 1, 4))
+
+
 class DepthwiseNet(nn.Module):
     """A small MobileNetV2-like network of depthwise-separable convolutions."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(
+        self,
+        classes: int = 10,
+        stem: int = 16,
+        blocks: tuple[tuple[int, int, int], ...] = BLOCKS,
+        last: int = 192,
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(1, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        widths = (stem, *(width for width, _, _ in blocks))
         self.blocks = nn.Sequential(
-            InvertedResidual(16, 32, 2, 3),
-            InvertedResidual(32, 32, 1, 4),
-            InvertedResidual(32, 32, 1, 4),
-            InvertedResidual(32, 64, 2, 4),
-            InvertedResidual(64, 64, 1, 4),
-            InvertedResidual(64, 64, 1, 4),
-            InvertedResidual(64, 64, 1, 4),
+            *(InvertedResidual(c_in, *block) for c_in, block in zip(widths, blocks, strict=False))
         )
-        self.conv2 = nn.Conv2d(64, 192, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(192)
+        self.conv2 = nn.Conv2d(widths[-1], last, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(last)
         self.relu = nn.ReLU6()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(192, classes)
+        self.fc = nn.Linear(last, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
