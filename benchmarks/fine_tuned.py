@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Parts, Shown
-from networks import DEBIAN, EXAMPLES, _idx
+from networks import DEBIAN, EXAMPLES, read_idx
 from pruning_peers import Setting, torch_pruning
 
 from featherweight.data import Data
@@ -80,8 +81,8 @@ def images(examples: int, seed: int = 0) -> Data:
     if not (DEBIAN / "train-images-idx3-ubyte.gz").is_file():
         raise SystemExit("Fashion-MNIST is missing: apt-get install dataset-fashion-mnist")
     shipped = np.load(EXAMPLES / "data.npz")
-    x, y = (_idx(f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    train, labels = (_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    x, y = (read_idx(f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    train, labels = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     picks = np.sort(np.random.default_rng(seed).permutation(len(train))[:examples])
     return Data.of(
         x=_scaled(x),
@@ -229,6 +230,19 @@ class _pool:  # noqa: N801  a context manager that reads as a function
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+def options(about: str | None, tables: Sequence[str], epochs: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, 2,000 images, one epoch, few rows")
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    parser.add_argument("--examples", type=int, default=10_000, help="training images")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each timing")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    return parser
 
 
 def mean_and_ends(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from featherweight.engine import timing
 from featherweight.engine.runner import pin
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Artifact, Target
+
+if TYPE_CHECKING:  # the timed process imports nothing of torch
+    from featherweight.engine.run import Run
+    from featherweight.model import Model
 
 Rounds = Mapping[str, Sequence[float]]  # name -> seconds of a call in each round
 _SAY_S = 0.2
@@ -83,6 +87,28 @@ def measure(
         raise SystemExit(f"timing ended with exit code {child.returncode}")
     rounds: dict[str, list[float]] = json.loads((folder / "rounds.json").read_text())
     return rounds
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model's artifact against the original's: the ratio, and the original's median seconds."""
+
+    ratio: Ratio
+    original_s: float
+
+
+def against_original(run: Run, model: Model, seconds: float, folder: Path) -> Timed:
+    """Lower a model and the run's original, and time calls with one example in turn."""
+    rounds = measure(
+        {"original": run.lower(run.original), "smaller": run.lower(model)},
+        run.target,
+        run.original.entries["forward"].example_inputs[0][:1].numpy(),
+        pairs=[("smaller", "original")],
+        seconds=seconds,
+        folder=folder,
+        said=lambda fraction: None,
+    )
+    return Timed(ratio(rounds, "smaller", "original"), float(np.median(rounds["original"])))
 
 
 def _compared(rounds: Rounds, first: str, second: str) -> list[float]:

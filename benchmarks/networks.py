@@ -137,8 +137,8 @@ def fashion(calibration: int, scored: int | None = None, seed: int = 0) -> tuple
         f"{len(shipped['x'])} test images that ship, not the full test set",
     )
     if (DEBIAN / "t10k-images-idx3-ubyte.gz").is_file():
-        x = _idx("t10k-images-idx3-ubyte.gz").astype(np.float32)[:, None] / 255
-        y = _idx("t10k-labels-idx1-ubyte.gz").astype(np.int64)
+        x = read_idx("t10k-images-idx3-ubyte.gz").astype(np.float32)[:, None] / 255
+        y = read_idx("t10k-labels-idx1-ubyte.gz").astype(np.int64)
         words = f"the full test set of {len(x)}"
     if scored is not None and scored < len(x):
         x, y, words = x[:scored], y[:scored], f"the first {scored} test images"
@@ -146,7 +146,8 @@ def fashion(calibration: int, scored: int | None = None, seed: int = 0) -> tuple
     return Data.of(x=x, y=y, calibration=shipped["x_train"][picks]), words
 
 
-def _idx(name: str) -> np.ndarray:
+def read_idx(name: str) -> np.ndarray:
+    """One gzipped IDX file of bytes, of Debian's package."""
     raw = gzip.decompress((DEBIAN / name).read_bytes())
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4).astype(int)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)

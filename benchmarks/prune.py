@@ -9,8 +9,6 @@ interrupted run goes on.
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ from typing import Any
 
 import prune_latency
 from common import Bar, Parts, Shown, finish, table, tell_load
-from fine_tuned import Job, grouped, mean_and_ends, original_accuracy, rows_of
+from fine_tuned import Job, grouped, mean_and_ends, options, original_accuracy, rows_of
 from pruning_peers import SETTINGS, Setting
 
 Json = dict[str, Any]
@@ -141,19 +139,8 @@ def bars_of(rows: Sequence[Json]) -> list[Bar]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, 2,000 images, one epoch, few settings"
-    )
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
+    parser = options(__doc__, TABLES, epochs=3)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
-    parser.add_argument("--examples", type=int, default=10_000, help="training images")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each timing")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     shown = Shown()
     tell_load(shown)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from common import RESULTS, Bar, Parts, Shown
 from fine_tuned import accuracy, run_of
-from interleaved import measure, ratio
+from interleaved import against_original
 from networks import TRAINED, load_network
 from pruning_peers import Setting, torch_pruning
 
@@ -100,18 +100,8 @@ def _row(case: Case, folder: Path, seconds: float, shown: Shown) -> Json:
     run = _run(case.network, folder / "store")
     model = _made(case, run)
     scored = accuracy(model.module, run.data) if case.network in TRAINED else None
-    artifacts = {"original": run.lower(run.original), "smaller": run.lower(model)}
-    inputs = run.original.entries["forward"].example_inputs[0][:1].numpy()
-    rounds = measure(
-        artifacts,
-        run.target,
-        inputs,
-        pairs=[("smaller", "original")],
-        seconds=seconds,
-        folder=folder / f"{case.network}-{case.method}-{case.macs}",
-        said=lambda fraction: None,
-    )
-    seen, whole, left = ratio(rounds, "smaller", "original"), totals(run.original), totals(model)
+    timed = against_original(run, model, seconds, folder / f"{case.network}-{case.method}-{case.macs}")
+    seen, whole, left = timed.ratio, totals(run.original), totals(model)
     shown.note(f"{case.network}, {case.method} at {case.macs:g} of MACs: {seen.median:.3f} of the latency")
     return {
         "table": "latency",
@@ -123,7 +113,7 @@ def _row(case: Case, folder: Path, seconds: float, shown: Shown) -> Json:
         "accuracy": scored,
         "ratio": seen.median,
         "ci95": seen.ci95,
-        "original_ms": 1000 * sorted(rounds["original"])[len(rounds["original"]) // 2],
+        "original_ms": 1000 * timed.original_s,
     }
 
 

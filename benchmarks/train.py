@@ -9,8 +9,6 @@ interrupted run goes on.
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import HERE, RESULTS, Bar, Parts, Shown, finish, table, tell_load
-from fine_tuned import AUGMENT, accuracy, grouped, images, mean_and_ends, pooled, run_of
-from interleaved import measure, ratio
+from fine_tuned import AUGMENT, accuracy, grouped, images, mean_and_ends, options, pooled, run_of
+from interleaved import against_original
 
 from featherweight.engine.run import Run
 from featherweight.engine.sources import load_sources
@@ -77,6 +75,11 @@ class Job:
     most: float | None = None
 
     @property
+    def recipe(self) -> Recipe:
+        """The steps as a recipe."""
+        return Recipe(tuple(Step(method, parameters) for method, parameters in self.steps))
+
+    @property
     def part(self) -> str:
         """Of its file."""
         words = f"{self.table}-{self.network}-{self.name}-{self.seed}"
@@ -98,7 +101,7 @@ def jobs_of(settings: Settings, tables: Sequence[str]) -> list[Job]:
     found: list[Job] = []
     for seed in settings.seeds:
         for teacher in (False, True):
-            steps = (_tuned(3 * epochs, teacher, learning_rate=0.05, optimizer="sgd", alpha=0.9),)
+            steps = (_tuned(3 * epochs, teacher, learning_rate=0.05, batch_size=64),)
             words = "student, teacher" if teacher else "student, labels"
             spec = f"{HERE / 'students.py'}:student"
             found.append(Job("student", "resnet20", words, steps, seed, few, student=spec))
@@ -136,12 +139,11 @@ def row_of(job: Job, folder: Path) -> Json:
     torch.set_num_threads(1)
     run = run_of(job.network, job.examples, folder, job.seed, job.runtime)
     whole = totals(run.original)
-    recipe = Recipe(tuple(Step(method, parameters) for method, parameters in job.steps))
     if job.student:
         torch.manual_seed(job.seed)
         start = load_sources(job.student, data=images(job.examples)).model
         run = Run(run.original, run.data, run.target, run.store, seed=job.seed, student=start)
-    changed = run.apply(recipe)
+    changed = run.apply(job.recipe)
     left = totals(changed)
     return {
         "table": job.table,
@@ -162,31 +164,17 @@ def row_of(job: Job, folder: Path) -> Json:
 def _scored(run: Run, model: Model) -> float:
     """Percent of the test images: through the runtime's session, or as the formats will behave."""
     if run.target.runtime == "torch":
-        run_ = as_run(simulate(model))
+        call = as_run(simulate(model))
     else:
-        session = run.runtime.open(run.lower(model), run.target)
-        run_ = session
-    data = run.data.evolve(metric="accuracy")
-    (rows,) = data.score(run_).values()
+        call = run.runtime.open(run.lower(model), run.target)
+    (rows,) = run.data.evolve(metric="accuracy").score(call).values()
     return 100 * float(np.mean(rows))
 
 
 def _latency(job: Job, folder: Path, seconds: float) -> Json:
     """How much faster the artifact of a job is than the original, on the runtime."""
     run = run_of(job.network, job.examples, folder, job.seed, job.runtime)
-    recipe = Recipe(tuple(Step(method, parameters) for method, parameters in job.steps))
-    made = {"original": run.lower(run.original), "smaller": run.lower(run.apply(recipe))}
-    inputs = run.original.entries["forward"].example_inputs[0][:1].numpy()
-    rounds = measure(
-        made,
-        run.target,
-        inputs,
-        pairs=[("smaller", "original")],
-        seconds=seconds,
-        folder=folder / "timing",
-        said=lambda fraction: None,
-    )
-    seen = ratio(rounds, "smaller", "original")
+    seen = against_original(run, run.apply(job.recipe), seconds, folder / "timing").ratio
     return {"ratio": seen.median, "ci95": seen.ci95}
 
 
@@ -239,16 +227,7 @@ def bars_of(rows: Sequence[Json]) -> list[Bar]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, 2,000 images, one epoch")
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
-    parser.add_argument("--examples", type=int, default=10_000, help="training images")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each timing")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser = options(__doc__, TABLES, epochs=5)
     args = parser.parse_args()
     shown = Shown()
     tell_load(shown)
