@@ -20,6 +20,7 @@ from featherweight.method import Context
 from featherweight.methods.finetune import Finetune
 from featherweight.methods.fold import Fold
 from featherweight.methods.quantize import Quantize
+from featherweight.methods.sparsify import Sparsify
 from featherweight.model import Model
 from featherweight.recipe import Recipe
 from featherweight.tools.simulate import simulate
@@ -59,6 +60,22 @@ class TestFloat:
         assert (attention.optimizer, attention.learning_rate) == ("adamw", 1e-4)
         stored = Quantize().apply(model("attention"), context(model("attention"), data("attention")))
         assert settings(stored, around(small())).learning_rate == 3e-5
+
+    def test_zeros_train_as_a_float_network_does(self) -> None:
+        def chosen(net: Model) -> tuple[str, float]:
+            found = Finetune()._settings(net, around(small()))
+            return found.optimizer, found.learning_rate
+
+        zeros = Sparsify().apply(small(), around(small()))
+        assert chosen(zeros) == chosen(small()) == ("sgd", 0.03)
+        attention = Sparsify().apply(model("attention"), context(model("attention"), data("attention")))
+        assert chosen(attention) == chosen(model("attention")) == ("adamw", 1e-4)
+        integers = Quantize(activations="none").apply(zeros, around(zeros))
+        assert chosen(integers) == ("adamw", 5e-4)
+        assert Finetune(optimizer="sgd")._settings(integers, around(small())).learning_rate == 0.01
+        scores = Sparsify(criterion="movement").apply(small(), around(small()))
+        gates = Sparsify(regularisation="l0").apply(small(), around(small()))
+        assert chosen(scores) == chosen(gates) == ("adamw", 1e-3)
 
     def test_devices_and_precision_are_the_commands(self) -> None:
         asked = around(small(), devices=2, precision="bf16-mixed")

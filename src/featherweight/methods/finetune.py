@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.errors import RecipeError
-from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary
+from featherweight.formats import Binary, IntQuant, Sparse, TensorFormat, Ternary, zeros_alone
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method, Need, Precision
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole, Range
-from featherweight.sparse import Sparse
 from featherweight.tools.augment import Augment, Augmentation
 from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.distillation import (
@@ -61,8 +60,9 @@ class Finetune(Method, frozen=True, extra="forbid"):
         steps: Updates instead of epochs; 0: epochs count.
         batch_size: Examples of one update.
         accumulate: Parts of a batch that go through the network one after the other, to save memory.
-        optimizer: sgd (Nesterov momentum) or adamw; auto: sgd for float networks with batch norms.
-        learning_rate: The largest one; auto follows the optimizer, smaller under formats.
+        optimizer: sgd (Nesterov momentum) or adamw; auto: sgd for float networks with batch norms, whatever
+            weights magnitudes make zero.
+        learning_rate: The largest one; auto follows the optimizer, smaller where something is on a grid.
         momentum: Of sgd; the first beta of adamw.
         weight_decay: Of kernels and matrices, not of norms and biases.
         warmup: Share of the updates in which the rate rises.
@@ -278,18 +278,24 @@ def _entry(model: Model) -> str:
 
 def _optimizer(model: Model) -> OptimizerName:
     norms = any(isinstance(layer, _BatchNorm) for layer in model.module.modules())
-    return "sgd" if norms and not model.formats else "adamw"
+    learned = any(fmt.learned() for chain in model.formats.values() for fmt in chain)  # at Adam's rates
+    return "sgd" if norms and _is_float(model) and not learned else "adamw"
 
 
 def _rate(optimizer: OptimizerName, model: Model) -> float:
     """A rate for what is trained: less for transformers, and where weights are on a grid."""
     if optimizer == "sgd":
-        return 0.01 if model.formats else 0.03
+        return 0.03 if _is_float(model) else 0.01
     if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
-        return 3e-5 if model.formats else 1e-4
+        return 1e-4 if _is_float(model) else 3e-5
     formats = [fmt for name in model.parameters for fmt in model.formats.get(name, ())]
     codes = any(isinstance(fmt, Ternary | Binary) for fmt in formats)  # whose signs must turn round
     return 5e-4 if any(isinstance(fmt, IntQuant) for fmt in formats) and not codes else 1e-3
+
+
+def _is_float(model: Model) -> bool:
+    """Whether nothing is on a grid: at most some weights are zero."""
+    return all(map(zeros_alone, model.formats.values()))
 
 
 def _end(fmt: TensorFormat) -> float:
