@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from featherweight.data import Data
 from featherweight.engine.run import Run
 from featherweight.engine.store import Store
+from featherweight.engine.template import step_holes
 from featherweight.errors import DataError, RecipeError
 from featherweight.method import Context
 from featherweight.methods.finetune import Finetune
@@ -22,7 +23,7 @@ from featherweight.methods.fold import Fold
 from featherweight.methods.quantize import Quantize
 from featherweight.methods.sparsify import Sparsify
 from featherweight.model import Model
-from featherweight.recipe import Recipe
+from featherweight.recipe import Recipe, Step
 from featherweight.tools.simulate import simulate
 from golden import context, data, model, model_of, target
 from training import Told, problem, same, small
@@ -231,7 +232,15 @@ class TestHoles:
         holes = Finetune.holes(small(), around(small()))
         assert set(holes) == {"epochs", "learning_rate"}
         assert holes["learning_rate"].first == 0.03
-        assert not Finetune.holes(small(), around(small(), Data.of(np.zeros((4, 2, 6, 6), np.float32))))
+        x = np.zeros((4, 2, 6, 6), np.float32)
+        assert not Finetune.holes(small(), around(small(), Data.of(x)))
+        for given in (Data.of(x_train=x), Data.of(calibration=x), Data.of(calibration=lambda: iter([x]))):
+            assert Finetune.holes(small(), around(small(), given)) == holes
+
+    def test_the_rate_of_a_step_with_a_teacher_is_open_without_labels(self) -> None:
+        given = around(small(), Data.of(calibration=np.zeros((4, 2, 6, 6), np.float32)))
+        step = Step("finetune", {"epochs": 1.0, "teacher": "original"})
+        assert set(step_holes(step, small(), given)) == {"learning_rate"}
 
 
 def test_an_edited_loss_is_another_step(tmp_path: Path) -> None:

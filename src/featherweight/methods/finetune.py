@@ -126,8 +126,8 @@ class Finetune(Method, frozen=True, extra="forbid"):
 
     @classmethod
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
-        if context.data.train is None or context.data.train.targets is None:
-            return {}
+        if context.data.train is None and context.data.calibration_examples is None:
+            return {}  # with a teacher it takes no more than one of them, and no labels
         rate = _rate(_optimizer(model), model)
         return {
             "epochs": Choice((1.0, 3.0)),
