@@ -374,7 +374,7 @@ class TestWithoutMeasuring:
 class TestMeasure:
     @pytest.fixture(autouse=True)
     def _artifacts(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("featherweight.cli._limits", lambda text, batch=1: QUICK)
+        monkeypatch.setattr("featherweight.cli.options.limits", lambda text, batch=1: QUICK)
         if not (here / "twin").exists():
             assert run("lower net.py:net --input 3x8x8 --out twin --quiet") == 0
             assert run("lower net.py:net --recipe int8.yaml --data data.npz --out small --quiet") == 0
