@@ -34,6 +34,7 @@ from featherweight.tools.costs import totals
 
 Json = dict[str, Any]
 AUGMENT = ["shift", "flip"]
+_HELD = 4000  # training images that nobody trains on, by which settings are chosen
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Job:
         seed: Of the training.
         epochs: Of the fine-tuning; 0: none.
         examples: Training images.
+        rate: Of learning.
     """
 
     network: str
@@ -57,12 +59,13 @@ class Job:
     seed: int
     epochs: int
     examples: int
+    rate: float
 
     @property
     def name(self) -> str:
         """Of its file."""
         terms = "teacher" if self.teacher else "labels"
-        return f"{self.pruning}-{self.epochs}-{terms}-{self.seed}"
+        return f"{self.pruning}-{self.epochs}-{terms}-{self.rate:g}-{self.seed}"
 
     @property
     def pruning(self) -> str:
@@ -83,6 +86,8 @@ def images(examples: int, seed: int = 0) -> Data:
     shipped = np.load(EXAMPLES / "data.npz")
     x, y = (read_idx(f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     train, labels = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    if examples > len(train) - _HELD:
+        raise SystemExit(f"--examples {examples}: {len(train) - _HELD} images train, {_HELD} choose settings")
     picks = np.sort(np.random.default_rng(seed).permutation(len(train))[:examples])
     return Data.of(
         x=_scaled(x),
@@ -92,6 +97,14 @@ def images(examples: int, seed: int = 0) -> Data:
         calibration=shipped["x_train"],
         batch_size=250,
     )
+
+
+@cache
+def held_out(seed: int = 0) -> Data:
+    """Training images that :func:`images` never trains on."""
+    train, labels = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    picks = np.sort(np.random.default_rng(seed).permutation(len(train))[-_HELD:])
+    return Data.of(x=_scaled(train[picks]), y=labels[picks].astype(np.int64))
 
 
 def _scaled(pixels: np.ndarray) -> np.ndarray:
@@ -169,11 +182,17 @@ def tuned_row(job: Job, folder: Path) -> Json:
         pruned_row(job, folder)
     pruned = run.original.evolve(module=torch.load(_place(job, folder), weights_only=False))
     teacher = "original" if job.teacher else "none"
-    step = Finetune.model_validate({"epochs": job.epochs, "augment": AUGMENT, "teacher": teacher})
+    step = Finetune.model_validate(
+        {"epochs": job.epochs, "learning_rate": job.rate, "augment": AUGMENT, "teacher": teacher}
+    )
     began = time.monotonic()
     tuned = step.apply(pruned, run.context(pruned))
     seconds = time.monotonic() - began
-    return {"after": accuracy(tuned.module, run.data), "tune_s": seconds}
+    return {
+        "after": accuracy(tuned.module, run.data),
+        "held_out": accuracy(tuned.module, held_out()),
+        "tune_s": seconds,
+    }
 
 
 def _place(job: Job, folder: Path) -> Path:

@@ -101,7 +101,7 @@ def jobs_of(settings: Settings, tables: Sequence[str]) -> list[Job]:
     found: list[Job] = []
     for seed in settings.seeds:
         for teacher in (False, True):
-            steps = (_tuned(3 * epochs, teacher, learning_rate=0.05, batch_size=64),)
+            steps = (_tuned(3 * epochs, teacher, learning_rate=0.1, batch_size=64),)
             words = "student, teacher" if teacher else "student, labels"
             spec = f"{HERE / 'students.py'}:student"
             found.append(Job("student", "resnet20", words, steps, seed, few, student=spec))
