@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 QUICK ?=
 # Which runtimes and readers come along; every runtime: make runtimes.
 EXTRAS ?= onnxruntime,keras,transformers
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml
 
 .PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train fashion clean
@@ -29,11 +30,12 @@ runtimes: setup
 demo: setup
 	$(BIN)/featherweight demo --out demo --force
 
+# One process a core, up to four, and one thread in each.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not network"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not network" $(PARALLEL)
 
 test-full: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 check: setup
 	$(BIN)/ruff format --check src tests benchmarks examples
