@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featherweight.data import Data
 from featherweight.errors import DataError, RecipeError
+from featherweight.methods.sparsify import Sparsify
 from featherweight.tools import training
 from featherweight.tools.objectives import Net, Objective, Outputs, TaskLoss
 from featherweight.tools.optimizers import rate_factor
@@ -300,6 +301,24 @@ class TestResumes:
             assert again.losses == whole.losses
             assert same(weights(twin), weights(net))
             assert told.notes[0] == f"training goes on after step {at + 1} of {whole.steps}"
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{}, {"end": 0.3}, {"criterion": "movement"}, {"regularisation": "l0"}],
+        ids=lambda one: "-".join(one) or "plain",
+    )
+    def test_masks_are_made_when_they_would_have_been(
+        self, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training, "_SAVE_S", 0.0)
+        begun = Sparsify(sparsity=0.8, **settings).apply(small(), context(small(), problem()))
+        kept = Kept()
+        whole, net = fitted(begun, checkpoint=kept, epochs=75)  # 300 steps: a mask stays for two of them
+        for at in (56, 57, 180, 215, 298):
+            again, twin = fitted(begun, checkpoint=Kept(kept.states, at), epochs=75)
+            assert again.losses == whole.losses
+            assert same(net.state_dict(), twin.state_dict())
+            assert same(net.absorb().module.state_dict(), twin.absorb().module.state_dict())
 
     def test_that_of_another_training_is_not_used(self) -> None:
         kept = Kept()

@@ -47,7 +47,7 @@ class Learned(nn.Module):
         if first and self.relative:
             self.register_buffer("factor", _factor(fmt, elements), persistent=False)
         self._names = tuple(first)
-        self._state = _state(fmt) if hasattr(fmt, "advanced") else ()
+        self._state, self._numbers = (_state(fmt), _numbers(fmt)) if hasattr(fmt, "advanced") else ((), ())
         for name in self._state:
             self.register_buffer(f"state_{name}", getattr(fmt, name).detach().clone())
 
@@ -71,6 +71,17 @@ class Learned(nn.Module):
             return value
         ratio = scaled_gradient(value, self.get_buffer("factor")).clamp(min=_LEAST)
         return ratio * self.get_buffer(f"first_{name}")
+
+    def get_extra_state(self) -> Tensor:
+        """Where a schedule stands: the format's numbers, for ``state_dict``."""
+        return torch.tensor([getattr(self.base, name) for name in self._numbers], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on with a schedule from there."""
+        if self._numbers:
+            base: Any = self.base
+            now = zip(self._numbers, state.tolist(), strict=True)
+            self.base = replace(base, **{name: type(getattr(base, name))(one) for name, one in now})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.current().project(x)
@@ -148,4 +159,13 @@ def _state(fmt: TensorFormat) -> tuple[str, ...]:
         one.name
         for one in fields(fmt)  # type: ignore[arg-type]
         if isinstance(getattr(fmt, one.name), Tensor) and one.name not in learned
+    )
+
+
+def _numbers(fmt: TensorFormat) -> tuple[str, ...]:
+    """Numbers of a format with a schedule, some of which tell how far it is."""
+    return tuple(
+        one.name
+        for one in fields(fmt)  # type: ignore[arg-type]
+        if isinstance(getattr(fmt, one.name), int | float)
     )
