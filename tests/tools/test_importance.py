@@ -11,8 +11,8 @@ from torch.nn import functional
 from featherweight.graph import trace
 from featherweight.model import Model
 from featherweight.tools.channels import channel_groups
-from featherweight.tools.elimination import eliminate, readers_of, solvable
-from featherweight.tools.groups import Channels
+from featherweight.tools.elimination import Reader, eliminate, readers_of, solvable
+from featherweight.tools.groups import ChannelGroup, Channels, Member
 from featherweight.tools.importance import activations, has_norms, magnitudes, norm_scales
 from featherweight.tools.taylor import deciding, loss_changes, output_changes
 from golden import inputs, model
@@ -149,6 +149,33 @@ class TestElimination:
             error = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
             wanted = float((error**2).mean(0) @ effect)
             assert ranking.losses[gone] == pytest.approx(wanted, rel=0.1)
+
+    def test_many_columns_go_as_they_do_one_after_the_other(self) -> None:
+        rng = np.random.default_rng(0)
+        size, outputs, taps = 40, 6, 9
+        x = rng.standard_normal((500, size * taps)) @ rng.standard_normal((size * taps, size * taps))
+        second, rows = x.T @ x / 500, rng.standard_normal((outputs, size * taps))
+        effect = rng.random(outputs)
+        indices = ((0, 1), *((index,) for index in range(2, size)))  # the first channel is on two
+        member = Member("weight", 1, indices, "reads", "", "")
+        group = ChannelGroup("group", "channel", len(indices), (member,))
+        weight, moments, felt = (torch.from_numpy(one)[None] for one in (rows, second, effect))
+        node = next(node for node in trace(model("residual")) if node.op == "conv2d")
+        reader = Reader(node, weight, moments.clone(), felt, size)
+        ranking = eliminate(group, [(member, reader)])
+        torch.testing.assert_close(reader.second, moments, rtol=0, atol=0)
+        inverse = np.linalg.inv(second + 1e-3 * second.diagonal().mean() * np.eye(len(second)))
+
+        def loss(channels: tuple[int, ...]) -> float:
+            at = [i * taps + tap for channel in channels for i in indices[channel] for tap in range(taps)]
+            own = rows[:, at]
+            return float(effect @ (own @ np.linalg.inv(inverse[np.ix_(at, at)]) * own).sum(1))
+
+        for gone in range(len(indices)):
+            before = ranking.order[:gone]
+            assert ranking.losses[gone] == pytest.approx(loss(before) if gone else 0, rel=1e-8)
+            left = [channel for channel in range(len(indices)) if channel not in before]
+            assert ranking.order[gone] == min(left, key=lambda channel: loss((*before, channel)))
 
     def test_effects_are_squared_gradients_over_the_signal(self) -> None:
         net, x = model("attention"), torch.from_numpy(inputs("attention", 16))

@@ -38,6 +38,7 @@ _COLUMNS = 8192  # of a layer that are looked at, or
 _PER_WEIGHT = 4  # this many for each weight of a row
 _RIDGE = 1e-3  # of the mean of H's diagonal
 _AT_ONCE = 256  # steps of a group; wider ones lose several channels in a step
+_GATHERED = 128  # columns that go before a layer's matrix is brought up to date
 _SILENT = Silent()
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
@@ -280,47 +281,100 @@ def eliminate(group: ChannelGroup, readers: Sequence[tuple[Member, Reader]]) -> 
     return Ranking(tuple(order), tuple(losses))
 
 
+@dataclass
+class _Blocks:
+    """What is known of the channels of a layer that have so many columns each.
+
+    Attributes:
+        channels: Which, (n,).
+        at: Their columns of the matrix, (n, columns).
+        inner: H⁻¹_BB of each, (n, columns, columns).
+        outer: W_Bᵀ W_B of each, with W as its outputs count.
+    """
+
+    channels: Tensor
+    at: Tensor
+    inner: Tensor
+    outer: Tensor
+
+
 class _Solve:
-    """The weights of a layer, solved anew each time that columns go."""
+    """The weights of a layer, solved anew each time that columns go.
+
+    The whole matrix follows when many columns went, in one product; until then their rows are kept.
+    """
 
     def __init__(self, member: Member, reader: Reader, part: int) -> None:
-        second = reader.second[part].double()
-        ridge = _RIDGE * second.diagonal().mean() + 1e-12
-        self._inverse = torch.linalg.inv(second + ridge * torch.eye(len(second), dtype=torch.float64))
-        self._rows = reader.rows[part].clone()
-        self._effect = reader.effect[part]
-        positions = second.shape[0] // reader.inputs  # of the kernel
-        self._columns = [
-            torch.tensor([index * positions + k for index in own for k in range(positions)])
-            for own in member.indices
-        ]
+        damped = reader.second[part].double().clone()
+        damped.diagonal().add_(_RIDGE * damped.diagonal().mean() + 1e-12)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        self._inverse = torch.linalg.inv(damped) if failed else torch.cholesky_inverse(factor)
+        self._rows = reader.rows[part] * reader.effect[part].sqrt()[:, None]
+        positions = damped.shape[0] // reader.inputs  # of the kernel
+        self._columns = {
+            channel: torch.tensor([index * positions + k for index in own for k in range(positions)])
+            for channel, own in enumerate(member.indices)
+        }
+        self._losses = torch.zeros(len(self._columns), dtype=torch.float64)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is gone since the matrix was whole."""
+        size = max(_GATHERED, *(len(at) for at in self._columns.values()))
+        self._gone: list[int] = []
+        self._held = 0  # columns that went
+        self._seen = torch.empty(size, len(self._inverse), dtype=torch.float64)  # their rows of H⁻¹
+        self._cross = torch.empty_like(self._seen)  # (H⁻¹_BB)⁻¹ of them
+        self._read = torch.empty(len(self._rows), size, dtype=torch.float64)  # their columns of W
+        self._blocks = []
+        for width in sorted({len(at) for at in self._columns.values()}):
+            channels = [channel for channel, at in self._columns.items() if len(at) == width]
+            at = torch.stack([self._columns[channel] for channel in channels])
+            rows = self._rows[:, at].movedim(0, 1)
+            inner = self._inverse[at[:, :, None], at[:, None]]
+            self._blocks.append(_Blocks(torch.tensor(channels), at, inner, rows.mT @ rows))
 
     def losses(self, channels: Sequence[int]) -> Tensor:
         """What removing each channel would cost."""
-        sizes = {len(self._columns[channel]) for channel in channels}
-        if len(sizes) > 1:
-            return torch.tensor(
-                [self._loss(self._columns[channel]) for channel in channels], dtype=torch.float64
-            )
-        at = torch.stack([self._columns[channel] for channel in channels])
-        inner = self._inverse[at[:, :, None], at[:, None]]
-        rows = self._rows[:, at].movedim(0, 1)  # (channels, outputs, columns)
-        solved = torch.linalg.solve(inner, rows.mT)
-        return torch.einsum("cob,cbo,o->c", rows, solved, self._effect)
-
-    def _loss(self, at: Tensor) -> float:
-        rows = self._rows[:, at]
-        return float(((rows @ torch.linalg.inv(self._inverse[at][:, at]) * rows).sum(1) * self._effect).sum())
+        for own in self._blocks:
+            solved = torch.linalg.solve(own.inner, own.outer)
+            self._losses[own.channels] = solved.diagonal(dim1=1, dim2=2).sum(1)
+        return self._losses[channels]
 
     def remove(self, channel: int) -> float:
         """Remove a channel; what it costs."""
         at = self._columns[channel]
-        grown = self._loss(at)
-        cross = torch.linalg.solve(self._inverse[at][:, at], self._inverse[at])
-        self._rows -= self._rows[:, at] @ cross
-        self._inverse -= self._inverse[:, at] @ cross
-        self._rows[:, at] = 0
-        self._inverse[at] = 0
-        self._inverse[:, at] = 0
-        self._inverse[at, at] = 1.0  # what went stays solvable
+        if self._held + len(at) > len(self._seen):
+            self._settle()
+            at = self._columns[channel]
+        seen, cross, read = self._seen[: self._held], self._cross[: self._held], self._read[:, : self._held]
+        now = slice(self._held, self._held + len(at))
+        row = self._inverse[at].addmm_(seen[:, at].mT, cross, alpha=-1)
+        solved = torch.linalg.solve(row[:, at], row)
+        own = self._rows[:, at].addmm_(read, cross[:, at], alpha=-1)
+        shared = (own.mT @ self._rows).addmm_(own.mT @ read, cross, alpha=-1)
+        square = shared[:, at]
+        grown = float(torch.linalg.solve(row[:, at], square).trace())
+        half = shared - square @ solved / 2
+        for other in self._blocks:
+            x = solved[:, other.at].movedim(0, 2)  # (channels, columns, columns that go)
+            other.inner -= x @ row[:, other.at].movedim(0, 1)
+            change = x @ half[:, other.at].movedim(0, 1)
+            other.outer -= change + change.mT
+            other.inner[other.channels == channel] = torch.eye(other.at.shape[1], dtype=torch.float64)
+        self._seen[now], self._cross[now], self._read[:, now] = row, solved, own
+        self._held = now.stop
+        self._gone.append(channel)
         return grown
+
+    def _settle(self) -> None:
+        """Bring the matrix up to date, without the columns that went."""
+        stays = torch.ones(len(self._inverse), dtype=torch.bool)
+        for channel in self._gone:
+            stays[self._columns.pop(channel)] = False
+        seen, cross = self._seen[: self._held, stays], self._cross[: self._held, stays]
+        self._inverse = self._inverse[stays][:, stays].addmm_(seen.mT, cross, alpha=-1)
+        self._rows = self._rows[:, stays].addmm_(self._read[:, : self._held], cross, alpha=-1)
+        place = stays.cumsum(0) - 1
+        self._columns = {channel: place[at] for channel, at in self._columns.items()}
+        self._begin()
