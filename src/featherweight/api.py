@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -24,7 +24,7 @@ from featherweight.engine.compare import compare_artifacts
 from featherweight.engine.delivered import ABOUT, delivered, described
 from featherweight.engine.devices import for_runtime
 from featherweight.engine.effort import plan
-from featherweight.engine.environment import describe, describe_device
+from featherweight.engine.environment import describe_device
 from featherweight.engine.files import load_examples, weigh_files
 from featherweight.engine.fit import Fit, Fitted, Question
 from featherweight.engine.inspect import inspect_model
@@ -34,17 +34,15 @@ from featherweight.engine.run import Run, write_model
 from featherweight.engine.sources import (
     NOTHING,
     Given,
-    Sources,
-    check_examples_to_learn,
     follow,
-    load_beside,
     load_original,
     load_sources,
     scoring_code,
     several_entries,
 )
-from featherweight.engine.store import Store, digest, told_as_machine_error
-from featherweight.engine.targets import fit_targets, known_isa
+from featherweight.engine.start import start_runs, tell_notes, warn_of_idle_teacher
+from featherweight.engine.store import digest, told_as_machine_error
+from featherweight.engine.targets import check_cores, fit_targets, lower_target
 from featherweight.engine.timing import Limits
 from featherweight.engine.training_options import recipe_code, training_options
 from featherweight.errors import (
@@ -59,8 +57,7 @@ from featherweight.errors import (
 from featherweight.figures import seconds
 from featherweight.method import Precision, Progress, Silent
 from featherweight.outcome import Budget, Preference, Result
-from featherweight.plugins import find_runtime
-from featherweight.recipe import Choice, Recipe
+from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Target
 from featherweight.tools.costs import totals
 
@@ -182,24 +179,20 @@ def fit(
     )
     if "forward" not in sources.model.entries:
         raise several_entries(sources.model, model, "fit scores one")
-    for note in sources.notes:
-        shown.note(f"note: {note}")
-    beside = _beside(
-        sources, Given(student, student_weights), Given(teacher, teacher_weights), allow_pickle=allow_pickle
+    learner, taught_by = Given(student, student_weights), Given(teacher, teacher_weights)
+    runs = start_runs(
+        sources, targets, learner, taught_by, seed=seed, progress=shown, allow_pickle=allow_pickle, **training
     )
     if not question.open_ended:
-        _warn_of_idle_teacher(beside.teacher, question.recipe, shown)
-    store, options = Store(), {**beside.models, **training}
-    runs = [
-        Run(sources.model, sources.data, one, store, seed=seed, progress=shown, **options) for one in targets
-    ]
+        warn_of_idle_teacher(taught_by, question.recipe, shown)
     if question.open_ended:
         follow(runs[0].start)
         question = _planned(question, runs, trials, shown)
     limits = limits or Limits()
     name = Path(model.rpartition(":")[2] or model).stem
-    key = _run_key(runs, question, limits, [name, beside.student, beside.teacher])
+    key = _run_key(runs, question, limits, [name, learner.name, taught_by.name])
     check_other_run(place, force, key)
+    store = runs[0].store
     kept = store.get("runs", key)
     if kept is None:
         follow(sources.model)
@@ -209,7 +202,7 @@ def fit(
         left_out: dict[str, FeatherweightError] = {}
         lanes = make_lanes(runs, limits, failures=left_out)
         fitted = Fit(lanes, question, left_out).answer()
-        told = {"run": key, "student": beside.student, "teacher": beside.teacher}
+        told = {"run": key, "student": learner.name, "teacher": taught_by.name}
         fitted = replace(fitted, result=fitted.result.model_copy(update=told))
         if not fitted.finished:
             write_folder(place, lambda folder: _deliver(folder, fitted, name))
@@ -219,28 +212,6 @@ def fit(
     delivered = kept
     write_folder(place, lambda folder: _copy(delivered, folder))
     return Result.model_validate_json((delivered / MARK).read_text(encoding="utf-8"))
-
-
-def _target(runtime: str, threads: int, isa: str = "") -> Target:
-    """This machine through a runtime that is installed.
-
-    Raises:
-        PluginError: There is no such runtime.
-        MissingRuntime: It is not installed.
-        TargetError: The machine has fewer cores, or there is no such instruction set.
-    """
-    find_runtime(runtime).require()
-    _cores(threads)
-    return Target(runtime=runtime, isa=known_isa(isa), threads=threads).resolved()
-
-
-def _cores(threads: int) -> None:
-    cores = describe(Target()).cores
-    if not 1 <= threads <= cores:
-        raise TargetError(
-            f"{threads} threads are asked for, and this machine has {cores} cores for us",
-            fix=f"--threads {cores}",
-        )
 
 
 def _question(
@@ -385,7 +356,7 @@ def apply(
         training=training_options(devices, precision),
     )  # fmt: skip
     name = Given(student).name
-    _warn_of_idle_teacher(Given(teacher).name, steps, run.progress)
+    warn_of_idle_teacher(Given(teacher), steps, run.progress)
     changed = run.apply(steps)
 
     def write(folder: Path) -> None:
@@ -436,7 +407,7 @@ def lower(
     place = Path(out)
     check_output(place)
     check_other_run(place, force)
-    target = _target(runtime, threads, isa)
+    target = lower_target(runtime, threads, isa)
     steps = None if recipe is None else _filled(recipe)
     run = _run(
         model, data, target, seed, progress,
@@ -540,45 +511,12 @@ def _run(
     **given: Any,
 ) -> Run:
     sources = load_sources(model, data=data, seed=seed, **given)
-    shown = progress or Silent()
-    for note in sources.notes:
-        shown.note(f"note: {note}")
-    beside = _beside(sources, student, teacher, allow_pickle=given["allow_pickle"])
-    run = Run(
-        sources.model, sources.data, target, Store(), seed=seed, progress=shown, **beside.models, **training
+    shown, allow_pickle = progress or Silent(), given["allow_pickle"]
+    (run,) = start_runs(
+        sources, [target], student, teacher, seed=seed, progress=shown, allow_pickle=allow_pickle, **training
     )
     follow(run.start)
     return run
-
-
-@dataclass(frozen=True)
-class _Beside:
-    """The student and the teacher of a run; their names, '' where there is none."""
-
-    models: dict[str, Any]
-    student: str
-    teacher: str
-
-
-def _beside(sources: Sources, student: Given, teacher: Given, *, allow_pickle: bool) -> _Beside:
-    models = {
-        "student": load_beside(student, "student", sources.model, allow_pickle=allow_pickle),
-        "teacher": load_beside(teacher, "teacher", sources.model, allow_pickle=allow_pickle),
-    }
-    if models["student"] is not None:
-        check_examples_to_learn(sources.data)
-    return _Beside(models, student.name, teacher.name)
-
-
-def _warn_of_idle_teacher(teacher: str, recipe: Recipe, progress: Progress) -> None:
-    """A teacher that no step of the user's recipe names teaches nobody."""
-    named = any("teacher" in _values(step.parameters.get("teacher")) for step in recipe.steps)
-    if teacher and not named:
-        progress.note("warning: no step of the recipe learns from the teacher: write teacher: teacher")
-
-
-def _values(parameter: Any) -> tuple[Any, ...]:
-    return tuple(parameter.options) if isinstance(parameter, Choice) else (parameter,)
 
 
 def measure(
@@ -697,11 +635,10 @@ def inspect(
             allow_pickle=allow_pickle,
         )
         original, given = sources.model, sources.data
-        for note in sources.notes:
-            shown.note(f"note: {note}")
+        tell_notes(sources, shown)
     follow(original)
     if not static:
-        _cores(threads)
+        check_cores(threads)
     return inspect_model(
         original, given, examples=examples, threads=threads, static=static, seed=seed, progress=shown
     )

@@ -1,8 +1,8 @@
-"""Which runtimes a fit searches, and where they run."""
+"""Which runtimes are asked for, and where they run."""
 
 from __future__ import annotations
 
-from featherweight.engine.environment import describe_device, installed_on
+from featherweight.engine.environment import describe, describe_device, installed_on
 from featherweight.errors import TargetError, nearest
 from featherweight.plugins import find_runtime, runtime_names
 from featherweight.runtime import ISAS, Target
@@ -30,12 +30,38 @@ def fit_targets(runtime: str, threads: int, device: str, isa: str) -> list[Targe
     names = _names(runtime, device)
     isa = known_isa(isa)
     seen = describe_device(Target(names[0], device=device, threads=threads))
-    if not 1 <= threads <= seen.cores:
-        raise TargetError(
-            f"{threads} threads are asked for, and {_place(device)} has {seen.cores} cores for us",
-            fix=f"--threads {seen.cores}",
-        )
+    _check_threads(threads, seen.cores, device)
     return [Target(name, isa or seen.isa, threads, device) for name in names]
+
+
+def lower_target(runtime: str, threads: int, isa: str) -> Target:
+    """This machine through a runtime that is installed; that nothing can measure it does not matter.
+
+    Raises:
+        PluginError: There is no such runtime.
+        MissingRuntime: It is not installed.
+        TargetError: The machine has fewer cores, or there is no such instruction set.
+    """
+    find_runtime(runtime).require()
+    check_cores(threads)
+    return Target(runtime=runtime, isa=known_isa(isa), threads=threads).resolved()
+
+
+def check_cores(threads: int) -> None:
+    """See that this machine has so many.
+
+    Raises:
+        TargetError: It has fewer.
+    """
+    _check_threads(threads, describe(Target()).cores, "local")
+
+
+def _check_threads(threads: int, cores: int, device: str) -> None:
+    if not 1 <= threads <= cores:
+        raise TargetError(
+            f"{threads} threads are asked for, and {_place(device)} has {cores} cores for us",
+            fix=f"--threads {cores}",
+        )
 
 
 def _place(device: str) -> str:
