@@ -157,8 +157,9 @@ class Context:
     """What a step may use besides the model.
 
     Attributes:
-        models: 'original', 'float' (the network as it reached the first format step) and whatever else a
-            recipe names (a teacher, tasks to merge).
+        models: 'original', 'float' (the network as it reached the first format step; for steps that do not
+            train, with the weights that training under formats gave it) and whatever else a recipe names
+            (a teacher, tasks to merge).
         data: Calibration and training examples; the scored ones are not for methods.
         target: Where the artifact will run.
         supports: What the target's runtime can do.

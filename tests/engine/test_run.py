@@ -382,6 +382,37 @@ class TestTheFloatModel:
         quantized = made.step(changed, Quantize(samples=16))
         assert made.context(quantized).models["float"].key == changed.key
 
+    @pytest.mark.parametrize("how", ["nearest", "gptq", "adaround"])
+    def test_training_under_formats_is_not_undone(self, store: Store, how: str) -> None:
+        recipe = Recipe.parse(
+            f"""
+version: 1
+steps:
+  - fold: {{}}
+  - quantize: {{weights: int4, activations: none}}
+  - finetune: {{steps: 10, batch_size: 16, learning_rate: 0.003, teacher: float}}
+  - correct_bias: {{}}
+  - rounding: {{how: {how}, correct_bias: false, iterations: 20}}
+"""
+        )
+        made = run(store, "residual")
+        reached = [made.original]
+        for number, method in enumerate(recipe.methods(), 1):
+            reached.append(made.step(reached[-1], method, number))
+        _, folded, quantized, trained, _, rounded = reached
+        for name in quantized.formats:
+            assert not torch.equal(trained.parameters[name], quantized.parameters[name])
+            assert torch.allclose(rounded.parameters[name], trained.parameters[name], atol=1e-6)
+        assert made.context(rounded).models["float"].key == folded.key  # a teacher, and what reports show
+        stored = run(store, "residual")
+        assert stored.apply(Recipe(recipe.steps[:4])).key == reached[4].key
+        others = Run(made.original, made.data, made.target, Store(store.folder.with_name("other")))
+        again = others.apply(recipe).parameters
+        last = stored.step(reached[4], recipe.methods()[-1].model_copy(update={"samples": 127}), 5).parameters
+        for name in quantized.formats:
+            assert torch.equal(again[name], rounded.parameters[name])
+            assert torch.allclose(last[name], trained.parameters[name], atol=1e-6)
+
 
 class TestTheMemory:
     """What methods found out about a model."""

@@ -121,6 +121,7 @@ class Run:
         self.until = math.inf  # when the time for steps is up, by time.monotonic
         self._float_keys: dict[str, str] = {}  # of a model with formats -> of the float network behind it
         self._floats: dict[str, Model] = {}
+        self._trained: dict[str, Model] = {}  # key of a model trained under formats, or later -> without them
 
     def context(self, model: Model | None = None) -> Context:
         """What a step may use.
@@ -180,19 +181,25 @@ class Run:
             changed = self._compute(model, method, name, number, checkpoint).evolve(key=key)
             self.store.put("steps", key, lambda folder: write_model(folder, changed))
             checkpoint.remove()
-            return changed
-        return _read_model(kept, self.start, key)
+        else:
+            changed = _read_model(kept, self.start, key)
+        if "training" in method.needs and changed.formats:
+            self._trained[key] = with_zeros(changed).evolve(formats={})
+        return changed
 
     def _follow(self, model: Model, method: Method, key: str) -> None:
         """Remember the network as it reached the first format step, for every step from there on.
 
-        A network with zeros put in is float yet, and what trained it since is not to be lost. This is no part
-        of a step's key: it follows from the steps before.
+        A network with zeros put in is float yet, and what trained it since is not to be lost. What training
+        under formats gave is what later steps hold to, so that float weights of before do not come back. This
+        is no part of a step's key: it follows from the steps before.
         """
         behind = self._float_keys.get(model.key)
         if method.kind == "format" and (behind is None or all(map(zeros_alone, model.formats.values()))):
             behind = model.key
             self._floats[behind] = with_zeros(model)
+        elif model.key in self._trained:
+            self._trained[key] = self._trained[model.key]
         if behind is not None:
             self._float_keys[key] = behind
 
@@ -208,8 +215,10 @@ class Run:
         torch.manual_seed(self.seed)
         try:
             context = replace(self.context(model), checkpoint=checkpoint)
+            known = self._trained.get(model.key) if "training" not in method.needs else None
             if method.kind == "format":
-                known = self._floats.get(model.key) or context.models.get("float", model)
+                known = self._floats.get(model.key) or known or context.models.get("float", model)
+            if known is not None:
                 context = replace(context, models={**context.models, "float": known})
             return method.apply(model, context)
         except FeatherweightError as error:
