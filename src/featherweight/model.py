@@ -198,8 +198,8 @@ def _put(module: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 def _cut(module: nn.Module, name: str, axis: int, dropped: tuple[int, ...]) -> None:
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    tensor = tensors[name]
+    owner, _, own = name.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), own)
     gone = set(dropped)
     keep = torch.tensor([index for index in range(tensor.shape[axis]) if index not in gone], dtype=torch.long)
     left = tensor.detach().index_select(axis, keep.to(tensor.device))
@@ -207,11 +207,11 @@ def _cut(module: nn.Module, name: str, axis: int, dropped: tuple[int, ...]) -> N
         left = nn.Parameter(left, requires_grad=tensor.requires_grad)
     for layer in module.modules():  # all names of a tied tensor
         for table in (layer._parameters, layer._buffers):
-            for own, value in table.items():
+            for key, value in table.items():
                 if value is tensor:
-                    table[own] = left  # type: ignore[assignment]
+                    table[key] = left
         if isinstance(layer, nn.RNNBase):  # it keeps a list of its weights beside the table
-            layer._flat_weights = [getattr(layer, own, None) for own in layer._flat_weights_names]
+            layer._flat_weights = [getattr(layer, key, None) for key in layer._flat_weights_names]
 
 
 def encode_edit(edit: Edit) -> dict[str, Any]:

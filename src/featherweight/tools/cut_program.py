@@ -53,16 +53,12 @@ def unrolling(model: Model, graphs: Mapping[str, Graph], calls: Mapping[str, Map
         if entry.method in programs:
             raise MisfitError("", "", f"two entries call the method {entry.method}")
         programs[entry.method] = _Writer(model.module, graph, entry, calls[name]).program()
-        for fx_name, tensor in graph.parameters.items():
-            if tensor not in tensors and _node(graph, fx_name).users:
-                value = _node(graph, fx_name).meta["val"]
+        for node in graph.program.graph.nodes:
+            tensor = graph.parameters.get(node.name)
+            if tensor is not None and tensor not in tensors and node.users:
+                value = node.meta["val"]
                 constants[tensor] = [list(value.shape), str(value.dtype).removeprefix("torch.")]
     return Unroll(programs, constants)
-
-
-def _node(graph: Graph, fx_name: str) -> fx.Node:
-    found: fx.Node = next(node for node in graph.program.graph.nodes if node.name == fx_name)
-    return found
 
 
 @dataclass
