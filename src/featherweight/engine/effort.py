@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from featherweight.data import Data
+from featherweight.engine.environment import describe
 from featherweight.engine.run import Run
 from featherweight.engine.store import digest
 from featherweight.engine.template import Amounts, Shape, shape_of, ways
@@ -31,6 +32,7 @@ from featherweight.graph import trace
 from featherweight.holes import Choice
 from featherweight.outcome import LEVELS, Budget, Effort, Level, Way
 from featherweight.recipe import Recipe, Step
+from featherweight.runtime import Target
 from featherweight.tools.costs import node_macs
 from featherweight.tools.simulate import Replay
 
@@ -45,12 +47,11 @@ _LARGEST: Mapping[Level, int] = {"quick": 0, "standard": 500, "thorough": 5000}
 _RECONSTRUCTION = 0.2  # share of the time that goes to the reconstruction of blocks
 # Forward passes that a step costs for each calibration example (rounding: by GPTQ), and for each iteration;
 # seen on EfficientNet-Lite0, whose layers are many and small.
-_PASSES = {"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 4.0, "mixed_precision": 12.0}
-_PASSES |= {"prune": 40.0, "shrink": 40.0, "factorize": 4.0}
-_OF_WEIGHTS = {
-    "rounding": 1.0,
-    "mixed_precision": 1.0,
-}  # how often all weights are rounded by GPTQ, as foresight too
+_PASSES = {
+    **{"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 4.0, "mixed_precision": 12.0},
+    **{"prune": 40.0, "shrink": 40.0, "factorize": 4.0},
+}
+_OF_WEIGHTS = {"rounding": 1.0, "mixed_precision": 1.0}  # how often all weights are rounded by GPTQ
 _MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
 _PASSES_OF_ITERATION = 40.0
 _PASSES_OF_TRAINING = 4.0  # forward passes that training on one example takes, a teacher's included
@@ -134,13 +135,18 @@ class Pace:
     student: bool = False
     teacher: str = "original"
 
+    @property
+    def epoch_s(self) -> float:
+        """Seconds in which every training example is seen once; 0 where there is none."""
+        return _PASSES_OF_TRAINING * self.training * self.example_s
+
     def of(self, recipe: Recipe) -> float:
         """Seconds until a recipe's model is ready, predicted."""
         return sum(self._of_step(step) for step in recipe.steps)
 
     def _of_step(self, step: Step) -> float:
         if step.method == "finetune":
-            return float(_PASSES_OF_TRAINING * self.training * step.parameters["epochs"] * self.example_s)
+            return float(self.epoch_s * step.parameters["epochs"])
         if step.method not in _PASSES:
             return 0.0
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)
@@ -151,24 +157,26 @@ class Pace:
     def amounts(self, level: Level, time_s: float, limits: Mapping[str, Any]) -> Amounts:
         """How much of everything fits into the time."""
         return Amounts(
-            self.samples(level, time_s),
-            self.iterations(level, time_s),
-            limits,
-            self.epochs(level, time_s),
-            self.structure,
-            self.lessons(time_s) if self.student else 0.0,
-            self.teacher,
+            samples=self.samples(level, time_s),
+            iterations=self.iterations(level, time_s),
+            limits=limits,
+            epochs=self.epochs(level, time_s),
+            structure=self.structure,
+            lessons=self.lessons(time_s) if self.student else 0.0,
+            teacher=self.teacher,
         )
 
     def lessons(self, time_s: float) -> float:
         """Epochs of a student, in the share of the time that is its; as few as one."""
-        one = _PASSES_OF_TRAINING * self.training * self.example_s
-        return round(min(max(_LESSONS * time_s / one, 1.0), _MOST_LESSONS), 2) if one else 1.0
+        if not self.epoch_s:
+            return 1.0
+        return round(min(max(_LESSONS * time_s / self.epoch_s, 1.0), _MOST_LESSONS), 2)
 
     def epochs(self, level: Level, time_s: float) -> float:
         """Of a fine-tuning, in the share of the time that is its; 0 where that is not worth it."""
-        one = _PASSES_OF_TRAINING * self.training * self.example_s
-        count = min(_TRAINING * time_s / one, _EPOCHS[level]) if one else 0.0
+        if not self.epoch_s:
+            return 0.0
+        count = min(_TRAINING * time_s / self.epoch_s, _EPOCHS[level])
         return round(count, 2) if count * self.training >= min(_FEWEST_SEEN, 3 * self.training) else 0.0
 
     def samples(self, level: Level, time_s: float) -> int:
@@ -260,11 +268,14 @@ def pace_of(run: Run) -> Pace:
             macs += here
             shapes = [graph.parameter_shapes[name] for name in node.parameters.values()] if here else []
             weights += sum(math.prod(shape) for shape in shapes)
-    known_data = run.data.calibration_source in ("calibration", "training")
-    weights_s = _MACS_OF_WEIGHT * weights * example_s / max(macs, 1)
-    teacher = "original" if run.teacher is None else "teacher"
-    training, student = _training_examples(run.data), run.student is not None
-    return Pace(example_s, weights_s, training, known_data, student, teacher)
+    return Pace(
+        example_s,
+        weights_s=_MACS_OF_WEIGHT * weights * example_s / max(macs, 1),
+        training=_training_examples(run.data),
+        structure=run.data.calibration_source in ("calibration", "training"),
+        student=run.student is not None,
+        teacher="original" if run.teacher is None else "teacher",
+    )
 
 
 def _training_examples(data: Data) -> int:
@@ -274,9 +285,6 @@ def _training_examples(data: Data) -> int:
 
 
 def _machine() -> list[object]:
-    from featherweight.engine.environment import describe
-    from featherweight.runtime import Target
-
     here = describe(Target())
     return [here.cpu, here.cores, torch.__version__, torch.get_num_threads()]
 

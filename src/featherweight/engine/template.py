@@ -83,70 +83,73 @@ class Amounts:
 
 def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
     """Recipes to try at a level, by name, in the order in which they are tried."""
-    samples, iterations = amounts.samples, amounts.iterations
-    few = {"samples": samples}
+    few = {"samples": amounts.samples}
+    taught = {"teacher": amounts.teacher}
+    int4 = {"weights": "int4", "activations": "none", "granularity": "per_group", "group": _GROUP, **few}
     fold, equalize, static = Step("fold"), Step("equalize", few), Step("quantize", few)
-    gptq = Step("rounding", {"how": "gptq", **few})
-    blocks = Step("rounding", {"how": "blocks", "iterations": max(iterations, 1), **few})
     dynamic = Step("quantize", {"activations": "dynamic", **few})
     alone = Step("quantize", {"activations": "none", **few})
-    int4 = {"weights": "int4", "activations": "none", "granularity": "per_group", "group": _GROUP, **few}
+    gptq = Step("rounding", {"how": "gptq", **few})
+    blocks = Step("rounding", {"how": "blocks", "iterations": amounts.iterations, **few})
+    mixed = Step("mixed_precision", {**amounts.limits, **few})
+    prune, shrink, factorize = Step("prune", few), Step("shrink", few), Step("factorize", few)
+    tuned = Step("finetune", {"epochs": amounts.epochs, **taught})
+    again = (tuned,) if amounts.epochs else ()
+    integers = (fold, dynamic, gptq) if shape.of_matrices else (fold, equalize, static, gptq)
     found: dict[str, tuple[Step, ...]] = {
         "nearest": (fold, static, Step("correct_bias", few)),
         "gptq": (fold, equalize, static, gptq),
         "gptq, not equalized": (fold, static, gptq),
         "blocks": (fold, equalize, static, blocks),
-        "mixed": (fold, equalize, Step("mixed_precision", {**amounts.limits, **few}), gptq),
+        "mixed": (fold, equalize, mixed, gptq),
         "dynamic": (fold, dynamic, gptq),
         "dynamic, nearest": (fold, dynamic),
         "weights": (fold, alone, gptq),
         "weights, nearest": (fold, alone),
         "weights, 4 bits": (fold, Step("quantize", int4), gptq),
+        "pruned": (prune, *again, *integers),
+        "shrunk": (shrink, *again, *integers),
+        "shrunk and pruned": (shrink, prune, *again, *integers),
+        "factorized": (factorize, *again, *integers),
+        "tuned": (fold, static, tuned),
+        "tuned, 4 bits": (fold, Step("quantize", int4), tuned),
+        "sparse": (fold, Step("sparsify", {"schedule": "cubic"}), tuned, static),
     }
-    taught = {"teacher": amounts.teacher}
-    tuned = Step("finetune", {"epochs": amounts.epochs, **taught})
-    tune = (tuned,) if amounts.epochs else ()
-    integers = (fold, dynamic, gptq) if shape.of_matrices else (fold, equalize, static, gptq)
-    if amounts.structure:
-        found |= {
-            "pruned": (Step("prune", few), *tune, *integers),
-            "shrunk": (Step("shrink", few), *tune, *integers),
-            "shrunk and pruned": (Step("shrink", few), Step("prune", few), *tune, *integers),
-            "factorized": (Step("factorize", few), *tune, *integers),
-        }
-    if amounts.epochs:
-        found |= {
-            "tuned": (fold, static, tuned),
-            "tuned, 4 bits": (fold, Step("quantize", int4), tuned),
-            "sparse": (fold, Step("sparsify", {"schedule": "cubic"}), tuned, static),
-        }
-    if not amounts.limits:
-        found.pop("mixed")
-    if not iterations:
-        found.pop("blocks")
     lessons = (Step("finetune", {"epochs": amounts.lessons, **taught}),) if amounts.lessons else ()
-    order = _order(level, shape, amounts)
-    return {name: Recipe((*lessons, *found[name])) for name in order if name in found}
+    return {name: Recipe((*lessons, *found[name])) for name in _order(level, shape, amounts)}
 
 
+_ON_MATRICES = (
+    "dynamic, nearest",
+    "weights, nearest",
+    "dynamic",
+    "weights, 4 bits",
+    "weights",
+    "tuned, 4 bits",
+)
 _SMALLER = ("shrunk and pruned", "pruned", "shrunk", "factorized")  # ways that change the network's shapes
+_TUNED = ("tuned", "tuned, 4 bits", "sparse")
 
 
 def _order(level: Level, shape: Shape, amounts: Amounts) -> list[str]:
-    matrices = shape.of_matrices
-    smaller = ("factorized", *_SMALLER) if matrices else _SMALLER
+    """The ways of a level for which the network, the data and the time have what they need."""
+    smaller = sorted(_SMALLER, key="factorized".__ne__) if shape.of_matrices else [*_SMALLER]
     if level == "quick":
-        order = ["nearest", *(["dynamic, nearest", "weights, nearest"] if matrices else [])]
+        order = ["nearest", "dynamic, nearest", "weights, nearest"]
     elif level == "standard":
-        order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
-        order.append("gptq, not equalized")
-        order += smaller[:3] if amounts.epochs else ()
-        order += ["blocks", "nearest"]
+        order = ["gptq", "dynamic", "weights, 4 bits", "weights", "gptq, not equalized"]
+        order += [*(smaller[:3] if amounts.epochs else ()), "blocks", "nearest"]
     else:
-        order = ["gptq", *(["dynamic", "weights, 4 bits", "weights"] if matrices else [])]
-        order += [*smaller, "tuned", *(["tuned, 4 bits"] if matrices else [])]
+        order = ["gptq", "dynamic", "weights, 4 bits", "weights", *smaller, "tuned", "tuned, 4 bits"]
         order += ["blocks", "mixed", "gptq, not equalized", "nearest", "sparse"]
-        order = list(dict.fromkeys(order))
+    left_out = {
+        *(() if shape.of_matrices else _ON_MATRICES),
+        *(() if amounts.structure else _SMALLER),
+        *(() if amounts.epochs else _TUNED),
+        *(() if amounts.limits else ("mixed",)),
+        *(() if amounts.iterations else ("blocks",)),
+    }
+    order = [name for name in order if name not in left_out]
     if shape.recurrent:  # static integers leave recurrent layers as they are
         order.sort(key=lambda name: not name.startswith("dynamic"))
     return order
