@@ -25,13 +25,13 @@ from torch import Tensor
 from featherweight.errors import DataError, RecipeError, TargetError
 from featherweight.formats import TensorFormat
 from featherweight.method import Context, Kind, Method, Need
-from featherweight.methods.quantize import Activations, LayerFormat, Quantize, Weights
+from featherweight.methods.quantize import LayerFormat, Quantize
 from featherweight.model import Entry, Model
 from featherweight.recipe import Choice, Hole
 from featherweight.tools.assign import Assignment, Option, OutOfReachError, assign
 from featherweight.tools.choices import FLOAT, Choices, Group
 from featherweight.tools.foresight import Changes, foreseen_changes, nearest_changes
-from featherweight.tools.integers import Shared
+from featherweight.tools.integers import Activations, Shared, Weights
 from featherweight.tools.sensitivity import measured_losses, predicted_losses
 from featherweight.tools.simulate import sqnr_db
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,8 +27,11 @@ from featherweight.recipe import Choice, Hole, Where
 from featherweight.tools.calibration import CalibrationInputs, constant_values
 from featherweight.tools.integers import (
     WEIGHTED,
+    Activations,
+    Integers,
     Plan,
     Shared,
+    Weights,
     activation_draft,
     plan_integers,
     weight_draft,
@@ -36,13 +39,11 @@ from featherweight.tools.integers import (
 )
 from featherweight.tools.output_ranges import output_ranges, readers_of_ranges
 from featherweight.tools.ranges import Histogram, RangeRule, WeightRule, activation_range, weight_format
+from featherweight.tools.refusals import nothing, stay_float
 from featherweight.tools.simulate import Replay, layer_errors, project
 
 _ERROR_EXAMPLES = 32
-_NAMED = 4  # layers that a note names
 
-Weights = Literal["int8", "int7", "int6", "int5", "int4", "int3", "int2", "ternary", "binary", "none"]
-Activations = Literal["int8", "int7", "int6", "int5", "int4", "int3", "int2", "dynamic", "none"]
 Formats = dict[str, tuple[TensorFormat, ...]]
 
 
@@ -60,7 +61,7 @@ class LayerFormat(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: Weights | None = None
-    activations: Literal["int8", "int7", "int6", "int5", "int4", "int3", "int2"] | None = None
+    activations: Integers | None = None
     granularity: Shared | None = None
     group: Annotated[int, Field(ge=2)] | None = None
     symmetric_weights: bool | None = None
@@ -138,7 +139,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
             done = self._formats(model, plans, context, notes)
         refused = {layer: op for plan in plans.values() for layer, op in plan.refused.items()}
         if not done or (refused and not set(done) & set(model.parameters)):
-            raise self._nothing(model, refused, context)
+            graphs = [trace(model, entry) for entry in model.entries]
+            raise nothing(graphs, refused, context.supports, context.target.runtime, self._asked())
         for note in (*notes, *self._notes(model, refused, context)):
             context.progress.note(f"warning: {note}")
         return model.evolve(formats={**model.formats, **done})
@@ -342,15 +344,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
 
     def _notes(self, model: Model, refused: Mapping[str, str], context: Context) -> list[str]:
         """Which layers the runtime has nothing for, and which rules mean no layer."""
-        notes = []
-        if refused:
-            names = ", ".join(list(refused)[:_NAMED]) + (", ..." if len(refused) > _NAMED else "")
-            kinds = ", ".join(sorted(set(refused.values())))
-            count = "1 layer stays" if len(refused) == 1 else f"{len(refused)} layers stay"
-            notes.append(
-                f"{count} float, since {context.target.runtime} has no kernel of {kinds} for "
-                f"{self._asked()}: {names}"
-            )
+        notes = [stay_float(refused, context.target.runtime, self._asked())] if refused else []
         layers = {path: type(layer).__name__ for path, layer in model.module.named_modules() if path}
         unmatched = (one for one in self.layers if Where.model_validate({"include": [one]}).unmatched(layers))
         notes += [
@@ -358,41 +352,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
         ]
         return notes
 
-    def _nothing(self, model: Model, refused: Mapping[str, str], context: Context) -> RecipeError:
-        runtime = context.target.runtime
-        if not refused:
-            return RecipeError(
-                f"quantize found no layer to quantize for {runtime}",
-                fix="check where: it excludes every layer that the runtime has integer kernels for",
-            )
-        graphs = [trace(model, entry) for entry in model.entries]
-        return RecipeError(
-            f"quantize found no layer that {runtime} takes as asked: {self._asked()}",
-            fix=f"{runtime} stores here {_offers(graphs, context) or 'no integers at all'}; "
-            "runtime torch simulates everything",
-        )
-
 
 PLUGIN = Quantize
-
-
-def _offers(graphs: Iterable[Graph], context: Context) -> str:
-    """What the runtime stores of these layers, in the words of a recipe."""
-    nodes = [(graph, node) for graph in graphs for node in graph if weights_of(node, graph)]
-    found: dict[str, list[str]] = {}
-    for shared in ("per_channel", "per_tensor", "per_group"):
-        for kind in (one for one in get_args(Weights) if one != "none"):
-            weight = weight_draft(kind, True, shared, 32)
-            assert weight is not None
-            try:
-                context.supports.realise(weight, "weight")
-            except TargetError:
-                continue
-            for activations in ("int8", "dynamic", "none"):
-                read = activation_draft(activations, False)
-                if any(context.supports(op, weight, read) for op in sorted({node.op for _, node in nodes})):
-                    found.setdefault(activations, []).append(f"{kind} {shared}")
-    return "; ".join(f"weights {', '.join(kinds)} with activations {read}" for read, kinds in found.items())
 
 
 def _realised(

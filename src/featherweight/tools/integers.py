@@ -48,6 +48,9 @@ _MOVES = frozenset(
 )
 _DYNAMIC = (Dynamic(8, per="token"), Dynamic(8, per="tensor"))  # the finer one first
 
+Integers = Literal["int8", "int7", "int6", "int5", "int4", "int3", "int2"]
+Weights = Literal[Integers, "ternary", "binary", "none"]
+Activations = Literal[Integers, "dynamic", "none"]
 Shared = Literal["per_channel", "per_tensor", "per_group"]
 Asked = Callable[[Node], TensorFormat | None]
 
