@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +19,8 @@ from featherweight.errors import DataError, RecipeError
 from featherweight.method import Context
 from featherweight.methods.prune import Prune
 from featherweight.model import Model
+from featherweight.recipe import Where
+from featherweight.runtime import Json
 from featherweight.tools.costs import totals
 from featherweight.tools.rankings import Importance
 from golden import context, data, decibels, inputs, model, model_of
@@ -252,6 +256,31 @@ def test_half_of_a_trained_network_goes_without_labels() -> None:
     done = Prune(macs=0.5, round_to=1).apply(net, where)
     assert totals(done)["macs"] <= 0.5 * totals(net)["macs"]
     assert accuracy(done, examples, 500) > 0.85
+
+
+def test_amounts_share_their_rankings() -> None:
+    kept: dict[str, Json] = {}
+
+    def memo(name: str, parameters: Mapping[str, Json], compute: Callable[[], Json]) -> Json:
+        key = json.dumps([name, dict(parameters)])
+        if key not in kept:
+            kept[key] = json.loads(json.dumps(compute()))
+        return kept[key]
+
+    where = around("residual", memo=memo)
+    net = model("residual")
+    for amount in (0.7, 0.4):
+        done = Prune(macs=amount).apply(net, where)
+        assert done.edits == Prune(macs=amount).apply(net, around("residual")).edits
+        assert len(kept) == 1
+    Prune(macs=0.4, samples=32).apply(net, where)
+    assert len(kept) == 2
+    held = Where(exclude=("layer1*",))
+    done = Prune(macs=0.8, where=held).apply(net, where)
+    assert done.edits == Prune(macs=0.8, where=held).apply(net, around("residual")).edits
+    assert len(kept) == 3
+    Prune(macs=0.7, importance="l2").apply(net, where)
+    assert len(kept) == 3
 
 
 @pytest.mark.slow

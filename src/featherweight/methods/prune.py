@@ -28,9 +28,9 @@ from featherweight.tools.channels import channel_groups
 from featherweight.tools.costs import totals
 from featherweight.tools.cutting import cut, cuttable
 from featherweight.tools.groups import Channels, GroupKind
-from featherweight.tools.rankings import DATA_FREE, Importance, rank
+from featherweight.tools.rankings import DATA_FREE, Importance, Ranked, rank
 from featherweight.tools.reconstruction import Settings, reconstruct
-from featherweight.tools.selection import Limits, Scope, below, select
+from featherweight.tools.selection import Limits, Ranking, Scope, below, select
 from featherweight.tools.widths import Candidate, Unit, terms_of
 
 _KEEP = 0.5  # of the multiply-accumulates, where nothing is asked
@@ -206,7 +206,7 @@ class Prune(Method, frozen=True, extra="forbid"):
                 f"prune cannot choose by latency: {context.target.runtime} tells nothing of what layers cost",
                 fix="take a runtime that does (onnxruntime on this machine), or give macs",
             )
-        ranked = rank(model, channels, self._importance(context), batches, context, entry)
+        ranked = self._ranked(model, channels, batches, context, entry)
         candidate = Candidate(model, channels, terms)
         multiple = self.round_to or context.supports.width_multiple
         limits = Limits(multiple, self.min_channels, self.max_ratio)
@@ -219,6 +219,28 @@ class Prune(Method, frozen=True, extra="forbid"):
         if not reached:
             self._short(candidate, unit, keep, context)
         return candidate
+
+    def _ranked(
+        self,
+        model: Model,
+        channels: Channels,
+        batches: Sequence[tuple[Tensor, ...]],
+        context: Context,
+        entry: str,
+    ) -> Ranked:
+        """Which channels go first; what solving tells of it is remembered, since all amounts share it."""
+        importance = self._importance(context)
+        if importance != "reconstruction":
+            return rank(model, channels, importance, batches, context, entry)
+        settings: dict[str, Any] = {"groups": list(channels.groups), "samples": self.samples, "entry": entry}
+
+        def compute() -> Any:
+            found = rank(model, channels, importance, batches, context, entry).rankings
+            return {name: [list(one.order), list(one.losses)] for name, one in found.items()}
+
+        known: Any = context.memo("prune", settings, compute)
+        rankings = {name: Ranking(tuple(order), tuple(losses)) for name, (order, losses) in known.items()}
+        return Ranked(rankings, priced=True)
 
     def _amount(self) -> tuple[Unit, float]:
         """What is counted, and the fraction of it that stays."""
