@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Costs
@@ -133,12 +134,16 @@ class Candidate:
 
 
 def _sizes(model: Model) -> dict[Axis, int]:
-    tensors = dict(model.module.named_parameters()) | dict(model.module.named_buffers())
-    sizes = {("", name, axis): size for name, t in tensors.items() for axis, size in enumerate(t.shape)}
+    tensors = _tensors(model).items()
+    sizes = {("", name, axis): size for name, t in tensors for axis, size in enumerate(t.shape)}
     for entry in model.entries:
         for name, value in trace(model, entry).values.items():
             sizes |= {(entry, name, axis): size for axis, size in enumerate(value.shape)}
     return sizes
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    return dict(model.module.named_parameters()) | dict(model.module.named_buffers())
 
 
 # ---- terms
@@ -216,10 +221,11 @@ def _latency(model: Model, channels: Channels, costs: Costs | None) -> list[Term
     total = None if costs is None else costs.total(False)
     if costs is None or not total:
         return []
+    matrices = {name for name, tensor in _tensors(model).items() if tensor.dim() > 1}
     roles: dict[str, dict[str, list[Axis]]] = {}
     for group in channels.groups.values():
         for member in group.members:
-            if len(_shape(model, member.tensor)) > 1:
+            if member.tensor in matrices:
                 own = roles.setdefault(member.layer, {"reads": [], "writes": [], "carries": []})
                 own[member.role].append(("", member.tensor, member.axis))
     found: list[Term] = []
@@ -250,8 +256,3 @@ def _scaled(costs: Costs, layer: str, own: Mapping[str, Sequence[Axis]], whole: 
 
 def _mean(left: Lengths, axes: Sequence[Axis]) -> float | None:
     return sum(left.get(axis, 1.0) for axis in axes) / len(axes) if axes else None
-
-
-def _shape(model: Model, name: str) -> tuple[int, ...]:
-    tensors = dict(model.module.named_parameters()) | dict(model.module.named_buffers())
-    return tuple(tensors[name].shape) if name in tensors else ()
