@@ -8,11 +8,6 @@ Uniform affine quantization (Jacob et al. 2018, arXiv:1712.05877)::
 
     q = clamp(round(x / scale) + zero_point, quant_min, quant_max)
     x ≈ scale * (q - zero_point)
-
-Ternary weights (Li et al. 2016, arXiv:1605.04711) and binary ones (Rastegari et al. 2016,
-arXiv:1603.05279)::
-
-    x ≈ scale * sign(x) * [|x| > threshold]        x ≈ scale * sign(x)
 """
 
 from __future__ import annotations
@@ -25,28 +20,25 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from featherweight.granularity import DIMENSIONS, affine_grid, integers, learned_grid, per_element
+from featherweight.granularity import (
+    DIMENSIONS,
+    SCALE_BITS,
+    affine_grid,
+    check_shape,
+    integers,
+    learned_grid,
+    per_element,
+)
 from featherweight.granularity import Granularity as Granularity
 from featherweight.granularity import PerChannel as PerChannel
 from featherweight.granularity import PerGroup as PerGroup
 from featherweight.granularity import PerTensor as PerTensor
+from featherweight.signs import Binary as Binary
+from featherweight.signs import Ternary as Ternary
 from featherweight.sparse import Sparse as Sparse
 from featherweight.sparse import decode_sparse, encode_sparse
 from featherweight.sparse import zeros_alone as zeros_alone
 from featherweight.straight_through import nearest, rounded, straight_through
-
-_SCALE = 32  # bits of a stored scale
-
-
-def _check_shape(values: Tensor, granularity: Granularity, what: str) -> None:
-    if values.dim() != DIMENSIONS[type(granularity)]:
-        raise ValueError(f"a {what} of shape {tuple(values.shape)} does not fit {granularity}")
-
-
-def _check_scale(scale: Tensor, granularity: Granularity) -> None:
-    _check_shape(scale, granularity, "scale")
-    if not (torch.isfinite(scale).all() and (scale >= 0).all()):
-        raise ValueError("a scale must be finite and at least 0")
 
 
 @runtime_checkable
@@ -115,7 +107,7 @@ class IntQuant:
             raise ValueError(f"integers of {self.width} bits with {self.headroom} unused are not supported")
         if self.low.shape != self.high.shape:
             raise ValueError(f"low {tuple(self.low.shape)} and high {tuple(self.high.shape)} differ in shape")
-        _check_shape(self.low, self.granularity, "range")
+        check_shape(self.low, self.granularity, "range")
         if not (torch.isfinite(self.low).all() and torch.isfinite(self.high).all()):
             raise ValueError("a range must be finite")
         if (self.low > self.high).any():
@@ -188,7 +180,7 @@ class IntQuant:
 
     def stored_bytes(self, elements: int) -> int:
         zero_point = 0 if self.symmetric else self.width
-        return (elements * self.width + self.low.numel() * (_SCALE + zero_point) + 7) // 8
+        return (elements * self.width + self.low.numel() * (SCALE_BITS + zero_point) + 7) // 8
 
     def bits(self, elements: int) -> float:
         return _bits(self, elements)
@@ -235,98 +227,6 @@ class FloatCast:
 
     def with_learned(self, values: Mapping[str, Tensor]) -> FloatCast:
         return self
-
-
-@dataclass(frozen=True, eq=False)
-class Ternary:
-    """-scale, 0 and scale.
-
-    Attributes:
-        scale: At least 0; shape () per tensor, (channels,), or a matrix of groups.
-        threshold: Elements of at most this size become 0; same shape, below ``scale`` unless that is 0.
-        granularity: What shares a scale.
-    """
-
-    scale: Tensor
-    threshold: Tensor
-    granularity: Granularity = field(default_factory=PerChannel)
-
-    def __post_init__(self) -> None:
-        _check_scale(self.scale, self.granularity)
-        if self.scale.shape != self.threshold.shape or not (self.threshold >= 0).all():
-            raise ValueError("a threshold is at least 0, one per scale")
-        if ((self.threshold >= self.scale) & (self.scale > 0)).any():
-            raise ValueError("a threshold is below its scale, or what is stored would become 0")
-
-    @property
-    def width(self) -> int:
-        return 2
-
-    def codes(self, x: Tensor) -> Tensor:
-        """-1, 0 or 1 for each element (float)."""
-        threshold = per_element(self.threshold, self.granularity, x)
-        return torch.sign(x) * (x.abs() > threshold)
-
-    def project(self, x: Tensor) -> Tensor:
-        """-scale, 0 or scale; the gradient is that of ``x`` everywhere."""
-        scale = per_element(self.scale, self.granularity, x).to(x.dtype)
-        return straight_through(self.codes(x.detach()) * scale, x)
-
-    def stored_bytes(self, elements: int) -> int:
-        return (elements * self.width + self.scale.numel() * _SCALE + 7) // 8
-
-    def bits(self, elements: int) -> float:
-        return _bits(self, elements)
-
-    def learned(self) -> dict[str, Tensor]:
-        return {"scale": self.scale}
-
-    def with_learned(self, values: Mapping[str, Tensor]) -> Ternary:
-        """With another scale, which the threshold follows."""
-        scale = values["scale"].clamp(min=0)
-        share = torch.where(self.scale > 0, self.threshold / self.scale, 0.5).detach().clamp(max=0.999)
-        return replace(self, scale=scale, threshold=share * scale.detach())
-
-
-@dataclass(frozen=True, eq=False)
-class Binary:
-    """-scale and scale; zero becomes scale.
-
-    Attributes:
-        scale: At least 0; shape () per tensor, (channels,), or a matrix of groups.
-        granularity: What shares a scale.
-    """
-
-    scale: Tensor
-    granularity: Granularity = field(default_factory=PerChannel)
-
-    def __post_init__(self) -> None:
-        _check_scale(self.scale, self.granularity)
-
-    @property
-    def width(self) -> int:
-        return 1
-
-    def codes(self, x: Tensor) -> Tensor:
-        """-1 or 1 for each element (float)."""
-        return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
-
-    def project(self, x: Tensor) -> Tensor:
-        """-scale or scale; the gradient is that of ``x`` everywhere."""
-        scale = per_element(self.scale, self.granularity, x).to(x.dtype)
-        return straight_through(self.codes(x.detach()) * scale, x)
-
-    def stored_bytes(self, elements: int) -> int:
-        return (elements * self.width + self.scale.numel() * _SCALE + 7) // 8
-
-    def bits(self, elements: int) -> float:
-        return _bits(self, elements)
-
-    def learned(self) -> dict[str, Tensor]:
-        return {"scale": self.scale}
-
-    def with_learned(self, values: Mapping[str, Tensor]) -> Binary:
-        return replace(self, scale=values["scale"].clamp(min=0))
 
 
 @dataclass(frozen=True)

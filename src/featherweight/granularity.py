@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SCALE_BITS = 32  # of a stored scale
 _SMALLEST_RANGE = 1e-8  # an empty or constant channel still needs a scale above zero
 
 
@@ -58,6 +59,12 @@ class PerGroup:
 
 Granularity = PerTensor | PerChannel | PerGroup
 DIMENSIONS: Mapping[type, int] = {PerTensor: 0, PerChannel: 1, PerGroup: 2}  # of a tensor of scales
+
+
+def check_shape(values: Tensor, granularity: Granularity, what: str) -> None:
+    """Raise ValueError unless scales, or ends of ranges, have an axis for each that does not share them."""
+    if values.dim() != DIMENSIONS[type(granularity)]:
+        raise ValueError(f"a {what} of shape {tuple(values.shape)} does not fit {granularity}")
 
 
 def per_element(values: Tensor, granularity: Granularity, x: Tensor) -> Tensor:
