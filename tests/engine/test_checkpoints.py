@@ -7,19 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from featherweight.engine.checkpoints import KIND, StoredCheckpoint
+from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.run import Run
 from featherweight.engine.store import Store
 from featherweight.errors import MachineError
 from featherweight.methods.finetune import Finetune
+from featherweight.methods.sparsify import Sparsify
+from featherweight.model import Model
 from golden import target
-from training import problem, small
+from training import Told, problem, same, small
+
+T = TypeVar("T")
 
 SCRIPT = """
 import sys
@@ -116,6 +123,77 @@ def test_is_removed_when_the_step_is_stored(tmp_path: Path) -> None:
     run.step(run.original, Finetune(epochs=2, batch_size=16))
     assert (tmp_path / KIND).is_dir()
     assert not list((tmp_path / KIND).iterdir())
+
+
+OWN = """
+from pathlib import Path
+from torch.nn import functional as F
+
+calls, last = (Path(__file__).with_name(name) for name in ("calls", "last"))
+
+def loss(output, y):
+    with calls.open("a") as file:
+        file.write(".")
+    if last.exists() and calls.stat().st_size == int(last.read_text()):
+        raise KeyboardInterrupt
+    return F.cross_entropy(output, y)
+"""
+
+
+class Ended(Told):
+    """Progress that ends the work at an item, as a time limit does."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        for count, item in enumerate(items):
+            if count == 5:
+                raise OutOfTime
+            yield item
+
+
+class TestInterrupted:
+    """Three updates are an epoch, which is then judged by one more call of the loss."""
+
+    @staticmethod
+    def run(place: Path, progress: Told, sources: str = "") -> tuple[Run, Finetune]:
+        run = Run(small(), problem(), target(), Store(place), progress=progress)
+        run.sources = sources
+        own = place.parent / "own.py"
+        return run, Finetune(epochs=5, batch_size=16, ema=0.5, validation=0.25, loss=f"{own}:loss")
+
+    @staticmethod
+    def begun(run: Run, zeros: bool) -> Model:
+        return run.step(run.original, Sparsify(sparsity=0.8, end=0.3)) if zeros else run.original
+
+    @pytest.mark.parametrize("zeros", [False, True])
+    @pytest.mark.parametrize(
+        ("last", "done"),
+        [(1, 0), (2, 1), (6, 4), (8, 6), (20, 15), (None, 5)],
+        ids=["first update", "second", "update", "judging", "judging the last", "time"],
+    )
+    def test_goes_on_from_the_last_update(
+        self, tmp_path: Path, last: int | None, done: int, zeros: bool
+    ) -> None:
+        (tmp_path / "own.py").write_text(OWN)
+        run, step = self.run(tmp_path / "whole", Told())
+        whole = run.step(self.begun(run, zeros), step)
+        (tmp_path / "calls").unlink()
+        if last is not None:
+            (tmp_path / "last").write_text(str(last))
+        run, step = self.run(tmp_path / "broken", Told() if last else Ended())
+        with pytest.raises(KeyboardInterrupt if last else OutOfTime):
+            run.step(self.begun(run, zeros), step)
+        told = Told()
+        run, step = self.run(tmp_path / "broken", told)
+        resumed = run.step(self.begun(run, zeros), step)
+        assert [note for note in told.notes if "goes on" in note] == (
+            [f"training goes on after step {done} of 15"] if done else []
+        )
+        again = ("training", 15 - done)
+        assert again in told.bars
+        judged = len([note for note in told.notes if "held back" in note])
+        assert judged == 5 - (done - (last in (8, 20))) // 3
+        assert same(resumed.module.state_dict(), whole.module.state_dict())
+        assert not list((tmp_path / "broken" / KIND).iterdir())
 
 
 @pytest.mark.parametrize("devices", [1, 2])

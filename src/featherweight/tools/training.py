@@ -6,9 +6,9 @@ For t = 0, 1, ... over shuffled batches B_t, with the rate of tools/optimizers.p
     w_{t+1} = optimizer(w_t, g_t, rate(t))
 
 On lightning-fabric: mixed precision (Micikevicius et al. 2018, arXiv:1710.03740) and distributed data
-parallel (tools/processes.py). What was reached is kept every epoch and every minute, so that a run which was
-killed goes on and ends with the same weights. A loss that is no number, or a hundred times what it was, ends
-training with the weights that were kept last.
+parallel (tools/processes.py). What was reached is kept every epoch, every minute and when an interrupt or a
+time limit ends it, so that training goes on and ends with the same weights. A loss that is no number, or a
+hundred times what it was, ends training with the weights that were kept last.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featherweight.errors import DataError, RecipeError
 from featherweight.method import Context, NoCheckpoint, Precision, Silent
 from featherweight.tools.layout import layout
+from featherweight.tools.learner import Learner, leaves_some_out
 from featherweight.tools.objectives import Objective
 from featherweight.tools.optimizers import Average, make_optimizer, rate_factor
 from featherweight.tools.simulated import Simulated
@@ -83,38 +84,6 @@ def train(
     return history
 
 
-class Learner(nn.Module):
-    """Network and objective as one module, whose output is the loss: what is distributed.
-
-    Args:
-        net: Gives outputs.
-        objective: Compares them with targets.
-    """
-
-    def __init__(self, net: Simulated, objective: Objective) -> None:
-        super().__init__()
-        self.net = net
-        self.objective = objective
-
-    def forward(
-        self,
-        inputs: tuple[Tensor, ...],
-        targets: Tensor | None,
-        others: Tensor | None = None,
-        share: float = 1.0,
-    ) -> Tensor:
-        """The loss of a batch (see ``Batch``), a scalar."""
-        if others is None:
-            loss = self.objective.step(self.net, inputs, targets)
-        else:
-            outputs = self.net(*inputs)
-            loss = share * self.objective(outputs, inputs, targets)
-            loss = loss + (1 - share) * self.objective(outputs, inputs, others)
-        penalty = getattr(self.net, "penalty", None)
-        extra: Tensor | None = penalty() if self.training and penalty is not None else None
-        return loss if extra is None else loss + extra
-
-
 class _Training:
     """One process's side of a training run."""
 
@@ -135,7 +104,7 @@ class _Training:
         self.checkpoint = context.checkpoint if first else NoCheckpoint()
         self.learner = Learner(net, objective)
         few = examples.few()
-        unused = seat.size > 1 and _leaves_some_out(self.learner, few)
+        unused = seat.size > 1 and leaves_some_out(self.learner, few)
         precision = _precision(settings, context, self.progress)
         self.fabric = make_fabric(seat, _device(context), precision, unused=unused)
         self.ordered = layout(net, few.inputs)
@@ -156,6 +125,8 @@ class _Training:
         self.history = History(steps=total)
         self.best: tuple[float, int, State] | None = None  # loss held back, epoch, weights
         self.kept: tuple[int, State] | None = None  # step and weights of the last checkpoint
+        self.done = self.saved = 0  # updates, and those in the last checkpoint
+        self.whole = True  # weights are those after so many updates
         self.saved_at = time.monotonic()
 
     # ---- the loop
@@ -164,38 +135,68 @@ class _Training:
         """Train from where it was left."""
         from featherweight.tools.processes import shared_statistics
 
-        begun = self._restore(saved)
+        self._restore(saved)
         self._train_mode()
-        total, history = self.history.steps, self.history
-        steps: Iterable[int] = range(begun, total)
-        with shared_statistics(self.seat):
-            for step in self.progress.track(steps, self._words(), len(range(begun, total))):
-                if history.stopped:
-                    break
-                loss = self._update(step)
-                if self._diverges(loss):
-                    return self._fall_back(step, loss)
-                history.losses.append(loss)
-                done = step + 1
-                if done == total and len(self.learner.net.formats):
-                    self.learner.net.advance(1.0)
-                if done % self.per_epoch == 0 or done == total:
-                    self._end_epoch(done)
-                    self._save(done)
-                elif self._is_time_to_save():
-                    self._save(done)
+        try:
+            with shared_statistics(self.seat):
+                diverged = self._loop()
+        except BaseException:  # interrupted or out of time: what was done is kept
+            if self.whole and self.done > self.saved:
+                self._save()
+            raise
+        if diverged is not None:
+            return self._fall_back(self.done, diverged)
         self._finish()
-        return history
+        return self.history
+
+    def _loop(self) -> float | None:
+        """The updates that are left; the loss of one that diverges ends them."""
+        history, begun = self.history, self.done
+        if self._is_unjudged():
+            self._end_epoch()
+        steps: Iterable[int] = range(begun, history.steps)
+        for step in self.progress.track(steps, self._words(), history.steps - begun):
+            if history.stopped:
+                break
+            loss = self._update(step)
+            if self._diverges(loss):
+                return loss
+            history.losses.append(loss)
+            self.done, self.whole = step + 1, True
+            if self._ends_epoch():
+                self._end_epoch()
+                self._save()
+            elif self._is_time_to_save():
+                self._save()
+        return None
 
     def _update(self, step: int) -> float:
         """One update; the loss of the whole batch."""
-        settings, parts = self.settings, self.settings.accumulate
-        if len(self.learner.net.formats):
-            self.learner.net.advance(step / self.history.steps)
-        factor = rate_factor(step, self.history.steps, settings.warmup, settings.schedule)
+        settings, net, total = self.settings, self.learner.net, self.history.steps
+        net.advance(step / total)
+        factor = rate_factor(step, total, settings.warmup, settings.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
+        before = {name: one.clone() for name, one in self.learner.named_buffers()}
+        try:
+            loss = self._differentiate(step)
+        except BaseException:  # statistics of a batch that does not count
+            for name, value in before.items():
+                self.learner.get_buffer(name).copy_(value)
+            raise
+        self.whole = False  # until the update is done as a whole
         self.history.rates.append(settings.learning_rate * factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        if step + 1 == total:
+            net.advance(1.0)
+        return loss
+
+    def _differentiate(self, step: int) -> float:
+        """Gradients of a whole batch, clipped; its loss."""
+        settings, parts = self.settings, self.settings.accumulate
         torch.manual_seed(hash((settings.seed, step, self.seat.rank)) % 2**63)
         mean = torch.zeros((), device=self.fabric.device)
         whole = parts * self.seat.size
@@ -211,22 +212,26 @@ class _Training:
             self.fabric.clip_gradients(
                 self.wrapped, self.optimizer, max_norm=settings.clip, error_if_nonfinite=False
             )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update()
         return float(self.fabric.all_reduce(mean, reduce_op="mean"))
 
-    def _end_epoch(self, done: int) -> None:
+    def _ends_epoch(self) -> bool:
+        return self.done % self.per_epoch == 0 or self.done == self.history.steps
+
+    def _is_unjudged(self) -> bool:
+        """Whether an epoch ended and was interrupted before it was judged."""
+        epochs = -(-self.done // self.per_epoch)
+        return self._ends_epoch() and len(self.examples.held) > 0 and len(self.history.validation) < epochs
+
+    def _end_epoch(self) -> None:
         """Judge the epoch by the examples that are held back, and tell how it went."""
-        history, epoch = self.history, -(-done // self.per_epoch)
+        history, epoch = self.history, -(-self.done // self.per_epoch)
         recent = history.losses[-self.per_epoch :]
         said = f"epoch {epoch}: loss {sum(recent) / len(recent):.4g}"
         if len(self.examples.held):
             value = self._held_back_loss()
             history.validation.append(value)
             said += f", {value:.4g} on the examples held back"
-            settled = done >= self.settings.settled * history.steps
+            settled = self.done >= self.settings.settled * history.steps
             if settled and math.isfinite(value) and (self.best is None or value < self.best[0]):
                 self.best = (value, epoch, self._result())
             since = epoch - (0 if self.best is None else self.best[1])
@@ -244,13 +249,15 @@ class _Training:
         self.learner.eval()
         total = torch.zeros(2, dtype=torch.float64)
         parts = (self.settings.batch_size, self.seat.size, self.seat.rank)
-        for batch in self.examples.held_back(*parts):
-            with self.fabric.autocast():
-                loss = float(self.learner(*self._placed(batch)))
-            total += torch.tensor([loss * batch.weight, batch.weight], dtype=torch.float64)
-        total = self.fabric.all_reduce(total, reduce_op="sum")
-        if self.average is not None:
-            self.learner.load_state_dict(now)
+        try:
+            for batch in self.examples.held_back(*parts):
+                with self.fabric.autocast():
+                    loss = float(self.learner(*self._placed(batch)))
+                total += torch.tensor([loss * batch.weight, batch.weight], dtype=torch.float64)
+            total = self.fabric.all_reduce(total, reduce_op="sum")
+        finally:
+            if self.average is not None:
+                self.learner.load_state_dict(now)
         self._train_mode()
         return float(total[0] / total[1])
 
@@ -301,15 +308,15 @@ class _Training:
         late = time.monotonic() - self.saved_at >= _SAVE_S
         return late if self.seat.size == 1 else bool(self.fabric.broadcast(late))
 
-    def _save(self, done: int) -> None:
+    def _save(self) -> None:
         result = self._result()
         if not _finite(result):
             return
-        self.kept = (done, result)
+        self.kept = (self.done, result)
         self.checkpoint.save(
             {
                 "about": self._about(),
-                "step": done,
+                "step": self.done,
                 "learner": self.learner.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "precision": self.fabric.strategy.precision.state_dict(),
@@ -322,23 +329,23 @@ class _Training:
                 "stopped": self.history.stopped,
             }
         )
-        self.saved_at = time.monotonic()
+        self.saved, self.saved_at = self.done, time.monotonic()
 
-    def _restore(self, saved: Mapping[str, Any] | None) -> int:
-        """Go on from a checkpoint of this training; the step that comes next."""
+    def _restore(self, saved: Mapping[str, Any] | None) -> None:
+        """Go on from a checkpoint of this training."""
         if saved is None or saved.get("about") != self._about():
-            return 0
+            return
         self.learner.load_state_dict(saved["learner"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if self.average is not None:
             self.average.load(saved["average"])
         self.best = saved["best"]
-        self.kept = (saved["step"], saved["kept"] or saved["learner"])
+        self.done = self.saved = saved["step"]
+        self.kept = (self.done, saved["kept"] or saved["learner"])
         for name in ("losses", "rates", "validation", "stopped"):
             setattr(self.history, name, saved[name])
-        self.progress.note(f"training goes on after step {saved['step']} of {self.history.steps}")
-        return int(saved["step"])
+        self.progress.note(f"training goes on after step {self.done} of {self.history.steps}")
 
     def _about(self) -> list[str]:
         """What a checkpoint must be of."""
@@ -378,13 +385,6 @@ def _precision(settings: TrainSettings, context: Context, progress: Any) -> Prec
         progress.note("warning: CPUs do not train in float16; bf16-mixed is used")
         return "bf16-mixed"
     return settings.precision
-
-
-def _leaves_some_out(learner: Learner, batch: Batch) -> bool:
-    """Whether some parameters that train take no part in the loss, e.g. of a layer that is not called."""
-    trained = [one for one in learner.parameters() if one.requires_grad]
-    loss = learner.eval()(batch.inputs, batch.targets)
-    return any(one is None for one in torch.autograd.grad(loss, trained, allow_unused=True))
 
 
 def _copied(state: Mapping[str, Tensor]) -> State:
