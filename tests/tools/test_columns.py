@@ -117,8 +117,12 @@ def test_a_share_is_picked_at_the_same_places_of_all_inputs() -> None:
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("side", [2, 512])
 @pytest.mark.parametrize("centred", [True, False])
-def test_moments_of_a_stream_are_those_of_all(centred: bool) -> None:
+def test_moments_of_a_stream_are_those_of_all(
+    centred: bool, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featherweight.tools.columns._SIDE", side)  # of blocks
     torch.manual_seed(0)
     exact = torch.randn(2, 400, 5) + 100
     stored = exact + 0.1 * torch.randn(2, 400, 5) + 0.5

@@ -125,7 +125,9 @@ class TestTaylor:
 
 
 class TestElimination:
-    def test_losses_are_those_of_solving_anew(self) -> None:
+    @pytest.mark.parametrize("side", [24, 512])
+    def test_losses_are_those_of_solving_anew(self, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("featherweight.tools.columns._SIDE", side)  # of blocks
         net, name = model("attention"), "fc1"
         channels = only(channel_groups(net), name)
         x = torch.from_numpy(inputs("attention", 64))

@@ -29,8 +29,12 @@ def with_all(net: Model, values: dict[str, Tensor]) -> Model:
     return net.evolve(module=module)
 
 
+@pytest.mark.parametrize("side", [4, 512])
 @pytest.mark.parametrize("centred", [True, False])
-def test_equations_are_solved_as_numpy_solves_them(centred: bool) -> None:
+def test_equations_are_solved_as_numpy_solves_them(
+    centred: bool, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featherweight.tools.columns._SIDE", side)  # of blocks
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 6)) * [1, 2, 3, 1, 1, 1] + 2
     y = x @ rng.standard_normal((6, 3)) + rng.standard_normal((400, 3)) + (5 if centred else 0)

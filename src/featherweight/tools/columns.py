@@ -24,6 +24,7 @@ from featherweight.graph import Node
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 _PIECE = 1 << 22  # elements of columns that are held at once, some 16 MB
+_SIDE = 512  # of a block of a symmetric matrix
 
 
 def is_product(node: Node) -> bool:
@@ -183,6 +184,20 @@ def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: 
     )
 
 
+def add_square(total: Tensor, x: Tensor) -> None:
+    """Add xᵀ x of columns (groups, n, K) to a matrix (groups, K, K), in blocks on its diagonal and above."""
+    for start in range(0, x.shape[2], _SIDE):
+        block = slice(start, start + _SIDE)
+        total[:, block, start:] += x[..., block].mT @ x[..., start:]
+
+
+def complete(total: Tensor) -> None:
+    """Copy the blocks that :func:`add_square` leaves out from those that it made."""
+    for start in range(0, total.shape[2], _SIDE):
+        block, rest = slice(start, start + _SIDE), slice(start + _SIDE, None)
+        total[:, rest, block] = total[:, block, rest].mT
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Means and second moments of a layer's columns.
@@ -224,7 +239,7 @@ class Moments:
         gap = (exact - stored).sub_(self._origin[0])
         stored = stored - self._origin[1]
         self._sums += torch.stack([gap.sum(1), stored.sum(1)])
-        self._second += stored.mT @ stored
+        add_square(self._second, stored)
         self._drift += gap.mT @ stored
         self.positions += stored.shape[1]
 
@@ -232,6 +247,7 @@ class Moments:
         """What was seen, about the means or about zero."""
         if self._origin is None:
             raise ValueError("no columns were added")
+        complete(self._second)
         gap, stored = self._sums / self.positions
         second = self._second / self.positions - stored[:, :, None] * stored[:, None]
         drift = self._drift / self.positions - gap[:, :, None] * stored[:, None]

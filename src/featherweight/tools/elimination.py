@@ -29,7 +29,16 @@ from torch import Tensor, fx
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress, Scratch, Silent, in_memory
 from featherweight.model import Model
-from featherweight.tools.columns import axes_of, columns_at, groups_of, is_product, positions_of, to_rows
+from featherweight.tools.columns import (
+    add_square,
+    axes_of,
+    columns_at,
+    complete,
+    groups_of,
+    is_product,
+    positions_of,
+    to_rows,
+)
 from featherweight.tools.groups import ChannelGroup, Channels, Member
 from featherweight.tools.selection import Ranking
 from featherweight.tools.simulate import module_tensors
@@ -183,7 +192,7 @@ class _Look:
             self._origin = columns.mean(1, keepdim=True)
         columns = columns - self._origin
         self._mean += columns.sum(1)
-        self._second += columns.mT @ columns
+        add_square(self._second, columns)
         self._count += columns.shape[1]
 
     def feel(self, slope: Tensor) -> None:
@@ -193,6 +202,7 @@ class _Look:
 
     def reader(self, graph: Graph, signal: float, scratch: Scratch) -> Reader:
         """What was seen."""
+        complete(self._second)
         mean = self._mean / max(self._count, 1)
         second = self._second / max(self._count, 1) - mean[:, :, None] * mean[:, None]
         if self._origin is not None and not _shifts(graph, self.node):

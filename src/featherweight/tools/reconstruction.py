@@ -26,8 +26,10 @@ from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress, Scratch, Silent, in_memory
 from featherweight.model import Cut, Model
 from featherweight.tools.columns import (
+    add_square,
     axes_of,
     columns_at,
+    complete,
     from_rows,
     groups_of,
     is_product,
@@ -281,7 +283,7 @@ class Equations:
         x, y = x - self._origin[0], y - self._origin[1]
         self._x += x.sum(1)
         self._y += y.sum(1)
-        self._xx += x.mT @ x
+        add_square(self._xx, x)
         self._yx += y.mT @ x
         self.count += x.shape[1]
 
@@ -289,6 +291,7 @@ class Equations:
         """Weights (groups, outputs, K) near ``start``, a shift (groups, outputs), zeros if not centred."""
         if self._origin is None:
             return start, torch.zeros_like(start[..., 0])
+        complete(self._xx)
         mean_x, mean_y = self._x / self.count, self._y / self.count
         xx = self._xx / self.count - mean_x[:, :, None] * mean_x[:, None]
         yx = self._yx / self.count - mean_y[:, :, None] * mean_x[:, None]
