@@ -115,6 +115,22 @@ class TestHelp:
         assert "--time" in said
         assert "for example 5m" in said
 
+    @pytest.mark.parametrize(
+        "command",
+        ["fit n.py:n --out x --time 5", "fit n.py:n --out x --max-size 3XB", "measure a --measure-time 5"],
+    )
+    def test_of_what_is_mistyped_imports_nothing_heavy(self, command: str) -> None:
+        code = (
+            "import sys\n"
+            "from featherweight.cli import main\n"
+            f"assert main({command.split()}) == 2\n"
+            "heavy = {'torch', 'onnx', 'optuna', 'onnxruntime', 'altair'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "for example" in done.stderr
+
     def test_of_options_that_do_not_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("fit net.py:net --out o --max-sise 3KB") == 2
         assert "did you mean '--max-size'?" in capsys.readouterr().err

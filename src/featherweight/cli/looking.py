@@ -101,7 +101,9 @@ def measure(
       featherweight measure fitted/model.onnx --input 3x32x32
       featherweight measure fitted/model.onnx --twin twin/model.onnx --data data.npz --json
     """
-    from featherweight import api
+    limits = options.limits(measure_time, batch)
+
+    from featherweight import api  # what is mistyped is told before torch is imported
 
     with Bars(quiet) as progress:
         summary = api.measure(
@@ -115,7 +117,7 @@ def measure(
             std=std,
             runtime=runtime,
             device=device,
-            limits=options.limits(measure_time, batch),
+            limits=limits,
             threads=threads,
             seed=seed,
             progress=progress,

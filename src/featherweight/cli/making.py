@@ -68,8 +68,10 @@ def fit(
     Effort    from     what is tried
     quick     -        fold, 8-bit quantization, bias correction
     standard  > 1m     also equalization, rounding by GPTQ and by blocks, several settings; for
-                       transformers activations on the fly, and weights alone in 8 and 4 bits
-    thorough  >= 15m   also mixed precision, more iterations and settings
+                       transformers activations on the fly, and weights alone in 8 and 4 bits;
+                       with examples to train on, pruned and shrunk networks, fine-tuned
+    thorough  >= 15m   also mixed precision, fine-tuned integers and zeros, more iterations
+                       and settings; smaller networks without training, too
 
     \b
     Examples:
@@ -81,8 +83,13 @@ def fit(
       featherweight fit net.py:net --data data.npz --runtime any --prefer latency --out fitted
       featherweight fit net.py:net --data data.npz --device ssh:pi@board --max-latency 20ms --out fitted
     """
-    from featherweight import api
     from featherweight.outcome import parse_time
+
+    budget = options.budget(max_drop, max_size, max_latency, max_memory)
+    time_limit = parse_time(time, "--time", "5m")
+    limits = options.limits(measure_time, batch)
+
+    from featherweight import api  # what is mistyped is told before torch is imported
 
     with Bars(quiet) as progress:
         result = api.fit(
@@ -91,7 +98,7 @@ def fit(
             out=out,
             weights=weights,
             metric=metric,
-            budget=options.budget(max_drop, max_size, max_latency, max_memory),
+            budget=budget,
             prefer=prefer.value,
             confident=confident,
             runtime=runtime,
@@ -99,8 +106,8 @@ def fit(
             isa=isa,
             recipe=recipe,
             trials=trials,
-            time_limit=parse_time(time, "--time", "5m"),
-            limits=options.limits(measure_time, batch),
+            time_limit=time_limit,
+            limits=limits,
             threads=threads,
             tune=tune,
             devices=devices,
