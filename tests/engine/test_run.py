@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,26 @@ class TestSteps:
 
     def test_no_steps_are_the_original(self, store: Store) -> None:
         assert run(store).apply(Recipe(())) is model("shared")
+
+    def test_without_training_import_no_lightning(self, tmp_path: Path) -> None:
+        steps = "[prune: {samples: 16}, fold: {}, finetune: {steps: 1}, quantize: {}, rounding: {}]"
+        code = (
+            "import sys\n"
+            f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+            "from pathlib import Path\n"
+            "from featherweight.engine.run import Run\n"
+            "from featherweight.engine.store import Store\n"
+            "from featherweight.recipe import Recipe\n"
+            "from golden import data, model, target\n"
+            f"recipe = Recipe.parse('version: 1\\nsteps: {steps}')\n"
+            f"run = Run(model('residual'), data('residual'), target(), Store(Path({str(tmp_path)!r})))\n"
+            "run.apply(Recipe(tuple(step for step in recipe.steps if step.method != 'finetune')))\n"
+            "assert 'lightning_fabric' not in sys.modules\n"
+            "run.apply(recipe)\n"
+            "assert 'lightning_fabric' in sys.modules\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
 class TestKeys:
