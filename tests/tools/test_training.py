@@ -146,7 +146,7 @@ class TestSettings:
 
     def test_frozen_batch_norms_keep_their_statistics(self) -> None:
         before = weights(Simulated(small()))
-        _, still = fitted(frozen=frozenset({"1"}))
+        _, still = fitted(frozen=("1",))
         assert torch.equal(weights(still)["1.running_mean"], before["1.running_mean"])
         _, moved = fitted()
         assert not torch.equal(weights(moved)["1.running_mean"], before["1.running_mean"])

@@ -217,12 +217,12 @@ class Finetune(Method, frozen=True, extra="forbid"):
     def _settings(self, model: Model, context: Context) -> TrainSettings:
         optimizer = _optimizer(model) if self.optimizer == "auto" else self.optimizer
         rate = _rate(optimizer, model) if self.learning_rate == "auto" else self.learning_rate
-        still = {
+        still = [
             path
             for path, layer in model.module.named_modules()
             if not self.where.selects(path, type(layer).__name__)
             or (self.batch_norm == "freeze" and isinstance(layer, _BatchNorm))
-        }
+        ]
         return TrainSettings(
             epochs=self.epochs,
             steps=self.steps or None,
@@ -242,7 +242,7 @@ class Finetune(Method, frozen=True, extra="forbid"):
             devices=context.devices,
             seed=context.seed,
             settled=max((_end(fmt) for chain in model.formats.values() for fmt in chain), default=0.0),
-            frozen=frozenset(still),
+            frozen=tuple(still),
         )
 
     def _reestimated(self, model: Model, examples: TrainingExamples, entry: str) -> Model:

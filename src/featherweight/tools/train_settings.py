@@ -52,7 +52,7 @@ class TrainSettings:
     devices: int = 1
     seed: int = 0
     settled: float = 0.0
-    frozen: frozenset[str] = frozenset()
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass
