@@ -19,7 +19,8 @@ from typing import IO, cast
 _SERVER = """
 import json, os, sys, tempfile, warnings
 warnings.simplefilter("ignore")
-import featherweight.api, featherweight.cli, featherweight.methods.fold, featherweight.methods.quantize
+import featherweight.api.fitting, featherweight.cli
+import featherweight.methods.fold, featherweight.methods.quantize
 import featherweight.exchange.export, onnx_ir, torch.export, torch.onnx, torchmetrics.functional
 print("ready", flush=True)
 for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -243,3 +244,13 @@ class TestRefusals:
 
 def test_every_function_is_listed() -> None:
     assert all(callable(getattr(api, name)) for name in api.__all__)
+    assert dir(api) == sorted(api.__all__)
+    tree = ast.parse(Path(api.__file__).read_text())
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = [name.asname for node in checked.body if isinstance(node, ast.ImportFrom) for name in node.names]
+    assert sorted(typed, key=str) == api.__all__  # what a type checker sees
+
+
+def test_an_unknown_function_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'compress'"):
+        api.compress  # noqa: B018

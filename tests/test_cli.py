@@ -131,6 +131,20 @@ class TestHelp:
         assert done.returncode == 0, done.stderr
         assert "for example" in done.stderr
 
+    def test_of_what_is_installed_or_was_found_imports_no_torch(self, tmp_path: Path) -> None:
+        (tmp_path / "result.json").write_text(full_result().to_json(), encoding="utf-8")
+        code = (
+            "import sys\n"
+            "from featherweight.cli import main\n"
+            "assert main(['runtimes', '--json']) == 0\n"
+            f"assert main(['report', {str(tmp_path)!r}]) == 0\n"
+            "heavy = {'torch', 'onnx', 'optuna', 'onnxruntime'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "report.html").is_file()
+
     def test_of_options_that_do_not_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("fit net.py:net --out o --max-sise 3KB") == 2
         assert "did you mean '--max-size'?" in capsys.readouterr().err

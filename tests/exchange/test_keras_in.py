@@ -406,7 +406,8 @@ def test_other_layers_come_by_way_of_onnx(keras: Any, tmp_path: Path) -> None:
 def test_keras_is_imported_only_for_its_files_and_leaves_nothing_behind(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
-        "import featherweight.api, featherweight.cli, featherweight.exchange.load\n"
+        "from featherweight.api import *\n"
+        "import featherweight.cli, featherweight.exchange.load\n"
         "assert not {'keras', 'h5py', 'transformers'} & set(sys.modules)\n"
         "before = dict(os.environ)\n"
         "from featherweight.exchange.keras_in.read import import_keras_package\n"

@@ -1,23 +1,43 @@
 """The whole story, one function for each command of the command line.
 
 Read ``fitting.fit`` first: load, ask for recipes, weigh what they make, hand the best one back.
+Functions are imported when they are used: ``report`` and ``runtimes`` do without torch.
 """
 
-from featherweight.api.fitting import demo, fit
-from featherweight.api.looking import compare, inspect, measure, report
-from featherweight.api.making import apply, lower
-from featherweight.engine.catalog import doctor, methods, runtimes
+from __future__ import annotations
 
-__all__ = [
-    "apply",
-    "compare",
-    "demo",
-    "doctor",
-    "fit",
-    "inspect",
-    "lower",
-    "measure",
-    "methods",
-    "report",
-    "runtimes",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featherweight.api.fitting import demo as demo
+    from featherweight.api.fitting import fit as fit
+    from featherweight.api.looking import compare as compare
+    from featherweight.api.looking import inspect as inspect
+    from featherweight.api.looking import measure as measure
+    from featherweight.api.making import apply as apply
+    from featherweight.api.making import lower as lower
+    from featherweight.api.reporting import report as report
+    from featherweight.engine.catalog import doctor as doctor
+    from featherweight.engine.catalog import methods as methods
+    from featherweight.engine.catalog import runtimes as runtimes
+
+_HOMES = {
+    **dict.fromkeys(("demo", "fit"), "api.fitting"),
+    **dict.fromkeys(("compare", "inspect", "measure"), "api.looking"),
+    **dict.fromkeys(("apply", "lower"), "api.making"),
+    "report": "api.reporting",
+    **dict.fromkeys(("doctor", "methods", "runtimes"), "engine.catalog"),
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - one list, from the table above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'featherweight.api' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"featherweight.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

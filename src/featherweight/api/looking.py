@@ -1,4 +1,4 @@
-"""``measure``, ``compare``, ``inspect`` and ``report``: what artifacts, networks and results say."""
+"""``measure``, ``compare`` and ``inspect``: what artifacts and networks say."""
 
 from __future__ import annotations
 
@@ -7,31 +7,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from featherweight import report as reports
 from featherweight.data import Data
 from featherweight.engine.compare import compare_artifacts
 from featherweight.engine.delivered import delivered
 from featherweight.engine.files import load_examples, weigh_files
 from featherweight.engine.inspect import inspect_model
-from featherweight.engine.output import MARK
 from featherweight.engine.sources import (
     follow,
     load_original,
     load_sources,
 )
 from featherweight.engine.start import tell_notes
-from featherweight.engine.store import told_as_machine_error
 from featherweight.engine.targets import check_cores, fit_targets
 from featherweight.engine.timing import Limits
 from featherweight.errors import (
     DataError,
-    OutputError,
     TargetError,
 )
 from featherweight.method import Progress, Silent
-from featherweight.outcome import Result
 
 
 def measure(
@@ -173,33 +166,3 @@ def inspect(
     return inspect_model(
         original, given, examples=examples, threads=threads, static=static, seed=seed, progress=shown
     )
-
-
-def report(folder: str | Path) -> dict[str, Any]:
-    """Write ``report.html`` again from ``result.json`` of a folder that :func:`fit` wrote.
-
-    Raises:
-        OutputError: There is no such file, or it is no result.
-    """
-    place = Path(folder)
-    if not (place / MARK).is_file():
-        raise OutputError(f"'{place}' holds no {MARK}", fix="name a folder that featherweight fit wrote")
-    try:
-        result = Result.model_validate_json((place / MARK).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise OutputError(
-            f"'{place / MARK}' is no result of this version: {_first_finding(error)}",
-            fix="run featherweight fit again with --force",
-        ) from error
-    with told_as_machine_error("the report"):
-        unfinished = place / ".report.html.partial"
-        unfinished.write_text(reports.render(result), encoding="utf-8")
-        unfinished.replace(place / "report.html")
-    return {"report": str(place / "report.html"), "met": result.met}
-
-
-def _first_finding(error: ValueError) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg'].lower()}"
