@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,8 +32,9 @@ from featherweight.graph import trace
 from featherweight.method import Context, Silent
 from featherweight.methods.quantize import Quantize
 from featherweight.model import Entry, Model
+from featherweight.plugins import find_runtime
 from featherweight.tools.simulate import Replay, layer_errors, simulate
-from golden import context, data, folded, model_of, quantized, target
+from golden import context, data, decibels, folded, model_of, quantized, target
 
 VNNI = target(isa="vnni")
 TORCH = target("torch")
@@ -641,6 +643,41 @@ class TestLayers:
         }
         moved = net.producer[read["head"]].inputs[0]  # what flatten only moves shares its grid
         assert encode(formats[moved]) == encode(formats[read["head"]])
+
+    @pytest.mark.parametrize(
+        "runtime",
+        ["onnxruntime", "openvino", "litert", "coreml", "mnn", "ncnn", "executorch", "tensorrt"],
+    )
+    def test_stay_float_where_kernels_read_no_such_inputs(self, runtime: str) -> None:
+        net = folded("residual")
+        layers = {"head": {"activations": "int4"}}
+        told = Told()
+        asked = replace(context(net, data("residual"), target(runtime)), progress=told)
+        done = Quantize.model_validate({"layers": layers}).apply(net, asked).formats
+        plain = Quantize().apply(net, asked).formats
+        assert weights(done) == weights(plain) - {"head.weight"}
+        assert {fmt.width for chain in done.values() for fmt in chain} == {8}
+        (note,) = told.notes
+        assert note.startswith(f"warning: 1 layer stays float, since {runtime} has no kernel of linear")
+        assert note.endswith("or what layers says: head")
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "mnn"])
+    def test_are_integers_where_kernels_read_these_alone(self, runtime: str, tmp_path: Path) -> None:
+        net = folded("residual")
+        parameters = {"activations": "int4", "layers": {"layer2.*": {"activations": "int8"}}}
+        told = Told()
+        asked = replace(context(net, data("residual"), target(runtime)), progress=told)
+        done = Quantize.model_validate(parameters).apply(net, asked)
+        assert weights(done.formats) == {
+            name for name in weights(Quantize().apply(net, asked).formats) if "layer2." in name
+        }
+        assert {fmt.width for chain in done.formats.values() for fmt in chain} == {8}
+        assert "layer2" not in told.notes[0].rpartition(":")[2]
+        if find_runtime(runtime).installed():
+            artifact = find_runtime(runtime).lower(done, target(runtime), tmp_path)
+            x = net.entries["forward"].example_inputs[0]
+            (ours,) = find_runtime(runtime).open(artifact, target(runtime))(x.numpy())
+            assert decibels(net.module(x).detach(), ours) > 20
 
     def test_own_inputs_need_static_integers(self) -> None:
         with pytest.raises(ValueError, match="layers asks for int8 inputs, and activations is none"):

@@ -163,10 +163,12 @@ class Quantize(Method, frozen=True, extra="forbid"):
         out |= {node.layer for node in nodes if own[node.name] == "float"}
         held = {name for node in nodes if node.layer in out for name in node.parameters.values()}
         held |= {name for name, chain in model.formats.items() if not zeros_alone(chain)}
-        activation = activation_draft(self.activations, self.symmetric_activations)
 
         def weight(node: Node) -> TensorFormat | None:
             return self._draft(own[node.name])
+
+        def activation(node: Node) -> TensorFormat | None:
+            return activation_draft(self._width(node) or self.activations, self.symmetric_activations)
 
         return {
             entry: plan_integers(graph, context.supports, weight, activation, out, held)
@@ -255,17 +257,21 @@ class Quantize(Method, frozen=True, extra="forbid"):
         notes |= dict.fromkeys(odd)
         return histograms
 
+    def _width(self, node: Node) -> Integers | None:
+        """The integers that ``layers`` asks for what a layer reads."""
+        own = self._own(node)
+        return None if own == "float" else own.activations
+
     def _widths(self, graph: Graph, plan: Plan) -> dict[str, str]:
         """The finest integers that ``layers`` asks for, by the value that names a grid."""
-        found: dict[str, str] = {}
-        for value, source in plan.values.items():
+        read: dict[str, str] = {}
+        made: dict[str, str] = {}
+        for value, nodes in plan.asking.items():
+            source = plan.values[value]
             grid = plan.grids.get(source, source)
-            for node in graph.consumers[value]:
-                own = self._own(node)
-                asked = None if own == "float" else own.activations
-                if asked is not None and asked > found.get(grid, ""):
-                    found[grid] = asked
-        return found
+            found = read if nodes[0] in graph.consumers[value] else made
+            found[grid] = max(found.get(grid, ""), *(self._width(node) or "" for node in nodes))
+        return {grid: width for grid, width in (made | read).items() if width}
 
     def _activations(
         self, seen: Mapping[str, Histogram], plan: Plan, widths: Mapping[str, str], context: Context
@@ -339,8 +345,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
 
     def _asked(self) -> str:
         shared = f"per {self.granularity.removeprefix('per_')}"
-        some = ", or what layers says," if self.layers else ""
-        return f"weights {self.weights} {shared}{some} with activations {self.activations}"
+        some = ", or what layers says" if self.layers else ""
+        return f"weights {self.weights} {shared} with activations {self.activations}{some}"
 
     def _notes(self, model: Model, refused: Mapping[str, str], context: Context) -> list[str]:
         """Which layers the runtime has nothing for, and which rules mean no layer."""

@@ -65,6 +65,8 @@ class Plan:
         grids: Source -> the one that names the grid it shares with others.
         fixed: Source -> the only range that its operator gives.
         dynamic: Value -> what some of its readers make of it at run time.
+        asking: Value -> the calls in integers that read it, whose widths count; where none does, the one
+            that makes it.
         refused: Layers that were asked for and stay float, since the runtime has nothing like it; and
             their operators.
     """
@@ -74,6 +76,7 @@ class Plan:
     grids: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     dynamic: Mapping[str, tuple[Dynamic, ...]] = field(default_factory=dict)
+    asking: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -118,7 +121,7 @@ def plan_integers(
     graph: Graph,
     supports: Supports,
     weight: Asked,
-    activation: TensorFormat | None,
+    activation: Asked,
     out: Set[str],
     held: Set[str],
 ) -> Plan:
@@ -128,11 +131,11 @@ def plan_integers(
         graph: The entry.
         supports: What the target's runtime can do.
         weight: Layer's node -> the format asked for its weights; None: they stay float.
-        activation: IntQuant, Dynamic or None.
+        activation: Any node -> the format asked for what it reads: IntQuant everywhere (of any width),
+            Dynamic everywhere, or None everywhere.
         out: Layers that stay float.
         held: Parameters that stay as they are for every reader.
     """
-    static = activation if isinstance(activation, IntQuant) else None
     chosen: list[Node] = []
     weights: dict[str, TensorFormat] = {}
     dynamic: dict[str, dict[Dynamic, set[str]]] = {}
@@ -146,10 +149,11 @@ def plan_integers(
         if asked is None:
             bare = node.op in WEIGHTED and len(mine) == len(named) > 0  # integers meet float weights
             plain = bare or _is_arithmetic(graph, node)
-            if static is not None and plain and supports(node.op, None, static):
+            read = activation(node)
+            if isinstance(read, IntQuant) and plain and supports(node.op, None, read):
                 chosen.append(node)
             continue
-        fits, read = _executed(graph, node, supports, asked, activation)
+        fits, read = _executed(graph, node, supports, asked, activation(node))
         if not fits:
             refused[node.layer or node.name] = node.op
             continue
@@ -162,15 +166,13 @@ def plan_integers(
         value: tuple(replace(fmt, readers=frozenset(ops)) for fmt, ops in formats.items())
         for value, formats in dynamic.items()
     }
-    if static is None:
-        return Plan(weights, dynamic=at_run_time, refused=refused)
     fixed = supports.fixed_ranges
     chosen = [node for node in chosen if not _torn(graph, node, chosen, supports)]
-    values = _integer_values(graph, chosen, supports, static)
+    values, asking = _integer_values(graph, chosen, supports, activation)
     own = {node.outputs[0]: fixed[node.op] for node in chosen if node.op in fixed}
     grids = _one_grid(chosen, values, supports)
     at_run_time = {value: fmt for value, fmt in at_run_time.items() if value not in values}
-    return Plan(weights, values, grids, own, at_run_time, refused)
+    return Plan(weights, values, grids, own, at_run_time, asking, refused)
 
 
 def _executed(
@@ -249,34 +251,37 @@ def _is_masking(graph: Graph, node: Node) -> bool:
 
 
 def _integer_values(
-    graph: Graph, chosen: list[Node], supports: Supports, activation: IntQuant
-) -> dict[str, str]:
-    """Values that become integers -> the value whose range they take.
+    graph: Graph, chosen: list[Node], supports: Supports, activation: Asked
+) -> tuple[dict[str, str], dict[str, tuple[Node, ...]]]:
+    """Values that become integers -> the value whose range they take; and -> the calls that ask for it.
 
     Inputs of every chosen operator, and its output behind the clamps that it
     absorbs. A value that was only moved (reshaped, pooled by maximum) takes the
     range of where it came from, so that the move costs nothing.
     """
     picked = {node.name for node in chosen}
-    wanted: dict[str, None] = {}
+    wanted: dict[str, list[Node]] = {}
+    makers: dict[str, tuple[Node, ...]] = {}
     joined = {_joined_input(graph, node, chosen, supports) for node in chosen}
     for node in chosen:
         for name in node.inputs:
             if name not in joined:
-                wanted[name] = None
-        end = _behind_clamps(graph, node, supports, activation)
+                wanted.setdefault(name, []).append(node)
+        end = _behind_clamps(graph, node, supports, activation(node))
         readers = graph.consumers[end]
         integers = [reader for reader in readers if _reaches(graph, reader, picked)]
         if end not in joined and (integers or node.op not in supports.float_outputs):
-            wanted[end] = None
+            wanted.setdefault(end, [])
+            makers[end] = (node,)
     values: dict[str, str] = {}
-    for name in wanted:
+    for name, readers_of in wanted.items():
         source, chain = name, [name]
+        asked = activation((readers_of or makers[name])[0])
         while True:
             move = graph.producer.get(source)
             if move is None or not _moves(move) or len(move.inputs) != 1:
                 break
-            if not supports(move.op, None, activation) and move.op != "dropout":
+            if not supports(move.op, None, asked) and move.op != "dropout":
                 break
             source = move.inputs[0]
             chain.append(source)
@@ -284,7 +289,7 @@ def _integer_values(
         integral = source in wanted or (end_node is not None and end_node.name in picked)
         for link in chain if integral or len(chain) > 1 else [name]:
             values[link] = source
-    return values
+    return values, {name: tuple(nodes) or makers[name] for name, nodes in wanted.items()}
 
 
 def _moves(node: Node) -> bool:
@@ -316,7 +321,7 @@ def _reaches(graph: Graph, reader: Node, picked: set[str]) -> bool:
     return any(_reaches(graph, after, picked) for out in reader.outputs for after in graph.consumers[out])
 
 
-def _behind_clamps(graph: Graph, node: Node, supports: Supports, activation: IntQuant) -> str:
+def _behind_clamps(graph: Graph, node: Node, supports: Supports, activation: TensorFormat | None) -> str:
     """The operator's output, or that of the clamps which alone read it and which integer kernels absorb."""
     value = node.outputs[0]
     while value not in graph.outputs:
