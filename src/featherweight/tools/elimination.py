@@ -47,7 +47,7 @@ _COLUMNS = 8192  # of a layer that are looked at, or
 _PER_WEIGHT = 4  # this many for each weight of a row
 _RIDGE = 1e-3  # of the mean of H's diagonal
 _AT_ONCE = 256  # steps of a group; wider ones lose several channels in a step
-_GATHERED = 128  # columns that go before a layer's matrix is brought up to date
+_GATHERED = 256  # columns that go before a layer's matrix is brought up to date
 _SILENT = Silent()
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
