@@ -200,6 +200,17 @@ class TestForms:
             if way == "product":
                 assert seen == pytest.approx(loss, rel=1e-6)
 
+    @pytest.mark.parametrize("way", ["spatial", "tucker"])
+    def test_ranks_together_lose_what_each_loses_by_itself(self, way: Way) -> None:
+        product = self.product()
+        stages = product.stages(way)
+        for form, loss in product.losses(way, (2, 4, 6)).items():
+            first = stages.first(6)[: form.ranks[0]]
+            second, moments = stages.second(first)
+            energies = np.linalg.eigvalsh((second @ moments @ second.mT).numpy())[::-1]
+            kept = energies[: form.ranks[1]].sum() if way == "tucker" else energies.sum()
+            assert loss == pytest.approx(1 - kept / stages.total, abs=1e-7)
+
     def test_more_ranks_lose_less(self) -> None:
         told = list(self.product().losses("spatial", (1, 2, 4, 8, 16)).values())
         assert told == sorted(told, reverse=True)

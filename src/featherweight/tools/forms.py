@@ -73,16 +73,21 @@ class Product:
         total = max(stages.total, _TINY)
         whole = stages.first(len(self.weight.flatten(1).mT))
         found: dict[Form, float] = {}
-        for rank in (rank for rank in ranks if rank <= len(whole)):
-            second, moments = stages.second(whole[:rank])
-            seen = spectrum(second, _ridged(moments))
-            kept = float(((second @ moments) * second).sum())
+        fitting = [rank for rank in ranks if rank <= len(whole)]
+        if not fitting:
+            return found
+        made = stages.kept(whole[: max(fitting)])
+        for rank in fitting:
+            outputs = made[: rank * stages.weight.shape[2]]  # those of a rank begin those of a larger one
+            kept = float(outputs.square().sum())
             if way == "spatial":
                 found[Form(way, (rank,))] = max(1 - kept / total, 0.0)
                 continue
+            square = outputs.mT @ outputs if len(outputs) > outputs.shape[1] else outputs @ outputs.mT
+            energies = torch.linalg.eigvalsh(square).flip(0)
             for other in ranks:
-                if other <= min(len(seen.energies), len(self.weight)):
-                    found[Form(way, (rank, other))] = max(1 - (kept - seen.error(other)) / total, 0.0)
+                if other <= len(energies):
+                    found[Form(way, (rank, other))] = max(1 - float(energies[:other].sum()) / total, 0.0)
         return found
 
     def factors(self, form: Form) -> tuple[Tensor, ...]:
@@ -93,11 +98,6 @@ class Product:
         if form.way == "spatial":
             return two_stages(self.stages("spatial"), form.ranks[0])
         return two_stages(self.stages("tucker"), *form.ranks)
-
-
-def _ridged(moments: Tensor) -> Tensor:
-    ridge = 1e-9 * moments.diagonal().mean() + _TINY
-    return moments + ridge * torch.eye(len(moments), dtype=moments.dtype)
 
 
 def whole(form: Form, factors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

@@ -121,12 +121,26 @@ class Stages:
 
     def second(self, first: Tensor) -> tuple[Tensor, Tensor]:
         """The best H for a V, (outputs, rank b), and the moments of what it reads, (rank b, rank b)."""
+        crossed, moments = self._read(first)
+        return solved(moments, crossed), moments
+
+    def _read(self, first: Tensor) -> tuple[Tensor, Tensor]:
+        """W E[x zᵀ], (outputs, rank b), and E[z zᵀ] of what z a V makes, (rank b, rank b)."""
         rank, taps = len(first), self.weight.shape[2]
         half = torch.einsum("rx,xbyc->rbyc", first, self.gram)
         moments = torch.einsum("rbyc,sy->rbsc", half, first).reshape(rank * taps, rank * taps)
         crossed = torch.einsum("oyc,rbyc->orb", self.weight, half).flatten(1)
-        moments = (moments + moments.mT) / 2
-        return solved(moments, crossed), moments
+        return crossed, (moments + moments.mT) / 2
+
+    def kept(self, first: Tensor) -> Tensor:
+        """Z (rank b, outputs): that of the best H for the first r rows of a V are its first r b rows.
+
+        The moments of what H reads are L Lᵀ, so what the best H makes has the moments Zᵀ Z.
+        """
+        crossed, moments = self._read(first)
+        factor = torch.linalg.cholesky(_positive(moments))
+        found: Tensor = torch.linalg.solve_triangular(factor, crossed.mT, upper=False)
+        return found
 
     def better_first(self, first: Tensor, second: Tensor) -> Tensor:
         """A V of less error for an H (outputs, rank, b)."""
