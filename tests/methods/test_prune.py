@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import language_nets
 from featherweight.data import Data
 from featherweight.errors import DataError, RecipeError
+from featherweight.graph import trace
 from featherweight.method import Context
 from featherweight.methods.prune import Prune
 from featherweight.model import Model
@@ -149,6 +151,23 @@ def test_kinds_choose_what_may_go() -> None:
 
 
 class TestValues:
+    @pytest.mark.parametrize("net", ["residual", "encoder"])
+    @pytest.mark.parametrize("how", [True, "norms"])
+    def test_the_trace_of_the_cut_holds_the_new_values(self, net: str, how: object) -> None:
+        made = language_nets.encoder() if net == "encoder" else model(net)
+        examples = Data.of(x_train=language_nets.ids(32)) if net == "encoder" else data(net)
+        method = Prune.model_validate({"macs": 0.6, "importance": "l2", "reconstruct": how, "round_to": 1})
+        done = method.apply(made, context(made, examples))
+        assert set(done.traced) == set(done.entries)  # it is not exported once more
+        x = made.entries["forward"].example_inputs
+        with torch.no_grad():
+            ours, anew = (
+                trace(one).program.module(check_guards=False)(*x)
+                for one in (done, done.evolve(module=done.module))
+            )
+            assert torch.equal(ours, anew)
+            assert torch.allclose(ours, done.module(*x), atol=1e-6)
+
     @pytest.mark.parametrize("net", ["residual", "depthwise", "concat", "attention"])
     def test_solving_anew_brings_outputs_back(self, net: str) -> None:
         x = torch.from_numpy(inputs(net, 64, seed=5))

@@ -311,12 +311,11 @@ class Prune(Method, frozen=True, extra="forbid"):
                 progress=context.progress,
                 scratch=context.scratch,
             )
-        module = done.copy_module()
-        state: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
-        with torch.no_grad():
+        state: dict[str, Any] = dict(done.module.named_parameters()) | dict(done.module.named_buffers())
+        with torch.no_grad():  # in place: the module is the cut's own, and its trace stays true
             for name, value in found.items():
                 state[name].copy_(value)
-        return done.evolve(module=module)
+        return done
 
 
 PLUGIN = Prune
