@@ -117,6 +117,22 @@ def test_a_share_is_picked_at_the_same_places_of_all_inputs() -> None:
     assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_columns_of_both_networks_may_agree(first: int) -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(2, 40, 3) + 5
+    parts = [(exact, exact.clone()), (exact, exact + 1)]
+    seen = []
+    for same in (False, True):
+        moments = Moments(1, 3)
+        for place in (first, 1 - first):
+            one, two = (value[:1] for value in parts[place])
+            moments.add(one, one if same and place == 0 else two)
+        seen.append(moments.statistics(True))
+    for name in ("float_mean", "mean", "second", "drift"):
+        torch.testing.assert_close(getattr(seen[0], name), getattr(seen[1], name))
+
+
 @pytest.mark.parametrize("side", [2, 512])
 @pytest.mark.parametrize("centred", [True, False])
 def test_moments_of_a_stream_are_those_of_all(

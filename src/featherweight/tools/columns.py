@@ -233,15 +233,17 @@ class Moments:
         self._drift = torch.zeros(groups, size, size, dtype=torch.float64)
 
     def add(self, exact: Tensor, stored: Tensor) -> None:
-        """Columns (groups, n, K) of one piece of data, as float and as stored."""
+        """Columns (groups, n, K) as float and as stored; one tensor where they agree."""
         if self._origin is None:
             self._origin = (exact - stored).mean(1, keepdim=True), stored.mean(1, keepdim=True)
-        gap = (exact - stored).sub_(self._origin[0])
-        stored = stored - self._origin[1]
-        self._sums += torch.stack([gap.sum(1), stored.sum(1)])
-        add_square(self._second, stored)
-        self._drift += gap.mT @ stored
-        self.positions += stored.shape[1]
+        here = stored - self._origin[1]
+        self._sums[1] += here.sum(1)
+        add_square(self._second, here)
+        if exact is not stored or self._origin[0].any():
+            gap = (exact - stored).sub_(self._origin[0])
+            self._sums[0] += gap.sum(1)
+            self._drift += gap.mT @ here
+        self.positions += here.shape[1]
 
     def statistics(self, centred: bool) -> Statistics:
         """What was seen, about the means or about zero."""

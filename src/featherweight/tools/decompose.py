@@ -228,13 +228,15 @@ def _look(
     total = rows * _positions(stored.graph, node) // stored.graph.values[node.inputs[0]].shape[0]
     share = max(_COLUMNS, _PER_INPUT * size) / max(total, 1)
     for batch in range(stored.count):
-        pair = exact.value(twin.inputs[0], batch), stored.value(node.inputs[0], batch)
+        values = [stored.value(node.inputs[0], batch)]
+        if exact is not stored:
+            values.insert(0, exact.value(twin.inputs[0], batch))
         for place, moments in enumerate(parts):
-            some = [value[(batch + place) % len(parts) :: len(parts)] for value in pair]
+            some = [value[(batch + place) % len(parts) :: len(parts)] for value in values]
             if not len(some[0]):
                 continue
             for columns in pieces(node, one.shape, *some, share=share, seed=examples.seed + batch):
-                moments.add(*columns)
+                moments.add(columns[0], columns[-1])
 
 
 def _positions(graph: Graph, node: Node) -> int:
