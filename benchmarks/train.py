@@ -1,10 +1,10 @@
 """What training gives back: distillation, low bits, sparsity (``make bench-train``).
 
-Every row starts from a trained example, trains it with ``finetune`` and is scored on the 10,000 test images of
-Fashion-MNIST: int8 through ONNX Runtime (measured), fewer bits and zeros by PyTorch (simulated). Low bits and
-zeros have at most five epochs, students three times as many, and what keeps a quarter of the MACs twice as
-many, of most of the training set. Students and zeros are trained on labels too, everything else with the
-original as teacher. Nothing is asserted; an interrupted run goes on.
+Every row starts from a trained example, trains it with ``finetune`` and is scored on the 10,000 test images
+of Fashion-MNIST: int8 through ONNX Runtime (measured), fewer bits and zeros by PyTorch (simulated). Low
+bits and zeros have at most five epochs, students three times as many, and what keeps a quarter of the MACs
+twice as many, of most of the training set. Students and zeros are trained on labels too, everything else
+with the original as teacher. Nothing is asserted; an interrupted run goes on.
 """
 
 from __future__ import annotations
