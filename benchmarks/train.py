@@ -125,7 +125,7 @@ def jobs_of(settings: Settings, tables: Sequence[str]) -> list[Job]:
         steps = (("fold", {}), quantized, _tuned(epochs, alpha=1.0))
         if bits != "none":  # few bits for activations too: a good start, and small steps from there
             blocks = ("rounding", {"how": "blocks", "iterations": 500})
-            tuned = _tuned(1, alpha=1.0, learning_rate=1e-4)
+            tuned = _tuned(epochs, alpha=1.0, learning_rate=2e-4)
             steps = (("fold", {}), ("equalize", {}), quantized, blocks, tuned)
         found.append(Job("quantized", network, words, steps, 0, few, most=most))
     for teacher in (False, True):
