@@ -144,6 +144,26 @@ def test_widths_are_multiples_of_what_kernels_like() -> None:
     assert all(kept[name] >= min(12, p.shape[0]) for name, p in first.items())
 
 
+@pytest.mark.parametrize(("keep", "narrowest"), [(0.3, 0.2), (0.03, 0.0)])
+def test_a_group_keeps_a_fifth_while_others_can_give(keep: float, narrowest: float) -> None:
+    weak = model("residual").copy_module()
+    with torch.no_grad():  # all but nothing depends on this group
+        for name in ("layer2.conv1.weight", "layer2.bn1.weight", "layer2.bn1.bias"):
+            weak.get_parameter(name)[1:] *= 1e-6
+    net = model("residual").evolve(module=weak)
+    done = Prune(macs=keep, round_to=1).apply(net, context(net, data("residual")))
+    shares = [
+        len(done.module.get_parameter(name)) / len(weight)
+        for name, weight in net.parameters.items()
+        if weight.dim() == 4
+    ]
+    assert min(shares) >= narrowest
+    assert (min(shares) < 0.2) == (narrowest == 0.0)
+    assert totals(done)["macs"] <= keep * totals(net)["macs"]
+    alone = Prune(macs=0.7, round_to=1, max_ratio=1.0).apply(net, context(net, data("residual")))
+    assert len(alone.module.get_parameter("layer2.conv1.weight")) < 0.2 * 16
+
+
 def test_kinds_choose_what_may_go() -> None:
     done = Prune(parameters=0.9, kinds=("head",), round_to=1).apply(model("attention"), around("attention"))
     assert done.module.get_parameter("qkv.weight").shape[0] in (72, 48, 24)

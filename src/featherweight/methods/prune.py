@@ -34,6 +34,7 @@ from featherweight.tools.selection import Limits, Ranking, Scope, below, select
 from featherweight.tools.widths import Candidate, Unit, terms_of
 
 _KEEP = 0.5  # of the multiply-accumulates, where nothing is asked
+_MOST = 0.8  # of a group that goes while others can still give: what little is left is a narrow passage
 _NAMED = 3  # reasons that are told
 _CLOSE = 0.02  # what is foretold of a cost may be off by
 _UNITS: tuple[Unit, ...] = ("macs", "parameters", "bytes", "latency")
@@ -71,7 +72,7 @@ class Prune(Method, frozen=True, extra="forbid"):
         round_to: Widths are multiples of it, where a group is wide enough; None: what the target's kernels
             like.
         min_channels: So many stay in each group.
-        max_ratio: Largest fraction of a group that may go.
+        max_ratio: Largest fraction of a group that may go; None: 0.8, or more where an amount needs it.
         reconstruct: Solve the layers that are left anew; ``norms``: only take batch-norm statistics anew;
             None: solve where there are calibration examples.
         samples: Calibration examples to read.
@@ -92,7 +93,7 @@ class Prune(Method, frozen=True, extra="forbid"):
     kinds: tuple[GroupKind, ...] = get_args(GroupKind)
     round_to: Annotated[int, Field(ge=1)] | None = None
     min_channels: Annotated[int, Field(ge=1)] = 1
-    max_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     reconstruct: bool | Literal["norms"] | None = None
     samples: Annotated[int, Field(ge=1)] = 512
     ridge: Annotated[float, Field(gt=0)] = 1e-3
@@ -207,17 +208,20 @@ class Prune(Method, frozen=True, extra="forbid"):
                 fix="take a runtime that does (onnxruntime on this machine), or give macs",
             )
         ranked = self._ranked(model, channels, batches, context, entry)
-        candidate = Candidate(model, channels, terms)
         multiple = self.round_to or context.supports.width_multiple
-        limits = Limits(multiple, self.min_channels, self.max_ratio)
         if self.threshold is not None:
+            candidate = Candidate(model, channels, terms)
+            limits = Limits(multiple, self.min_channels, self.max_ratio or 1.0)
             below(candidate, channels, ranked.rankings, self.threshold, limits)
             return candidate
-        reached = select(
-            candidate, channels, ranked.rankings, keep, limits, scope=self.scope, priced=ranked.priced
-        )
-        if not reached:
-            self._short(candidate, unit, keep, context)
+        for most in (_MOST, 1.0) if self.max_ratio is None else (self.max_ratio,):
+            candidate = Candidate(model, channels, terms)
+            limits = Limits(multiple, self.min_channels, most)
+            if select(
+                candidate, channels, ranked.rankings, keep, limits, scope=self.scope, priced=ranked.priced
+            ):
+                return candidate
+        self._short(candidate, unit, keep, context)
         return candidate
 
     def _ranked(
