@@ -75,20 +75,18 @@ class Job:
 
 
 @cache
-def images(examples: int, seed: int = 0) -> Data:
+def images(examples: int) -> Data:
     """Fashion-MNIST: the test set is scored, so many others train, the 2,000 that ship calibrate (no labels).
 
     Raises:
-        SystemExit: The data set is not installed.
+        SystemExit: The data set is not installed, or so many images do not train.
     """
-    if not (DEBIAN / "train-images-idx3-ubyte.gz").is_file():
-        raise SystemExit("Fashion-MNIST is missing: apt-get install dataset-fashion-mnist")
-    shipped = np.load(EXAMPLES / "data.npz")
-    x, y = (read_idx(f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    train, labels = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    train, labels, order = _training_images()
     if examples > len(train) - _HELD:
         raise SystemExit(f"--examples {examples}: {len(train) - _HELD} images train, {_HELD} choose settings")
-    picks = np.sort(np.random.default_rng(seed).permutation(len(train))[:examples])
+    shipped = np.load(EXAMPLES / "data.npz")
+    x, y = (read_idx(f"t10k-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    picks = np.sort(order[:examples])
     return Data.of(
         x=_scaled(x),
         y=y.astype(np.int64),
@@ -100,11 +98,20 @@ def images(examples: int, seed: int = 0) -> Data:
 
 
 @cache
-def held_out(seed: int = 0) -> Data:
+def held_out() -> Data:
     """Training images that :func:`images` never trains on."""
-    train, labels = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
-    picks = np.sort(np.random.default_rng(seed).permutation(len(train))[-_HELD:])
+    train, labels, order = _training_images()
+    picks = np.sort(order[-_HELD:])
     return Data.of(x=_scaled(train[picks]), y=labels[picks].astype(np.int64))
+
+
+@cache
+def _training_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, labels, and the order in which they are taken."""
+    if not (DEBIAN / "train-images-idx3-ubyte.gz").is_file():
+        raise SystemExit("Fashion-MNIST is missing: apt-get install dataset-fashion-mnist")
+    train, labels = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
+    return train, labels, np.random.default_rng(0).permutation(len(train))
 
 
 def _scaled(pixels: np.ndarray) -> np.ndarray:

@@ -63,8 +63,10 @@ _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves
 _TIMED = 8  # examples of the timed pass
 _ADDS: Mapping[Level, str] = {
     "quick": "",
-    "standard": "equalization, rounding by GPTQ and by the reconstruction of blocks, and more settings",
-    "thorough": "iterations of the reconstruction of blocks, mixed precision and more settings",
+    "standard": "equalization, rounding by GPTQ and by the reconstruction of blocks, more settings and, with "
+    "examples to train on, smaller networks",
+    "thorough": "iterations of the reconstruction of blocks, mixed precision, more settings, smaller "
+    "networks without training and, with examples, fine-tuned integers and zeros",
 }
 
 

@@ -24,7 +24,7 @@ from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.exchange.key import root_key
 from featherweight.formats import TensorFormat, decode, encode, zeros_alone
 from featherweight.graph import Graph, Node
-from featherweight.method import Checkpoint, Context, Memo, Method, Precision, Progress, Silent, forgetful
+from featherweight.method import Context, Memo, Method, Precision, Progress, Silent, forgetful
 from featherweight.model import Model, decode_edit, encode_edit
 from featherweight.plugins import find_runtime
 from featherweight.recipe import Recipe
@@ -119,9 +119,8 @@ class Run:
         self.scratch = MappedScratch(store.folder / "scratch")
         self.costs = MeasuredCosts(self)
         self.until = math.inf  # when the time for steps is up, by time.monotonic
-        self._float_keys: dict[str, str] = {}  # of a model with formats -> of the float network behind it
-        self._floats: dict[str, Model] = {}
-        self._trained: dict[str, Model] = {}  # key of a model trained under formats, or later -> without them
+        self._floats: dict[str, Model] = {}  # key of a model with formats -> the network before them
+        self._held: dict[str, Model] = {}  # the same, or what training under formats gave since
 
     def context(self, model: Model | None = None) -> Context:
         """What a step may use.
@@ -129,7 +128,7 @@ class Run:
         Args:
             model: What reaches the step; it tells which float network its formats are held against.
         """
-        behind = None if model is None else self._floats.get(self._float_keys.get(model.key, ""))
+        behind = None if model is None else self._floats.get(model.key)
         others = {"student": self.student, "teacher": self.teacher, "float": behind}
         return Context(
             models={"original": self.original} | {name: one for name, one in others.items() if one},
@@ -178,13 +177,16 @@ class Run:
         kept = self.store.get("steps", key)
         if kept is None:
             checkpoint = StoredCheckpoint(self.store, key)
-            changed = self._compute(model, method, name, number, checkpoint).evolve(key=key)
+            context = replace(self.context(model), checkpoint=checkpoint)
+            if "training" not in method.needs and key in self._held:
+                context = replace(context, models={**context.models, "float": self._held[key]})
+            changed = self._compute(model, method, f"step {number} ({name})", context).evolve(key=key)
             self.store.put("steps", key, lambda folder: write_model(folder, changed))
             checkpoint.remove()
         else:
             changed = _read_model(kept, self.start, key)
         if "training" in method.needs and changed.formats:
-            self._trained[key] = with_zeros(changed).evolve(formats={})
+            self._held[key] = with_zeros(changed).evolve(formats={})
         return changed
 
     def _follow(self, model: Model, method: Method, key: str) -> None:
@@ -194,14 +196,11 @@ class Run:
         under formats gave is what later steps hold to, so that float weights of before do not come back. This
         is no part of a step's key: it follows from the steps before.
         """
-        behind = self._float_keys.get(model.key)
-        if method.kind == "format" and (behind is None or all(map(zeros_alone, model.formats.values()))):
-            behind = model.key
-            self._floats[behind] = with_zeros(model)
-        elif model.key in self._trained:
-            self._trained[key] = self._trained[model.key]
-        if behind is not None:
-            self._float_keys[key] = behind
+        first = model.key not in self._floats
+        if method.kind == "format" and (first or all(map(zeros_alone, model.formats.values()))):
+            self._floats[key] = self._held[key] = with_zeros(model)
+        elif not first:
+            self._floats[key], self._held[key] = self._floats[model.key], self._held[model.key]
 
     def _warn_of_unmatched(self, model: Model, method: Method, step: str) -> None:
         layers = {path: type(layer).__name__ for path, layer in model.module.named_modules() if path}
@@ -211,22 +210,16 @@ class Run:
                 self.warnings[warning] = None
                 self.progress.note(f"warning: {warning}")
 
-    def _compute(self, model: Model, method: Method, name: str, number: int, checkpoint: Checkpoint) -> Model:
+    def _compute(self, model: Model, method: Method, where: str, context: Context) -> Model:
         torch.manual_seed(self.seed)
         try:
-            context = replace(self.context(model), checkpoint=checkpoint)
-            known = self._trained.get(model.key) if "training" not in method.needs else None
-            if method.kind == "format":
-                known = self._floats.get(model.key) or known or context.models.get("float", model)
-            if known is not None:
-                context = replace(context, models={**context.models, "float": known})
             return method.apply(model, context)
         except FeatherweightError as error:
             if error.where is None:
-                error.where = f"step {number} ({name})"
+                error.where = where
             raise
         except torch.cuda.OutOfMemoryError as error:
-            raise RecipeError(f"step {number} ({name}) ran out of memory") from error
+            raise RecipeError(f"{where} ran out of memory") from error
 
     def _step_key(self, model: Model, name: str, method: Method) -> str:
         examples = self.data.fingerprint if method.needs else ""
