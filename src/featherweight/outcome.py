@@ -320,6 +320,76 @@ class KernelRow(_Record):
     note: str = ""
 
 
+class StepRow(_Record):
+    """What the network was after one step of the chosen recipe, and after all steps before it.
+
+    Attributes:
+        name: The method; ``student`` for another network that the steps started from.
+        parameters: What the recipe says of it.
+        state: ``measured`` on an artifact, ``simulated`` without one, or ``unknown``.
+        measurement: Its figures; of a simulated one quality, bytes and counts only.
+        examples: Scored examples that gave its quality.
+        reason: Why it was not measured.
+    """
+
+    name: str
+    parameters: dict[str, Any] = {}
+    state: Literal["measured", "simulated", "unknown"]
+    measurement: Measurement | None = None
+    examples: int = 0
+    reason: str = ""
+
+
+class Dropped(_Record):
+    """Trials of one way that were not chosen for the same reason.
+
+    Attributes:
+        way: Which of the effort's ways they took; empty where a recipe was given.
+        reason: In a few words.
+        trials: Their numbers.
+        example: What was said of the first one; empty where the reason says it all.
+    """
+
+    way: str = ""
+    reason: str
+    trials: list[int]
+    example: str = ""
+
+
+class Importance(_Record):
+    """How much one parameter that was left open decides; shares of all of them, by figure.
+
+    Attributes:
+        parameter: ``way``, ``runtime``, or a method and its parameter.
+        quality_drop: Its share in reaching a small drop.
+        bytes: Its share in reaching a small size.
+        latency_ratio: Its share in reaching a small latency.
+    """
+
+    parameter: str
+    quality_drop: float | None = None
+    bytes: float | None = None
+    latency_ratio: float | None = None
+
+
+class Importances(_Record):
+    """What mattered among all that trials differ in.
+
+    Attributes:
+        evaluator: How it was computed.
+        trials: Measured trials that tell.
+        best: Share of them that counts as good.
+        rows: The largest first.
+        reason: Why there are none.
+    """
+
+    evaluator: str = ""
+    trials: int = 0
+    best: float | None = None
+    rows: list[Importance] = []
+    reason: str = ""
+
+
 class Environment(_Record):
     """Where it was measured."""
 
@@ -357,6 +427,9 @@ class Result(_Record):
     classes: list[ClassChange] = []
     runtimes: list[RuntimeRow] = []
     kernels: list[KernelRow] = []
+    steps: list[StepRow] = []
+    dropped: list[Dropped] = []
+    importances: Importances | None = None
     examples: dict[str, Any] = {}
     effort: Effort | None = None
     student: str = ""
