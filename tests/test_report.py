@@ -336,7 +336,7 @@ def test_docs_describe_every_field_and_no_other() -> None:
         for cls in vars(outcome).values()
         if isinstance(cls, type) and issubclass(cls, Result.__bases__[0]) and cls.__name__[0] != "_"
     ]
-    assert len(records) == 22
+    assert len(records) == 24
     for cls in records:
         inherited = outcome.Measurement.model_fields if cls is outcome.Chosen else {}
         fields = {field.alias or name for name, field in cls.model_fields.items() if name not in inherited}

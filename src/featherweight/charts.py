@@ -51,8 +51,8 @@ def kind(trial: Trial) -> str:
     """The group that the plot and the table of trials put a trial in."""
     if trial.chosen:
         return "chosen"
-    if trial.state == "failed":
-        return "failed"
+    if trial.state in ("failed", "dropped"):
+        return trial.state
     if trial.state == "rejected":
         return "rejected, simulated" if simulated(trial) else "rejected, measured"
     return {True: "within budget", False: "over budget", None: "measured"}[trial.within_budget]

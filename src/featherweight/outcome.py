@@ -15,6 +15,7 @@ from featherweight.errors import BudgetError
 
 Axis = Literal["quality_drop", "bytes", "latency_s", "memory_bytes"]
 Preference = Literal["balanced", "latency", "bytes", "quality"]
+Rung = Literal["cost", "simulated", "recovered", "measured"]
 Level = Literal["quick", "standard", "thorough"]
 LEVELS: tuple[Level, ...] = ("quick", "standard", "thorough")
 EVEN = 0.02  # the interval that latencies are measured to: figures so near to each other are even
@@ -165,20 +166,66 @@ class Relaxation(_Record):
     text: str
 
 
+class Prediction(_Record):
+    """What a cheap rung of the search's ladder said of a candidate; nothing here is measured.
+
+    Attributes:
+        rung: ``cost`` (shapes and formats alone), ``simulated`` (quality without the steps that take long) or
+            ``recovered`` (after a short part of them).
+        quality_drop: On a few of the selecting examples.
+        bytes: Of the artifact.
+        latency_ratio: Against the original on the search's first runtime.
+        macs: For one example.
+        seconds: That it took to find out.
+    """
+
+    rung: Rung
+    quality_drop: float | None = None
+    bytes: int | None = None
+    latency_ratio: float | None = None
+    macs: int | None = None
+    seconds: float = 0.0
+
+
+class RungRow(_Record):
+    """One rung of the search's ladder, and how its predictions compared with what was measured.
+
+    Attributes:
+        name: As in :class:`Prediction`; ``measured`` is the last one.
+        candidates: That came to it.
+        dropped: That went no further.
+        seconds: That it took; of the last one, the rest of the steps included.
+        compared: Candidates of which both a prediction and a measurement are known.
+        drop_error: Median absolute error of the drop, once learned from the others; None: not known.
+        bytes_error: The same of the bytes, relative.
+        latency_error: The same of the latency ratio, relative.
+    """
+
+    name: Rung
+    candidates: int
+    dropped: int = 0
+    seconds: float = 0.0
+    compared: int = 0
+    drop_error: float | None = None
+    bytes_error: float | None = None
+    latency_error: float | None = None
+
+
 class Trial(_Record):
-    """One recipe that was tried."""
+    """One recipe that was tried; a dropped one was only predicted, and has no measurement."""
 
     number: int
     runtime: str = ""
     way: str = ""
     recipe: dict[str, Any]
-    state: Literal["measured", "rejected", "failed"]
+    state: Literal["measured", "rejected", "failed", "dropped"]
     measurement: Measurement | None = None
     within_budget: bool | None = None
     chosen: bool = False
     reason: str = ""
     seconds: float = 0.0
     sha256: str | None = None
+    predicted: list[Prediction] = []
 
 
 class Way(_Record):
@@ -430,6 +477,7 @@ class Result(_Record):
     steps: list[StepRow] = []
     dropped: list[Dropped] = []
     importances: Importances | None = None
+    ladder: list[RungRow] = []
     examples: dict[str, Any] = {}
     effort: Effort | None = None
     student: str = ""

@@ -267,7 +267,7 @@ def choice(result: Result) -> list[str]:
         sentences = ["One recipe was tried."]
     else:
         kinds = ", ".join(
-            f"{states[state]} {state}" for state in ("measured", "rejected", "failed") if states[state]
+            f"{states[state]} {state}" for state in ("measured", "rejected", "failed", "dropped") if states[state]
         )
         keep = f"{len(within)} of them keep{'s' if len(within) == 1 else ''} every limit"
         sentences = [
