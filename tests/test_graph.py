@@ -387,3 +387,65 @@ class TestTracing:
         assert told.value.fix is not None
         assert told.value.__cause__ is not None
         assert module.training
+
+
+class TestOtherValues:
+    """A module that differs in values alone takes over the graph of a known one."""
+
+    @staticmethod
+    def changed(known: Model) -> Model:
+        """The model with other values, buffers among them."""
+        module = known.copy_module()
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    tensor.add_(torch.rand_like(tensor))
+        return known.evolve(module=module)
+
+    @pytest.mark.parametrize("name", NETS)
+    def test_nothing_is_exported_and_the_new_values_count(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        known = model(name)
+        first = trace(known)
+        monkeypatch.setattr("featherweight.graph.export", None)
+        other = self.changed(known)
+        graph = trace(other)
+        assert names(graph) == names(first)
+        inputs = other.entries["forward"].example_inputs
+        torch.testing.assert_close(Replay(other)(inputs)[0], other.module.eval()(*inputs))
+        unlifted = graph.program.module(check_guards=False)
+        torch.testing.assert_close(unlifted(*inputs), other.module(*inputs))
+        torch.testing.assert_close(Replay(known)(inputs)[0], known.module.eval()(*inputs))
+
+    def test_a_buffer_that_is_not_saved(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x * self.get_buffer("scale")
+
+        known = model_of(Scaled(), X)
+        trace(known)
+        other = self.changed(known)
+        unlifted = trace(other).program.module(check_guards=False)
+        inputs = other.entries["forward"].example_inputs
+        torch.testing.assert_close(unlifted(*inputs), other.module(*inputs))
+
+    def test_another_setting_is_another_structure(self) -> None:
+        known = model_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), X)
+        trace(known)
+        module = known.copy_module()
+        module.get_submodule("0").stride = (2, 2)  # type: ignore[assignment]
+        assert trace(known.evolve(module=module)).values["0#0:0"].shape[-1] == 3
+        module = known.copy_module()
+        module.set_submodule("1", nn.Sigmoid())
+        assert [node.op for node in trace(known.evolve(module=module))] == ["conv2d", "sigmoid"]
+
+    def test_no_value_is_held(self) -> None:
+        known = model("residual")
+        trace(known)
+        kept = [graph.program.state_dict for graph in known.structures.values()]
+        assert kept and all(tensor.is_meta for state in kept for tensor in state.values())

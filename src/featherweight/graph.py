@@ -32,6 +32,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from featherweight.errors import LoadError
 from featherweight.model import Entry, Model
+from featherweight.structure import bound, skeleton, structure_key
 
 _STATE = "it writes into its inputs or buffers, which an artifact cannot keep: clone them first"
 
@@ -115,7 +116,8 @@ class Graph:
 def trace(model: Model, entry: str = "forward") -> Graph:
     """Export one entry of a model in inference mode and name what was seen.
 
-    Seconds of work, so the graph is kept beside the module that it was read from.
+    Seconds of work, so the graph is kept beside the module that it was read from, and a module that differs
+    from a known one in values alone takes its graph over (structure.py).
 
     Raises:
         LoadError: torch.export cannot follow the module.
@@ -123,7 +125,19 @@ def trace(model: Model, entry: str = "forward") -> Graph:
     if entry in model.traced:
         return model.traced[entry]  # type: ignore[no-any-return]
     how = model.entries[entry]
-    module = model.module
+    key = structure_key(model, entry)
+    known: Graph | None = model.structures.get(key)
+    if known is None:
+        graph = _exported(model.module, how)
+        model.structures[key] = replace(graph, program=skeleton(graph.program))
+    else:
+        graph = replace(known, program=bound(known.program, model.module, _prefix(how)))
+    model.traced[entry] = graph
+    return graph
+
+
+def _exported(module: nn.Module, how: Entry) -> Graph:
+    """Export in inference mode, and read."""
     modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:
@@ -131,8 +145,7 @@ def trace(model: Model, entry: str = "forward") -> Graph:
     finally:
         for layer, training in modes:  # a frozen batch norm stays in its own mode
             layer.training = training
-    model.traced[entry] = _read(program, module, how)
-    return model.traced[entry]  # type: ignore[no-any-return]
+    return _read(program, module, how)
 
 
 class _Call(nn.Module):
@@ -322,8 +335,13 @@ def _is_leaf(layer: nn.Module) -> bool:
     return not any(True for _ in layer.children())
 
 
+def _prefix(entry: Entry) -> str:
+    """What names of the program have before those of the module."""
+    return "" if entry.method == "forward" else "module."
+
+
 def _read(program: ExportedProgram, module: nn.Module, entry: Entry) -> Graph:
-    prefix = "" if entry.method == "forward" else "module."
+    prefix = _prefix(entry)
     first = _first_names(module)
     parameters = {
         spec.arg.name: first.get(name := str(spec.target).removeprefix(prefix), name)

@@ -272,6 +272,8 @@ class Model:
         key: Content hash of how the model was made; the store's address.
         traced: What was derived from the module already (see ``graph.trace``); goes with the module.
         origin: What the file said that it came from.
+        structures: What was derived from modules of the same original, but for their values; all models that
+            come from it share this.
     """
 
     module: nn.Module
@@ -281,6 +283,7 @@ class Model:
     key: str = ""
     traced: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     origin: Origin = field(default_factory=Origin, compare=False)
+    structures: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def evolve(
         self,

@@ -15,14 +15,12 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.model import Entry
-
-_OWN = frozenset(nn.Module().__dict__)  # torch's own bookkeeping, 'training' among it
+from featherweight.structure import settings
 
 
 def root_key(module: nn.Module, entries: Mapping[str, Entry], origin: Iterable[str] = ()) -> str:
@@ -62,10 +60,7 @@ def file_digest(path: Path) -> str:
 
 def _structure(module: nn.Module) -> Iterable[str]:
     kinds = {type(layer) for layer in module.modules()}
-    for path, layer in module.named_modules(remove_duplicate=False):
-        kind = type(layer)
-        settings = {key: _plain(value) for key, value in vars(layer).items() if key not in _OWN}
-        yield f"{path} {kind.__qualname__} {json.dumps(settings, sort_keys=True)}"
+    yield from settings(module)
     yield from sorted({file_digest(path) for path in _sources(kinds)})
 
 
@@ -82,19 +77,6 @@ def _entries(entries: Mapping[str, Entry]) -> Iterable[str]:
             ],
             sort_keys=True,
         )
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON: numbers, texts and containers of them, functions by name; others by their type."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _sources(kinds: Iterable[type]) -> set[Path]:
