@@ -184,6 +184,7 @@ def full_result(**changes: object) -> Result:
         "recipe": RECIPE,
         "trials": trials(),
         "effort": EFFORT,
+        "examples_needed": 7840,
         "environment": ENVIRONMENT,
         "warnings": ["calibration falls back to 512 training examples"],
         "layers": layers,

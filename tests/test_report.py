@@ -229,10 +229,14 @@ def test_the_verdict_grows_with_confidence() -> None:
 
 
 def test_examples_needed_follow_from_the_interval() -> None:
-    # (0.006 - 0.0025) / (0.005 - 0.0025) = 1.4, and 1.4 ** 2 * 2000 = 3920.
     assert any(
-        "some 3,920 scored examples instead of 2,000" in sentence for sentence in explain(full_result())
+        "some 7,840 scored examples instead of 4,000" in sentence for sentence in explain(full_result())
     )
+    unsure = full_result(met=False, chosen=chosen(quality_drop=0.006, quality_drop_ci95=(0.004, 0.008)))
+    said = next(sentence for sentence in explain(unsure) if "95% interval begins at 0.40 points" in sentence)
+    assert "not sure that the limit is broken; some 7,840 scored examples" in said
+    told = " ".join(explain(full_result(examples_needed=None)))
+    assert "interval ends at" in told and "would settle it" not in told
 
 
 def test_the_choice_is_derived_from_the_trials() -> None:
@@ -336,7 +340,7 @@ def test_docs_describe_every_field_and_no_other() -> None:
         for cls in vars(outcome).values()
         if isinstance(cls, type) and issubclass(cls, Result.__bases__[0]) and cls.__name__[0] != "_"
     ]
-    assert len(records) == 24
+    assert len(records) == 26
     for cls in records:
         inherited = outcome.Measurement.model_fields if cls is outcome.Chosen else {}
         fields = {field.alias or name for name, field in cls.model_fields.items() if name not in inherited}

@@ -6,6 +6,7 @@ replacement: Hanley and MacGibbon 2006.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,33 @@ def drop(metric: Metric, baseline: float, value: float) -> float:
     Absolute for a bounded metric (0.5 points of accuracy are 0.005), else a fraction of the baseline.
     """
     return float(_drops(metric, np.asarray(baseline, np.float64), np.asarray(value, np.float64)))
+
+
+def examples_needed(
+    drop: float | None, interval: tuple[float, float] | None, limit: float | None, examples: int
+) -> int | None:
+    """Examples from which on the interval would leave the limit out, if the drop stayed as it is.
+
+    The interval's width falls with the square root of the number of examples.
+
+    Args:
+        drop: Seen on so many examples.
+        interval: Its 95 % interval.
+        limit: Of the drop.
+        examples: How many were scored.
+
+    Returns:
+        None where the interval leaves the limit out already, where no number would do since the drop is the
+        limit itself, and where one of them is not known.
+    """
+    if drop is None or interval is None or limit is None or not examples:
+        return None
+    low, high = interval
+    gap = limit - drop
+    if gap == 0 or not low <= limit < high or not all(map(math.isfinite, (low, high, gap))):
+        return None
+    end = high if gap > 0 else low
+    return math.ceil(examples * ((end - drop) / gap) ** 2)
 
 
 def paired_bootstrap(

@@ -166,6 +166,37 @@ class Relaxation(_Record):
     text: str
 
 
+class Move(_Record):
+    """One limit that is moved.
+
+    Attributes:
+        axis: Which one.
+        limit: Where to.
+        by: How much more that is than what was asked.
+    """
+
+    axis: Axis
+    limit: float
+    by: float
+
+
+class Alternative(_Record):
+    """Limits to move together so that a measured artifact would do.
+
+    Attributes:
+        moves: Each limit that is moved.
+        trial: The artifact that would then do; no other measured one needs less on one axis and no more on
+            the others.
+        cost: Sum of the moves, each relative to its limit.
+        text: The same in words.
+    """
+
+    moves: list[Move]
+    trial: int
+    cost: float
+    text: str
+
+
 class Prediction(_Record):
     """What a cheap rung of the search's ladder said of a candidate; nothing here is measured.
 
@@ -466,6 +497,8 @@ class Result(_Record):
     chosen: Chosen
     blocking: list[Violation] = []
     relaxation: Relaxation | None = None
+    relaxations: list[Alternative] = []
+    examples_needed: int | None = None
     recipe: dict[str, Any]
     trials: list[Trial]
     environment: Environment

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from featherweight import figures
 from featherweight.figures import MISSING, Scale, on_axis, quotient, scale_of, size
-from featherweight.outcome import AXES, EVEN, Axis, KernelRow, Measurement, Result, RuntimeRow, Trial
+from featherweight.outcome import (
+    AXES,
+    EVEN,
+    Alternative,
+    Axis,
+    KernelRow,
+    Measurement,
+    Move,
+    Result,
+    RuntimeRow,
+    Trial,
+)
 
+_TOLD = 4  # relaxations in a sentence
 _FACTORS = {
     "balanced": "product of latency ratio and size ratio",
     "latency": "latency ratio",
@@ -209,7 +220,7 @@ def gains(result: Result) -> list[str]:
 
 
 def blockers(result: Result) -> list[str]:
-    """The limits that are not kept, then the cheapest one to move."""
+    """The limits that are not kept, then what it would take to keep them."""
     scale, sentences = scale_of(result), []
     for broken in result.blocking:
         name, reason = figures.AXIS_NAMES[broken.axis].capitalize(), broken.reason.rstrip(".")
@@ -219,11 +230,50 @@ def blockers(result: Result) -> list[str]:
         value = f"{on_axis(broken.axis, broken.value, scale)}, " if broken.value is not None else ""
         limit = on_axis(broken.axis, broken.limit, scale)
         sentences.append(f"{name} blocks: {value}{reason or 'above the limit'}; the limit is {limit}.")
-    if result.relaxation is not None:
-        sentences.append(
-            f"Cheapest relaxation: {result.relaxation.text.rstrip('.')} (trial {result.relaxation.trial})."
-        )
+    return sentences + relaxations(result)
+
+
+def relaxations(result: Result) -> list[str]:
+    """What it would take: '4.1 ms needs 0.3 points more drop (trial 2), or 210 KB more (trial 5).'
+
+    Those that leave the limit that blocks where it is come first.
+    """
+    if not result.relaxations:
+        told = result.relaxation
+        return [] if told is None else [f"Cheapest relaxation: {told.text.rstrip('.')} (trial {told.trial})."]
+    scale, held = scale_of(result), broken_axes(result)
+    keep = [one for one in result.relaxations if len(held) == 1 and held.isdisjoint(_axes(one))]
+    move = [one for one in result.relaxations if one not in keep]
+    sentences = []
+    if keep:
+        (axis,) = held
+        limit = on_axis(axis, getattr(result.budget, axis), scale)
+        name = figures.AXIS_NAMES[axis].capitalize()
+        sentences.append(f"{name} {limit} needs {_either(keep, scale)}.")
+    if move:
+        begin = "With other limits it would take" if keep else "To keep every limit it would take"
+        sentences.append(f"{begin} {_either(move, scale)}.")
     return sentences
+
+
+def _axes(one: Alternative) -> set[Axis]:
+    return {move.axis for move in one.moves}
+
+
+def _either(many: list[Alternative], scale: Scale) -> str:
+    """A few of them with 'or' between; all are in result.json."""
+    told = [
+        f"{' and '.join(_more(move, scale) for move in one.moves)} (trial {one.trial})"
+        for one in many[:_TOLD]
+    ]
+    rest = len(many) - len(told)
+    return ", or ".join(told) + (f", or one of {rest} more in result.json" if rest else "")
+
+
+def _more(move: Move, scale: Scale) -> str:
+    """'0.30 points more drop'."""
+    noun = {"quality_drop": " drop", "latency_s": " latency", "memory_bytes": " memory"}.get(move.axis, "")
+    return f"{on_axis(move.axis, move.by, scale)} more{noun}"
 
 
 def doubts(result: Result) -> list[str]:
@@ -240,15 +290,19 @@ def doubts(result: Result) -> list[str]:
             "so it cannot satisfy a latency limit."
         )
     limit, drop, bounds = result.budget.quality_drop, new.quality_drop, new.quality_drop_ci95
-    if limit is None or drop is None or bounds is None or not drop <= limit < bounds[1]:
+    if limit is None or drop is None or bounds is None or not bounds[0] <= limit < bounds[1]:
         return sentences
-    sentence = (
-        f"The drop's 95% interval ends at {scale.drop(bounds[1])}, above the limit of {scale.drop(limit)}"
-    )
-    scored = result.examples.get("reporting") or result.examples.get("scored")
-    if isinstance(scored, int) and limit > drop:
-        # The interval's width falls with the square root of the number of examples.
-        needed = math.ceil(scored * ((bounds[1] - drop) / (limit - drop)) ** 2)
+    if drop <= limit:
+        sentence = (
+            f"The drop's 95% interval ends at {scale.drop(bounds[1])}, above the limit of {scale.drop(limit)}"
+        )
+    else:
+        sentence = (
+            f"The drop's 95% interval begins at {scale.drop(bounds[0])}, within the limit of "
+            f"{scale.drop(limit)}, so it is not sure that the limit is broken"
+        )
+    needed, scored = result.examples_needed, result.examples.get("scored")
+    if needed is not None and isinstance(scored, int):
         sentence += (
             f"; some {needed:,} scored examples instead of {scored:,} would settle it if the drop stays"
         )
@@ -267,7 +321,9 @@ def choice(result: Result) -> list[str]:
         sentences = ["One recipe was tried."]
     else:
         kinds = ", ".join(
-            f"{states[state]} {state}" for state in ("measured", "rejected", "failed", "dropped") if states[state]
+            f"{states[state]} {state}"
+            for state in ("measured", "rejected", "failed", "dropped")
+            if states[state]
         )
         keep = f"{len(within)} of them keep{'s' if len(within) == 1 else ''} every limit"
         sentences = [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from featherweight.engine.verdict import (
     UNMEASURED,
     UNRESOLVED,
+    alternatives,
     choose,
     excess,
     figure,
@@ -381,6 +382,59 @@ def test_no_single_limit_helps(trials: list[Trial]) -> None:
 
 def test_no_limit_helps_an_unresolved_latency() -> None:
     assert relaxation([trial(0, seen(ratio=0.9, resolved=False))], Budget(latency_s=0.001)) is None
+
+
+def test_alternatives_are_those_that_no_other_beats_single_limits_first() -> None:
+    budget = Budget(quality_drop=0.005, bytes=300_000, latency_s=0.004)
+    trials = [
+        trial(0, seen(0.008, 290_000, 0.41)),  # two limits: what trial 1 needs, and a little latency
+        trial(1, seen(0.008, 290_000, 0.4)),
+        trial(2, seen(0.004, 510_000, 0.4)),
+        trial(3, seen(0.004, 600_000, 0.4)),  # beaten by trial 2
+        trial(4, seen(0.006, 310_000, 0.4)),  # less of both than trials 1 and 2 need of one
+        trial(5, seen(0.008, 200_000, 0.3)),  # as trial 1
+        trial(6, seen(0.001, 1_000, 0.1), "rejected"),
+        trial(7, seen(0.004, 200_000, 0.5, resolved=False)),
+        trial(8, None, "failed"),
+    ]
+    found = alternatives(trials, budget)
+    assert [one.trial for one in found] == [1, 2, 4]
+    assert [[move.axis for move in one.moves] for one in found] == [
+        ["quality_drop"],
+        ["bytes"],
+        ["quality_drop", "bytes"],
+    ]
+    (move,) = found[1].moves
+    assert (move.limit, move.by) == (510_000, 210_000)
+    assert found[0].cost == pytest.approx(0.6)
+    assert found[2].cost == pytest.approx(0.2 + 1 / 30)
+    assert found[2].text == "a quality drop of 0.6 % (0.1 % more) and a size of 310 KB (10 KB more)"
+    assert alternatives([trial(0, seen())], budget.model_copy(update={"latency_s": 0.006})) == []
+
+
+def test_alternatives_for_the_upper_end_say_so() -> None:
+    (one,) = alternatives(
+        [trial(0, seen(0.001, drop_ci=(0.0, 0.008)))], Budget(quality_drop=0.005), confident=True
+    )
+    assert one.text == "a quality drop of 0.8 % at the upper end of its 95 % interval (0.3 % more)"
+
+
+@settings(deadline=None)
+@given(st.lists(measurements, max_size=6), budgets, st.booleans())
+def test_alternatives_keep_their_definition(many: list[Measurement], budget: Budget, confident: bool) -> None:
+    trials = [trial(number, one) for number, one in enumerate(many)]
+    found = alternatives(trials, budget, confident)
+    assert [len(one.moves) for one in found] == sorted(len(one.moves) for one in found)
+    single = relaxation(trials, budget, confident)
+    if single is not None:  # the cheapest single limit is the first of them
+        assert (found[0].moves[0].axis, found[0].moves[0].limit) == (single.axis, single.limit)
+    for one in found:
+        moved = budget.model_copy(update={move.axis: move.limit for move in one.moves})
+        assert violations(moved, many[one.trial], confident) == []
+        for other in found:  # no one needs less on one axis and no more on the others
+            needs = {move.axis: move.by for move in one.moves}
+            theirs = {move.axis: move.by for move in other.moves}
+            assert one is other or any(theirs.get(axis, 0) < by for axis, by in needs.items())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from featherweight.drops import examples_needed
 from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Weighed
@@ -19,7 +20,15 @@ from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
 from featherweight.engine.search import Candidate, Failure, Search
 from featherweight.engine.template import step_holes
-from featherweight.engine.verdict import choose, excess, rejection, relaxation, score, violations
+from featherweight.engine.verdict import (
+    alternatives,
+    choose,
+    excess,
+    rejection,
+    relaxation,
+    score,
+    violations,
+)
 from featherweight.errors import FeatherweightError, LoadError, RecipeError, RunnerError, TargetError
 from featherweight.model import Model
 from featherweight.outcome import (
@@ -28,7 +37,6 @@ from featherweight.outcome import (
     Effort,
     Measurement,
     Preference,
-    Relaxation,
     Result,
     RuntimeRow,
     Trial,
@@ -292,6 +300,7 @@ class Fit:
         file = weighed.artifact.entries.get("forward", weighed.artifact.files[0])
         model = lane.run.apply(Recipe.from_dict(trial.recipe))
         rows = [] if interrupted else self._runtimes(trial.number)
+        judged = self._as_both_halves_see() if chosen.violated else []
         result = Result(
             met=not chosen.violated,
             met_confident=not chosen.violated and not violations(question.budget, seen, confident=True),
@@ -307,7 +316,9 @@ class Fit:
                 options=dict(weighed.options),
             ),
             blocking=list(chosen.violated),
-            relaxation=self._relaxation() if chosen.violated else None,
+            relaxation=relaxation(judged, question.budget, question.confident),
+            relaxations=alternatives(judged, question.budget, question.confident),
+            examples_needed=self._examples_needed(seen),
             recipe=trial.recipe,
             trials=[
                 one.model_copy(update={"chosen": one.number == trial.number}) for one in self.search.trials
@@ -449,16 +460,25 @@ class Fit:
         verdict = choose(alone, twin, question.budget, question.prefer, question.confident)
         return _Finalist(trial, seen, verdict.blocking)
 
-    def _relaxation(self) -> Relaxation | None:
-        """The cheapest limit to move; a drop counts as the worse of what both halves say of it."""
+    def _as_both_halves_see(self) -> list[Trial]:
+        """The trials, with the worse of what both halves say of their drops."""
         trials = []
         for trial in self.search.trials:
             seen = trial.measurement
-            if seen is not None and self.reporting is not None:
-                other = self._seen(trial.number, self.reporting)
-                seen = max(seen, other, key=lambda one: one.quality_drop or 0.0)
+            if trial.state == "measured" and seen is not None and self.reporting is not None:
+                seen = max(seen, self._seen(trial.number, self.reporting), key=self._drop_that_counts)
             trials.append(trial.model_copy(update={"measurement": seen}))
-        return relaxation(trials, self.question.budget, self.question.confident)
+        return trials
+
+    def _drop_that_counts(self, seen: Measurement) -> float:
+        ends = seen.quality_drop_ci95 if self.question.confident else None
+        return (seen.quality_drop or 0.0) if ends is None else ends[1]
+
+    def _examples_needed(self, seen: Measurement) -> int | None:
+        """Scored examples, both halves, that would settle whether the drop keeps its limit."""
+        scored = len(self.scales.twin_scored.rows[self.run.data.metric.name])
+        limit = self.question.budget.quality_drop
+        return examples_needed(seen.quality_drop, seen.quality_drop_ci95, limit, scored)
 
     def _warnings(
         self, lane: Lane, weighed: Weighed, rows: Sequence[RuntimeRow], interrupted: bool

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from featherweight.outcome import (
     AXES,
     EVEN,
+    Alternative,
     Axis,
     Budget,
     Measurement,
+    Move,
     Preference,
     Relaxation,
     Trial,
@@ -29,6 +31,7 @@ UNRESOLVED = "unresolved"
 UNMEASURED = "not measured"
 _UPPER_END = "above the limit at the upper end of the 95 % interval"
 
+_NOTHING = 1e-12  # figures below it are written as zero
 _UNRESOLVED_EXCESS = 0.05  # the width of the interval from which a latency counts as unresolved
 _MEMORY_NOISE = 0.05  # pages come in steps and by chance: so much more is not yet worse than the twin
 _SMALLEST_LIMIT: Mapping[Axis, float] = {  # what an excess is divided by where the limit is zero
@@ -218,6 +221,46 @@ def relaxation(trials: Iterable[Trial], budget: Budget, confident: bool = False)
     )
 
 
+def alternatives(trials: Iterable[Trial], budget: Budget, confident: bool = False) -> list[Alternative]:
+    """What it would take: the limits to move so that one of the measured artifacts would do.
+
+    One for each artifact that no other beats: none needs less on one axis and no more on the others.
+    Those that move a single limit come first, each in the order of their cost, the sum of the relative
+    moves. Artifacts that no number would help (an unresolved latency, a figure that was not measured)
+    are passed over.
+    """
+    found: list[tuple[dict[Axis, float], int, list[Violation]]] = []
+    for trial in trials:
+        if trial.state != "measured" or trial.measurement is None:
+            continue
+        broken = violations(budget, trial.measurement, confident)
+        if broken and all(item.value is not None and item.reason != UNRESOLVED for item in broken):
+            found.append(({item.axis: excess(item) for item in broken}, trial.number, broken))
+    points = [tuple(costs.get(axis, 0.0) for axis in AXES) for costs, _, _ in found]
+    kept = [
+        (len(broken), sum(costs.values()), number, broken)
+        for index, (costs, number, broken) in enumerate(found)
+        if not any(_dominates(other, points[index]) for other in points)
+        and points.index(points[index]) == index
+    ]
+    return [
+        _alternative(cost, number, broken)
+        for _, cost, number, broken in sorted(kept, key=lambda one: one[:3])
+    ]
+
+
+def _alternative(cost: float, number: int, broken: Sequence[Violation]) -> Alternative:
+    """E.g. 'a quality drop of 0.8 % (0.3 % more) and a size of 510 KB (210 KB more)'."""
+    moves, said = [], []
+    for item in broken:
+        value = item.limit if item.value is None else item.value
+        moves.append(Move(axis=item.axis, limit=value, by=value - item.limit))
+        more = f"{figure(item.axis, value - item.limit)} more"
+        at = " at the upper end of its 95 % interval" if item.reason == _UPPER_END else ""
+        said.append(f"a {_NAMES[item.axis]} of {figure(item.axis, value)}{at} ({more})")
+    return Alternative(moves=moves, trial=number, cost=cost, text=" and ".join(said))
+
+
 def pareto_front(measurements: Sequence[Measurement]) -> list[int]:
     """Indices of the measurements that no other one beats on quality drop, bytes and latency at once.
 
@@ -320,7 +363,7 @@ def figure(axis: Axis, value: float) -> str:
 
 
 def _rounded_up(value: float) -> str:
-    if value == 0:
+    if abs(value) < _NOTHING:
         return "0"
     digits = 2 - math.floor(math.log10(abs(value)))
     grain = 10.0**digits
