@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from featherweight.engine.scratch import MappedScratch
+from featherweight.engine.store import machine_mark
 from featherweight.errors import MachineError
 
 
@@ -105,8 +106,8 @@ def test_what_was_killed_while_it_wrote_is_swept(folder: Path) -> None:
     told = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    half = folder / f"tensor-0-{told.stdout.strip()}"
-    ours = folder / f"tensor-9999-{os.getpid()}"
+    half = folder / f"tensor-0-{machine_mark()}-{told.stdout.strip()}"
+    ours = folder / f"tensor-9999-{machine_mark()}-{os.getpid()}"
     half.write_bytes(b"half")
     ours.write_bytes(b"being written")
     MappedScratch(folder)(torch.ones(1 << 16))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from featherweight.engine.store import Store, default_folder, digest, sources_digest, sweep
+from featherweight.engine.store import Store, default_folder, digest, machine_mark, sources_digest, sweep
 from featherweight.errors import DataError, MachineError
 
 
@@ -174,12 +174,13 @@ class TestTwoProcesses:
         kind = store.folder / "steps"
         kind.mkdir(parents=True)
         dead = dead_pid()
-        for name in (f".x.partial-{dead}", f".y.partial-{os.getppid()}", ".z.partial-abc", "finished"):
+        here = machine_mark()
+        alive, elsewhere = f".y.partial-{here}-{os.getppid()}", f".w.partial-00000000-{dead}"
+        for name in (f".x.partial-{here}-{dead}", alive, elsewhere, ".z.partial-abc", "finished"):
             (kind / name).mkdir()
         store.put("steps", "k", fill)
-        assert everything(store) == [
-            f"steps/.y.partial-{os.getppid()}", "steps/.z.partial-abc", "steps/finished", "steps/k"
-        ]  # fmt: skip
+        kept = [elsewhere, alive, ".z.partial-abc", "finished", "k"]
+        assert everything(store) == [f"steps/{name}" for name in kept]
 
     def test_sweeping_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
         sweep(tmp_path / "nowhere", "*")

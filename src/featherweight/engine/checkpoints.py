@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from featherweight.engine.store import Store, told_as_machine_error
+from featherweight.engine.store import Store, mine, told_as_machine_error
 
 KIND = "checkpoints"
 _FILE = "state.pt"
@@ -53,7 +53,7 @@ class StoredCheckpoint:
         Raises:
             MachineError: The disk is full, or the folder cannot be written.
         """
-        temporary = self._folder / f".{_FILE}-{os.getpid()}"
+        temporary = self._folder / f".{_FILE}-{mine()}"
         with told_as_machine_error("the checkpoint"):
             self._folder.mkdir(parents=True, exist_ok=True)
             try:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from featherweight.engine.store import left_by_killed, told_as_machine_error
+from featherweight.engine.store import left_by_killed, machine_mark, mine, told_as_machine_error
 
 _LEAST = 1 << 16  # bytes; a smaller tensor is cheaper in memory than in a file of its own
 _TRIM = 1 << 26  # bytes moved between two calls that hand free memory back to the kernel
@@ -44,7 +43,7 @@ class MappedScratch:
         if tensor.nbytes < _LEAST or tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return tensor
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        path = self._folder / f"tensor-{next(_COUNT)}-{os.getpid()}"
+        path = self._folder / f"tensor-{next(_COUNT)}-{mine()}"
         with told_as_machine_error("the scratch memory for layer inputs"):
             self._make_folder()
             try:
@@ -74,6 +73,6 @@ class MappedScratch:
         if self._swept:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in left_by_killed(self._folder, "tensor-*"):
+        for path in left_by_killed(self._folder, f"tensor-*-{machine_mark()}-*"):
             path.unlink(missing_ok=True)
         self._swept = True

@@ -12,10 +12,12 @@ import hashlib
 import inspect
 import json
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +119,9 @@ class Store:
         """
         started = time.monotonic()
         final = self.folder / kind / key
-        temporary = final.with_name(f".{key}.partial-{os.getpid()}")
+        temporary = final.with_name(f".{key}.partial-{mine()}")
         with told_as_machine_error("the store"):
-            sweep(final.parent, ".*.partial-*")
+            sweep(final.parent, f".*.partial-{machine_mark()}-*")
             temporary.mkdir(parents=True)
             try:
                 write(temporary)
@@ -156,7 +158,7 @@ class Store:
         for _, size, path in sorted(sized):
             if excess <= 0:
                 return
-            doomed = path.with_name(f".{path.name}.partial-{os.getpid()}")
+            doomed = path.with_name(f".{path.name}.partial-{mine()}")
             path.rename(doomed)
             shutil.rmtree(doomed)
             excess -= size
@@ -172,6 +174,21 @@ def _named(temporary: Path, final: Path) -> bool:
         if not final.is_dir():
             raise
     return False
+
+
+@cache
+def machine_mark() -> str:
+    """A name for this machine, or container: numbers of processes have no meaning outside of it."""
+    try:
+        space = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:  # no Linux
+        space = 0
+    return digest(platform.node(), space)[:8]
+
+
+def mine() -> str:
+    """Ends the name of what this process has half-written, in a folder that several machines may share."""
+    return f"{machine_mark()}-{os.getpid()}"
 
 
 def sweep(folder: Path, pattern: str) -> None:
