@@ -8,7 +8,7 @@ QUICK ?=
 # Which runtimes and readers come along; every runtime: make runtimes.
 EXTRAS ?= onnxruntime,keras,transformers
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
-RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml
+RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml,ray
 
 .PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train fashion clean
 
@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS),dev]"
 	touch $(STAMP)
 
-# Every runtime there is, some 2 GB; the one for browsers where npm is.
+# Every runtime there is and what scales out, some 2 GB; the one for browsers where npm is.
 runtimes: setup
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIMES)]"
 	@if command -v npm > /dev/null; then \

@@ -1,7 +1,8 @@
 """Where jobs run: a link to the process that works on one, here or on another machine.
 
 ``local`` is a child process; ``ssh:`` one on a machine that has Python (``ssh.py``); ``adb:`` the
-runtime's own benchmark program on a phone (``adb_link.py``). Whatever it is, the engine speaks
+runtime's own benchmark program on a phone (``adb_link.py``); ``ray:`` one on a worker of a cluster that has
+this label (``workers_link.py``). Whatever it is, the engine speaks
 in frames and finds what the job left in the job's folder.
 """
 
@@ -27,7 +28,8 @@ T = TypeVar("T")
 
 PAUSES_S = (1.0, 4.0)  # before the second and the third try
 OWN_OPTIONS = ("python", "tools")  # of Target.options: the device's, not the runtime's
-_KINDS = ("local", "ssh:[user@]host[:port]", "adb:serial")
+HERE = "FEATHERWEIGHT_LABELS"  # environment variable of a worker: the labels of its machine, with commas
+_KINDS = ("local", "ssh:[user@]host[:port]", "adb:serial", "ray:label")
 _RUNNER = Path(__file__).with_name("runner.py")
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "FEATHERWEIGHT_NODE_MODULES")
 _SCORED_HERE = ("serve", "values")  # of a phone's jobs: there is no session on it
@@ -45,9 +47,9 @@ class Address:
     """A device as ``Target.device`` names it.
 
     Attributes:
-        kind: 'local', 'ssh' or 'adb'.
+        kind: 'local', 'ssh', 'adb' or 'ray'.
         name: The whole of it, for messages, without its options.
-        host: Of ssh; of adb the serial number.
+        host: Of ssh; of adb the serial number, of ray the label.
         user: Of ssh; '' is what ssh decides.
         port: Of ssh; 0 is what ssh decides.
         options: What stands behind '?', and the device's part of ``Target.options``; sorted.
@@ -81,8 +83,8 @@ def address(target: Target) -> Address:
     kind, _, rest = name.partition(":")
     if kind == "local" and not rest:
         return Address("local", name)
-    if kind == "adb" and re.fullmatch(r"[\w.:-]+", rest) and not rest.startswith("-"):
-        return Address("adb", name, rest, options=given)
+    if kind in ("adb", "ray") and re.fullmatch(r"[\w.:-]+", rest) and not rest.startswith("-"):
+        return Address(kind, name, rest, options=given)
     found = _SSH.fullmatch(rest) if kind == "ssh" else None
     if found is None or int(found["port"] or 0) > 65535:
         raise TargetError(f"device '{name}' is not known", fix=f"a device is {', '.join(_KINDS)}")
@@ -186,7 +188,12 @@ def connect(work: Work) -> Link:
         TargetError: The device is none that jobs can be sent to.
         DeviceError: It cannot be reached, or lacks what it takes.
     """
-    kind = address(work.target).kind
+    where = address(work.target)
+    kind = where.kind
+    if kind == "ray" and where.host not in os.environ.get(HERE, "").split(","):
+        from featherweight.engine.workers_link import RayLink
+
+        return RayLink(work)
     if kind == "ssh":
         from featherweight.engine.ssh import SshLink
 

@@ -97,7 +97,20 @@ class Scales:
             TargetError: The runtime cannot store it.
             RunnerError: A measuring process crashed or hung.
         """
+        if self.run.hands is not None:
+            self.run.hands.weigh(self.run, model.key)
         return self._weigh(self.run.lower(model), self.run.target.options, self.run.target.options)
+
+    def score(self, model: Model) -> Artifact:
+        """Lower and score a model, so that its score is in the store; its artifact.
+
+        Raises:
+            TargetError: The runtime cannot store it.
+            RunnerError: A measuring process crashed or hung.
+        """
+        artifact = self.run.lower(model)
+        self._score(artifact, self.twin_scored, self.run.target.options)
+        return artifact
 
     def _weigh(self, artifact: Artifact, options: Options, twin_options: Options) -> Weighed:
         return Weighed(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,6 +72,25 @@ class TargetSupports:
         return self.runtime.realise(fmt, self.target, role)
 
 
+class Hands(Protocol):
+    """Makes elsewhere what is missing in the store."""
+
+    def step(self, run: Run, key: str) -> None:
+        """Make the model of a key (see ``Run.chain``)."""
+
+    def lower(self, run: Run, key: str, entry: str) -> None:
+        """Write the artifact of a model, which is this entry of the store."""
+
+    def weigh(self, run: Run, key: str) -> None:
+        """Score and time the artifact of a model."""
+
+    def simulated_drop(self, run: Run, key: str, indices: Sequence[int]) -> float:
+        """What the simulated network loses on these scored examples."""
+
+
+_Way = tuple[str, str, dict[str, Json]]  # key of the model before, name and parameters of the step
+
+
 class Run:
     """One original model, its data and its target; applies steps and lowers what they make.
 
@@ -121,6 +140,8 @@ class Run:
         self.until = math.inf  # when the time for steps is up, by time.monotonic
         self._floats: dict[str, Model] = {}  # key of a model with formats -> the network before them
         self._held: dict[str, Model] = {}  # the same, or what training under formats gave since
+        self.hands: Hands | None = None  # who makes what the store lacks; nobody: this process does
+        self._ways: dict[str, _Way] = {}  # key -> the step that made it
 
     def context(self, model: Model | None = None) -> Context:
         """What a step may use.
@@ -174,7 +195,11 @@ class Run:
         self._warn_of_unmatched(model, method, f"step {number} ({name})")
         key = self._step_key(model, name, method)
         self._follow(model, method, key)
+        self._ways[key] = model.key, name, method.model_dump(mode="json")
         kept = self.store.get("steps", key)
+        if kept is None and self.hands is not None:
+            self.hands.step(self, key)
+            kept = self.store.get("steps", key)
         if kept is None:
             checkpoint = StoredCheckpoint(self.store, key)
             context = replace(self.context(model), checkpoint=checkpoint)
@@ -188,6 +213,14 @@ class Run:
         if "training" in method.needs and changed.formats:
             self._held[key] = with_zeros(changed).evolve(formats={})
         return changed
+
+    def chain(self, key: str) -> list[tuple[str, dict[str, Json]]]:
+        """The steps that lead from the start to a model that this run has made: name and parameters each."""
+        found: list[tuple[str, dict[str, Json]]] = []
+        while key != self.start.key:
+            key, name, parameters = self._ways[key]
+            found.append((name, parameters))
+        return found[::-1]
 
     def _follow(self, model: Model, method: Method, key: str) -> None:
         """Remember the network as it reached the first format step, for every step from there on.
@@ -245,6 +278,9 @@ class Run:
         """The model's artifact for the target, from the store if it was made before."""
         key = digest("artifact", model.key, self.target.to_json(), self.runtime.version(), self.sources)
         kept = self.store.get("artifacts", key)
+        if kept is None and self.hands is not None:
+            self.hands.lower(self, model.key, key)
+            kept = self.store.get("artifacts", key)
         if kept is None:
             self.runtime.require()
             kept = self.store.put("artifacts", key, lambda folder: self._write_artifact(model, folder))
