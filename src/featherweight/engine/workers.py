@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -28,7 +25,8 @@ from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.devices import address as address_of
 from featherweight.engine.mail import Mailbox
 from featherweight.engine.store import default_folder
-from featherweight.errors import DeviceError, FeatherweightError, MachineError, RunnerError, TargetError
+from featherweight.engine.workers_cluster import MEASURES, WHOLE, Place, check_label, no_label
+from featherweight.errors import DeviceError, FeatherweightError, RunnerError
 from featherweight.method import Progress
 from featherweight.runtime import Target
 
@@ -36,9 +34,6 @@ RETRIES = 3  # how often Ray starts a task again whose worker died
 _LOOK_S = 0.25  # between two looks at a task
 _NODES_S = 5.0  # between two looks at the machines
 _MISSED_S = 60.0  # how long a task waits for a machine that it can run on
-_OBJECTS = 80 * 2**20  # bytes of Ray's object store, which holds a few sentences
-_MEASURES = "featherweight-measures"  # what a machine of our own is labelled with
-_WHOLE, _PART = 1.0, 0.01  # of a label: what measures alone, and one of several programs of one measurement
 
 
 class Ended(Exception):
@@ -75,107 +70,12 @@ class Answer:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where workers are.
-
-    Attributes:
-        count: Trials at a time.
-        cluster: Address of a Ray cluster, ``host:port`` or ``auto``; '' starts one on this machine.
-        cpus: Cores of a trial.
-    """
-
-    count: int
-    cluster: str = ""
-    cpus: int = 1
-
-
-def import_ray() -> Any:
-    """Ray, told to report nothing to anybody.
-
-    Raises:
-        MissingRuntime: It is not installed.
-    """
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its own future
-    try:
-        import ray
-        import ray.exceptions
-    except ImportError as error:
-        raise errors.MissingRuntime(
-            "trials on workers need the package ray, which is not installed",
-            fix='pip install "featherweight[ray]"',
-        ) from error
-    return ray
-
-
-@contextmanager
-def joined(place: Place) -> Iterator[Any]:
-    """Start a Ray of our own, or take part in one; what we started ends with the block.
-
-    Raises:
-        MissingRuntime: Ray is not installed.
-        TargetError: No cluster answers at this address.
-        MachineError: Ray does not start.
-    """
-    ray = import_ray()
-    if ray.is_initialized():  # by the program that calls us
-        yield ray
-        return
-    with ExitStack() as undo:
-        heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            if place.cluster:
-                _join(ray, place.cluster)
-            else:
-                _start(ray, place, undo)
-            undo.callback(ray.shutdown)
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                for number, handler in heard.items():  # Ray takes SIGTERM for itself
-                    signal.signal(number, handler)
-        yield ray
-
-
-def _join(ray: Any, cluster: str) -> None:
-    try:
-        ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        said = (str(error).strip().splitlines() or [""])[0][:200]
-        raise TargetError(
-            f"no Ray cluster can be joined at '{cluster}': {said}",
-            fix="ray start --head on one machine; ray start --address=HOST:6379 on the others, and here",
-        ) from error
-
-
-def _start(ray: Any, place: Place, undo: ExitStack) -> None:
-    # Sockets lie in this folder, and their paths have room for some hundred characters.
-    where = tempfile.gettempdir() if len(tempfile.gettempdir()) < 20 else "/tmp"
-    folder = undo.enter_context(
-        tempfile.TemporaryDirectory(prefix="fw", dir=where, ignore_cleanup_errors=True)
-    )
-    try:
-        ray.init(
-            num_cpus=place.count * place.cpus,
-            resources={_MEASURES: _WHOLE},
-            object_store_memory=_OBJECTS,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-        )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise MachineError(
-            f"Ray does not start: {error}", fix="see its words; or go without --workers"
-        ) from error
-
-
 class Crew:
     """Workers that carry out what a search asks of them.
 
     Args:
         place: Where they are.
-        ray: What :func:`joined` gave.
+        ray: What ``workers_cluster.joined`` gave.
         site: What they load, as data (``workers_bench.py``).
         device: Of the target, as the user wrote it.
         progress: Where what they say is shown.
@@ -368,7 +268,7 @@ class Crew:
         if needs.measures:
             resources["num_cpus"] = 0  # a machine that only measures may have none for trials
             if self._label or not self.place.cluster:
-                resources["resources"] = {self._label or _MEASURES: _WHOLE}
+                resources["resources"] = {self._label or MEASURES: WHOLE}
             else:  # 'local' is the machine on which this process runs, and it reaches other devices
                 resources["scheduling_strategy"] = self._here()
         return resources
@@ -420,7 +320,7 @@ class Crew:
 
     def _unplaceable(self, needs: Needs, name: str) -> DeviceError:
         if needs.measures:
-            return _no_label(self._label or _MEASURES)
+            return no_label(self._label or MEASURES)
         return DeviceError(
             f"no machine of the cluster has {needs.cpus} cores for {name}", fix="ray start on another machine"
         )
@@ -460,29 +360,6 @@ class Crew:
                 raise Ended
             if time.monotonic() >= until():
                 raise OutOfTime
-
-
-def check_label(ray: Any, label: str) -> None:
-    """See that a living machine of the cluster has a label.
-
-    Raises:
-        DeviceError: None has it.
-    """
-    if not any(node["Alive"] and node["Resources"].get(label, 0) >= _WHOLE for node in ray.nodes()):
-        raise _no_label(label)
-
-
-def part_of(label: str) -> dict[str, float]:
-    """What one program of a measurement takes of a label: several work on one in turn."""
-    return {label: _PART}
-
-
-def _no_label(label: str) -> DeviceError:
-    return DeviceError(
-        f"no living worker is labelled '{label}'",
-        fix=f"on the machine that shall measure: ray start --address=HOST:6379 --num-cpus=0 "
-        f"--resources='{{\"{label}\": 1}}'",
-    )
 
 
 def _of_ray(ray: Any, error: Any, name: str) -> BaseException:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from featherweight.engine.devices import ConnectionLost, LocalLink, Work, address, kernel_kills
-from featherweight.engine.workers import check_label, import_ray, part_of
+from featherweight.engine.workers_cluster import check_label, import_ray, part_of
 from featherweight.errors import DeviceError, FeatherweightError, TargetError
 from featherweight.runtime import Target
 

@@ -1,0 +1,140 @@
+"""A Ray cluster: one of our own on this machine, or one that is there and that this machine is part of.
+
+Ray reports how it is used unless it is told not to: here it is told. What we start is small, has no
+dashboard, and ends with the block.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from featherweight.errors import DeviceError, MachineError, MissingRuntime, TargetError
+
+MEASURES = "featherweight-measures"  # what a machine of our own is labelled with
+WHOLE, PART = 1.0, 0.01  # of a label: what measures alone, and one of several programs of one measurement
+_OBJECTS = 80 * 2**20  # bytes of Ray's object store, which holds a few sentences
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where workers are.
+
+    Attributes:
+        count: Trials at a time.
+        cluster: Address of a Ray cluster, ``host:port`` or ``auto``; '' starts one on this machine.
+        cpus: Cores of a trial.
+    """
+
+    count: int
+    cluster: str = ""
+    cpus: int = 1
+
+
+def import_ray() -> Any:
+    """Ray, told to report nothing to anybody.
+
+    Raises:
+        MissingRuntime: It is not installed.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its own future
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise MissingRuntime(
+            "trials on workers need the package ray, which is not installed",
+            fix='pip install "featherweight[ray]"',
+        ) from error
+    return ray
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[Any]:
+    """Start a Ray of our own, or take part in one; what we started ends with the block.
+
+    Raises:
+        MissingRuntime: Ray is not installed.
+        TargetError: No cluster answers at this address.
+        MachineError: Ray does not start.
+    """
+    ray = import_ray()
+    if ray.is_initialized():  # by the program that calls us
+        yield ray
+        return
+    with ExitStack() as undo:
+        heard = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            if place.cluster:
+                _join(ray, place.cluster)
+            else:
+                _start(ray, place, undo)
+            undo.callback(ray.shutdown)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in heard.items():  # Ray takes SIGTERM for itself
+                    signal.signal(number, handler)
+        yield ray
+
+
+def _join(ray: Any, cluster: str) -> None:
+    try:
+        ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        raise TargetError(
+            f"no Ray cluster can be joined at '{cluster}': {said}",
+            fix="ray start --head on one machine; ray start --address=HOST:6379 on the others, and here",
+        ) from error
+
+
+def _start(ray: Any, place: Place, undo: ExitStack) -> None:
+    # Sockets lie in this folder, and their paths have room for some hundred characters.
+    where = tempfile.gettempdir() if len(tempfile.gettempdir()) < 20 else "/tmp"
+    folder = undo.enter_context(
+        tempfile.TemporaryDirectory(prefix="fw", dir=where, ignore_cleanup_errors=True)
+    )
+    try:
+        ray.init(
+            num_cpus=place.count * place.cpus,
+            resources={MEASURES: WHOLE},
+            object_store_memory=_OBJECTS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise MachineError(
+            f"Ray does not start: {error}", fix="see its words; or go without --workers"
+        ) from error
+
+
+def check_label(ray: Any, label: str) -> None:
+    """See that a living machine of the cluster has a label.
+
+    Raises:
+        DeviceError: None has it.
+    """
+    if not any(node["Alive"] and node["Resources"].get(label, 0) >= WHOLE for node in ray.nodes()):
+        raise no_label(label)
+
+
+def part_of(label: str) -> dict[str, float]:
+    """What one program of a measurement takes of a label: several work on one in turn."""
+    return {label: PART}
+
+
+def no_label(label: str) -> DeviceError:
+    return DeviceError(
+        f"no living worker is labelled '{label}'",
+        fix=f"on the machine that shall measure: ray start --address=HOST:6379 --num-cpus=0 "
+        f"--resources='{{\"{label}\": 1}}'",
+    )
