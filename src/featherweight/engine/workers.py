@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +25,7 @@ from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.devices import address as address_of
 from featherweight.engine.mail import Mailbox
 from featherweight.engine.store import default_folder
-from featherweight.engine.workers_cluster import MEASURES, WHOLE, Place, check_label, no_label
+from featherweight.engine.workers_cluster import MEASURES, WHOLE, Place, check_label, joined, no_label
 from featherweight.errors import DeviceError, FeatherweightError, RunnerError
 from featherweight.method import Progress
 from featherweight.runtime import Target
@@ -68,6 +68,35 @@ class Answer:
     value: Any
     seconds: float
     warnings: tuple[str, ...]
+
+
+@contextmanager
+def hired(
+    place: Place | None, site: Callable[[], Mapping[str, Any]], device: str, progress: Progress
+) -> Iterator[Crew | None]:
+    """Workers at a place, as long as the block lasts; None where none are asked for.
+
+    Args:
+        place: Where they are.
+        site: Tells what they load.
+        device: Of the target, as the user wrote it.
+        progress: Where what they say is shown.
+
+    Raises:
+        TargetError: No cluster answers.
+        DeviceError: None of its machines is labelled as the target's device.
+        MachineError: Ray does not start.
+    """
+    if place is None:
+        yield None
+        return
+    with joined(place) as ray:
+        cores = sum(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        place = replace(place, count=place.count or max(int(cores) // place.cpus, 1))
+        with Crew(place, ray, site(), device, progress) as crew:
+            where = f"on the cluster at {place.cluster}" if place.cluster else "on this machine"
+            progress.note(f"{place.count} trials at a time {where}")
+            yield crew
 
 
 class Crew:

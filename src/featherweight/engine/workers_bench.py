@@ -14,6 +14,7 @@ import platform
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,53 @@ from featherweight.engine.sources import Given, load_sources
 from featherweight.engine.start import start_runs
 from featherweight.engine.store import sources_digest
 from featherweight.engine.timing import Limits
-from featherweight.errors import DeviceError, FeatherweightError
+from featherweight.errors import DataError, DeviceError, FeatherweightError
 from featherweight.method import Silent
 from featherweight.model import Model
 from featherweight.plugins import find_method
 from featherweight.runtime import Target
 
 _REMEMBERED = 6  # models
+
+
+def site(
+    sources: Mapping[str, Any],
+    student: Given,
+    teacher: Given,
+    runs: Sequence[Run],
+    limits: Limits,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a worker needs to work for a search, as JSON data.
+
+    Args:
+        sources: The arguments of ``load_sources``.
+        student: See ``start_runs``.
+        teacher: See ``start_runs``.
+        runs: Of the search.
+        limits: Of its measurements.
+        training: See ``training_options``.
+
+    Raises:
+        DataError: The data is an object of this process.
+    """
+    if not isinstance(sources["data"], str | None):
+        raise DataError(
+            "workers load the data themselves, and this is an object of one process",
+            fix="give a file, a folder, or path.py:callable",
+        )
+    return {
+        "sources": {**sources, "inputs": list(sources["inputs"])},
+        "student": [student.model, student.weights],
+        "teacher": [teacher.model, teacher.weights],
+        "targets": [run.target.to_json() for run in runs],
+        "training": dict(training),
+        "limits": asdict(limits),
+        "folder": str(Path.cwd()),
+        "store": str(runs[0].store.folder.resolve()),
+        "code": runs[0].sources,
+        "torch": torch.__version__,
+    }
 
 
 class Bench:

@@ -10,12 +10,16 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from featherweight.errors import DeviceError, MachineError, MissingRuntime, TargetError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MEASURES = "featherweight-measures"  # what a machine of our own is labelled with
 WHOLE, PART = 1.0, 0.01  # of a label: what measures alone, and one of several programs of one measurement
@@ -27,7 +31,7 @@ class Place:
     """Where workers are.
 
     Attributes:
-        count: Trials at a time.
+        count: Trials at a time; 0: as many as the cluster has cores for.
         cluster: Address of a Ray cluster, ``host:port`` or ``auto``; '' starts one on this machine.
         cpus: Cores of a trial.
     """
@@ -35,6 +39,39 @@ class Place:
     count: int
     cluster: str = ""
     cpus: int = 1
+
+
+def placed(workers: int | None, cluster: str | None, device: str, cpus: int) -> Place | None:
+    """What the user asks for; None: no workers.
+
+    Args:
+        workers: Trials at a time; None: as many as the cluster has cores for.
+        cluster: Its address; None: a Ray of our own, where there are workers.
+        device: Of the target.
+        cpus: Cores of a trial.
+
+    Raises:
+        MissingRuntime: Ray is not installed.
+        TargetError: A cluster cannot tell which of its machines is 'local', a label needs one, or there
+            are no workers.
+    """
+    if workers is not None and workers < 1:
+        raise TargetError(f"{workers} workers are none", fix="--workers 1 or more")
+    labelled = device.startswith("ray:")
+    if cluster and device == "local":
+        raise TargetError(
+            "a cluster has many machines, and one of them has to be the target",
+            where="--device local",
+            fix="start Ray there with --resources='{\"NAME\": 1}', and give --device ray:NAME",
+        )
+    if labelled and not cluster:
+        raise TargetError(
+            f"'{device}' is a worker of a cluster, and none is named", fix="--cluster HOST:6379"
+        )
+    if workers is None and not cluster:
+        return None
+    import_ray()
+    return Place(workers or 0, cluster or "", cpus)
 
 
 def import_ray() -> Any:
@@ -56,6 +93,20 @@ def import_ray() -> Any:
     return ray
 
 
+def in_cluster(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that is part of the cluster which its argument ``cluster`` names, where it is given."""
+
+    @wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        cluster = options.get("cluster")
+        if not isinstance(cluster, str):
+            return function(*arguments, **options)
+        with joined(Place(0, cluster)):
+            return function(*arguments, **options)
+
+    return call
+
+
 @contextmanager
 def joined(place: Place) -> Iterator[Any]:
     """Start a Ray of our own, or take part in one; what we started ends with the block.
@@ -67,6 +118,10 @@ def joined(place: Place) -> Iterator[Any]:
     """
     ray = import_ray()
     if ray.is_initialized():  # by the program that calls us
+        if not place.cluster:
+            raise TargetError(
+                "Ray is at work in this program already", fix="give its address: cluster='auto'"
+            )
         yield ray
         return
     with ExitStack() as undo:
