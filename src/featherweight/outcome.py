@@ -515,6 +515,7 @@ class Result(_Record):
     effort: Effort | None = None
     student: str = ""
     teacher: str = ""
+    resumed: int = 0
     run: str = ""
 
     def to_json(self) -> str:

@@ -34,9 +34,9 @@ class TestCheck:
     def test_the_same_run_may_come_again(self, tmp_path: Path) -> None:
         write_one(tmp_path)
         assert held_run(tmp_path) == "abc"
-        check_other_run(tmp_path, force=False, key="abc")
+        check_other_run(tmp_path, force=False, keys=["abc"])
         with pytest.raises(OutputError):
-            check_other_run(tmp_path, force=False, key="abd")
+            check_other_run(tmp_path, force=False, keys=["abd"])
 
     def test_new_and_empty_folders_are_fine(self, tmp_path: Path) -> None:
         for out in (tmp_path, tmp_path / "new"):

@@ -10,9 +10,10 @@ from typing import get_args
 
 from featherweight.api.handing import copy_files, deliver
 from featherweight.data import Data
-from featherweight.engine.effort import plan
+from featherweight.engine.effort import Plan, plan
 from featherweight.engine.environment import describe_device
 from featherweight.engine.fit import Fit, Question
+from featherweight.engine.journal import Journal, asked
 from featherweight.engine.lanes import make_lanes
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
 from featherweight.engine.run import Run
@@ -72,6 +73,7 @@ def fit(
     student_weights: str | None = None,
     teacher: str | None = None,
     teacher_weights: str | None = None,
+    resume: bool = False,
     force: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
@@ -111,6 +113,9 @@ def fit(
         student_weights: Of the student's module.
         teacher: Another network that a step with ``teacher: teacher`` learns from.
         teacher_weights: Of the teacher's module.
+        resume: Go on with the search into ``out`` that was interrupted, killed or out of time: its trials
+            count among ``trials``, ``time_limit`` begins anew, and it tries what it had planned. Where there
+            is none, it begins.
         force: Replace what is in ``out``.
         allow_pickle: Load pickled modules, which runs their code.
         progress: Where long work says how far it is.
@@ -141,13 +146,19 @@ def fit(
     )
     if not question.open_ended:
         warn_of_idle_teacher(taught_by, question.recipe, shown)
+    limits = limits or Limits()
+    journal, asked_for = Journal(runs[0].store, place), asked(runs, question, limits)
+    known = journal.kept(asked_for) if resume else None
+    if known is not None:
+        limits = known.limits
+    elif resume:
+        shown.note("there is no search to resume: it begins")
     if question.open_ended:
         follow(runs[0].start)
-        question = _planned(question, runs, trials, shown)
-    limits = limits or Limits()
+        question = _planned(question, runs, trials, shown, None if known is None else known.plan)
     name = Path(model.rpartition(":")[2] or model).stem
     key = _run_key(runs, question, limits, [name, learner.name, taught_by.name])
-    check_other_run(place, force, key)
+    check_other_run(place, force, [key, *(known.runs if known else ())])
     store = runs[0].store
     kept = store.get("runs", key)
     if kept is None:
@@ -157,6 +168,11 @@ def fit(
             runs[0].apply(question.recipe)
         left_out: dict[str, FeatherweightError] = {}
         lanes = make_lanes(runs, limits, failures=left_out)
+        if known is None:
+            journal.begin(asked_for, limits, question.plan, key)
+        else:
+            journal.go_on(known, key)
+        question = replace(question, journal=journal.file)
         fitted = Fit(lanes, question, left_out).answer()
         told = {"run": key, "student": learner.name, "teacher": taught_by.name}
         fitted = replace(fitted, result=fitted.result.model_copy(update=told))
@@ -202,9 +218,17 @@ def _question(
     )
 
 
-def _planned(question: Question, runs: Sequence[Run], trials: int | None, progress: Progress) -> Question:
-    """The question with what to try: it follows from the time and from how long a pass takes here."""
-    made = plan(runs[0], question.time_limit, question.budget, trials)
+def _planned(
+    question: Question, runs: Sequence[Run], trials: int | None, progress: Progress, known: Plan | None
+) -> Question:
+    """The question with what to try: it follows from the time and from how long a pass takes here.
+
+    A search that goes on tries what it had planned.
+    """
+    if known is None:
+        made = plan(runs[0], question.time_limit, question.budget, trials)
+    else:
+        made = replace(known, time_s=question.time_limit, trials=known.trials if trials is None else trials)
     progress.note(
         f"effort {made.level}: {', then '.join(made.ways)}; {made.trials} trials at most in "
         f"{seconds(question.time_limit)} ({seconds(made.example_s)} a pass of one example). {made.longer}"

@@ -50,6 +50,7 @@ def fit(
     student_weights: options.StudentWeights = None,
     teacher: options.Teacher = None,
     teacher_weights: options.TeacherWeights = None,
+    resume: options.Resume = False,
     force: options.Force = False,
     allow_pickle: options.Pickle = False,
     quiet: options.Quiet = False,
@@ -59,7 +60,7 @@ def fit(
 
     Writes to --out: the artifact, recipe.yaml, result.json, report.html, model_card.md,
     artifact.json and programs that load it (load.py, load.cpp ...). Running again resumes; a
-    finished run is read from the store. Ctrl-C hands back the best so far.
+    finished run is read from the store. Ctrl-C hands back the best so far, and --resume goes on.
 
     Without --recipe, --time decides the effort, with a timed pass of the network: a large one
     gets less of it. The report says which one it was, and what more time would add.
@@ -121,6 +122,7 @@ def fit(
             student_weights=student_weights,
             teacher=teacher,
             teacher_weights=teacher_weights,
+            resume=resume,
             force=force,
             allow_pickle=allow_pickle,
             progress=progress,

@@ -173,6 +173,14 @@ Out = Annotated[
         help="Folder to write; one that holds another run is refused.",
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the search into --out that was interrupted, killed or out of time; --time begins "
+        "anew, and its trials count.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors; the result is in --out.")]
 NoBars = Annotated[bool, typer.Option("--quiet", help="No progress bars and no remarks.")]

@@ -6,8 +6,9 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,7 @@ class Question:
         plan: What a template tries in this time, instead of ``recipe``.
         started: When the time began, by ``time.monotonic``; None: when the search does.
         tune: Measure the chosen artifact with the runtime's options that are fastest for it.
+        journal: Where the search writes what it tried, and from where it goes on; None: nowhere.
     """
 
     budget: Budget
@@ -76,6 +78,7 @@ class Question:
     plan: Plan | None = None
     started: float | None = None
     tune: bool = True
+    journal: Path | None = None
 
     @property
     def searches(self) -> bool:
@@ -109,6 +112,22 @@ class _Finalist:
     violated: tuple[Violation, ...]
 
 
+class _Recalled(dict[int, tuple[Lane, Weighed]]):
+    """Trials' artifacts by their numbers; those of a search that goes on are read when they are asked for.
+
+    Args:
+        recall: Reads one.
+    """
+
+    def __init__(self, recall: Callable[[int], tuple[Lane, Weighed]]) -> None:
+        super().__init__()
+        self._recall = recall
+
+    def __missing__(self, number: int) -> tuple[Lane, Weighed]:
+        self[number] = self._recall(number)
+        return self[number]
+
+
 class Fit:
     """One search. Everything that it computes is in the store, so a second one resumes.
 
@@ -129,7 +148,7 @@ class Fit:
         self.run, self.scales = self.first.run, self.first.scales
         self.question = question
         self.left_out = left_out or {}
-        self.weighed: dict[int, tuple[Lane, Weighed]] = {}
+        self.weighed = _Recalled(self._recall)
         self.direct: dict[int, Direct] = {}
         self.trials = max(question.trials, len(lanes))
         self.started = time.monotonic() if question.started is None else question.started
@@ -152,7 +171,11 @@ class Fit:
             runtimes=list(self.lanes),
             ways=None if question.plan is None else question.plan.ways,
             deadline_s=self.deadline - time.monotonic(),
+            storage=question.journal,
         )
+        self.resumed = len(self.search.trials)
+        if self.resumed:
+            self.run.progress.note(f"the search goes on after {self.resumed} trials")
 
     def _halves(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """One half of the examples selects and the other reports, when several artifacts compete."""
@@ -181,7 +204,7 @@ class Fit:
         finally:
             self.search.close()
         if not self._measured:
-            raise failure or RecipeError("the search space holds no recipe", fix="leave a parameter open")
+            raise failure or self._nothing()
         try:
             return self._choose(interrupted)
         except KeyboardInterrupt:
@@ -189,6 +212,19 @@ class Fit:
                 raise
             self.run.progress.note("interrupted: the best so far is handed back")
             return self._choose(interrupted=True)
+
+    def _nothing(self) -> FeatherweightError:
+        """Why there is no artifact, where no trial of this search says it."""
+        if not self.search.trials:
+            return RecipeError("the search space holds no recipe", fix="leave a parameter open")
+        said = self.search.trials[-1].reason
+        return RecipeError(f"not one of {len(self.search.trials)} trials could be measured: {said}")
+
+    def _recall(self, number: int) -> tuple[Lane, Weighed]:
+        """The artifact of a trial that was measured before this search went on: the store has it."""
+        trial = next(one for one in self.search.trials if one.number == number)
+        lane = self.lanes[trial.runtime] if trial.runtime else self.first
+        return lane, lane.scales.weigh(lane.run.apply(Recipe.from_dict(trial.recipe)))
 
     @property
     def _measured(self) -> bool:
@@ -331,6 +367,7 @@ class Fit:
             kernels=[] if interrupted else lane.scales.kernels(weighed),
             examples=self._examples(),
             effort=self._effort(),
+            resumed=self.resumed,
         )
         return Fitted(result, lane, weighed, finished=not interrupted and self.search.ended != "time")
 
@@ -495,6 +532,8 @@ class Fit:
             said.append(f"the search was interrupted after {tried} trials")
         elif self.search.ended == "time":
             said.append(f"the time limit ended the search after {tried} of {self.trials} trials")
+        if self.question.journal is not None and (interrupted or self.search.ended == "time"):
+            said.append("the same command with --resume goes on from there")
         scored = len(self.scales.twin_scored.rows[run.data.metric.name])
         if tried > 1 and self.selecting is None:
             said.append(

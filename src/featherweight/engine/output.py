@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from featherweight.engine.store import left_by_killed, sweep, told_as_machine_error
@@ -54,14 +54,14 @@ def held_run(out: Path) -> str | None:
         return "" if any((out / mark).exists() for mark in _MARKS) else None
 
 
-def check_other_run(out: Path, force: bool, key: str | None = None) -> None:
-    """Refuse a folder that holds another run than the one of this key, or any where there is no key.
+def check_other_run(out: Path, force: bool, keys: Collection[str] = ()) -> None:
+    """Refuse a folder that holds another run than one of these keys.
 
     Raises:
         OutputError: It does, and nobody said --force.
     """
     held = held_run(out)
-    if held is not None and held != key and not force:
+    if held is not None and held not in keys and not force:
         raise OutputError(
             f"'{out}' holds another run", fix="name another folder, or add --force to replace it"
         )

@@ -199,7 +199,8 @@ class Search:
         self._study = self._open(storage, seed)
         known = self._take_up()
         openings = [Opening(one, way) for way in self.ways or ("",) for one in self.runtimes or ("",)]
-        self._openings = openings[self._asked :]
+        told = {(trial.runtime, trial.way) for trial in self.trials}
+        self._openings = [one for one in openings if (one.runtime, one.way) not in told]
         # A search that goes on must not draw again what it drew before.
         self.random = random.Random(f"{seed}/{known}")
         self._study.sampler = _sampler(self.random.randrange(2**32), trials, bool(self._excesses(baseline)))
