@@ -31,7 +31,7 @@ from featherweight.engine.sources import Given, load_sources
 from featherweight.engine.start import start_runs
 from featherweight.engine.store import sources_digest
 from featherweight.engine.timing import Limits
-from featherweight.errors import DataError, DeviceError, FeatherweightError
+from featherweight.errors import DataError, FeatherweightError, MachineError
 from featherweight.method import Silent
 from featherweight.model import Model
 from featherweight.plugins import find_method
@@ -192,23 +192,23 @@ def _bench(site: str) -> Bench:
     data = json.loads(site)
     here = platform.node()
     if not (Path(data["store"]) / "mail").is_dir():
-        raise DeviceError(
+        raise MachineError(
             f"the worker on {here} does not see the store '{data['store']}'",
             fix="set FEATHERWEIGHT_CACHE to a folder that all machines of the cluster share",
         )
     if data["code"] != sources_digest():
-        raise DeviceError(
+        raise MachineError(
             f"the worker on {here} has another version of featherweight", fix="install the same one there"
         )
     if data["torch"] != torch.__version__:
-        raise DeviceError(
+        raise MachineError(
             f"the worker on {here} has torch {torch.__version__}, and the search {data['torch']}",
             fix="install the same one there",
         )
     try:
         os.chdir(data["folder"])
     except OSError as error:
-        raise DeviceError(
+        raise MachineError(
             f"the worker on {here} does not see the folder '{data['folder']}'",
             fix="start the search in a folder that all machines of the cluster share",
         ) from error
