@@ -1,9 +1,10 @@
 """Ask and tell over a recipe's holes under a budget: Optuna proposes, measurements answer.
 
 Ask for a candidate, run it, tell what was measured; stop at any moment, and ``best`` is the best so far.
-The sampler is a tree-structured Parzen estimator for two objectives with limits as constraints
-(arXiv:2304.11127, arXiv:2606.09889). The first candidate is the default of every hole, so that an
-answer stands early, and no point is proposed twice.
+The sampler (samplers.py) has two objectives, with limits as constraints. The first candidate is the default
+of every hole, so that an answer stands early; what a sensitivity analysis proposes comes next, and no point
+is proposed twice. A candidate that a cheap prediction ends is dropped: it is no measured trial, but the
+sampler learns of it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import hashlib
 import math
 import random
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,6 +26,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from featherweight.engine.draws import Draw, Point, Tried, parameter, random_value, suggest
+from featherweight.engine.importances import importances
+from featherweight.engine.samplers import SamplerName, chosen_sampler, make_sampler
+from featherweight.engine.study import database, forget, hold, release
 from featherweight.engine.verdict import (
     Verdict,
     choose,
@@ -37,7 +41,7 @@ from featherweight.engine.verdict import (
 )
 from featherweight.errors import BudgetError, OutputError
 from featherweight.holes import Choice, Hole, canonical
-from featherweight.outcome import AXES, Budget, Measurement, Preference, Trial
+from featherweight.outcome import AXES, Budget, Importances, Measurement, Prediction, Preference, Trial
 from featherweight.recipe import Recipe
 
 __all__ = [
@@ -56,6 +60,7 @@ __all__ = [
 Ended = Literal["trials", "time", "exhausted"]
 _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
 _RUNTIME, _WAY = "runtime", "way"  # what Optuna calls the draws; those of holes begin with a step's number
+_DROPPED = 8  # candidates that may be dropped for each one that is measured
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
@@ -68,10 +73,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Opening:
-    """One of the first candidates: a runtime and a recipe, with the default of every hole."""
+    """One of the first candidates: a runtime and a recipe, with the default of every hole but some.
 
-    runtime: str
-    way: str
+    Attributes:
+        runtime: Which one, where there are several.
+        way: Which recipe, where there are several.
+        values: Step -> address -> the value of a hole whose default is not taken.
+    """
+
+    runtime: str = ""
+    way: str = ""
+    values: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Candidate:
@@ -85,7 +97,12 @@ class Candidate:
     """
 
     def __init__(
-        self, search: Search, number: int, recipe: Recipe, proposal: optuna.Trial | None, first: bool
+        self,
+        search: Search,
+        number: int,
+        recipe: Recipe,
+        proposal: optuna.Trial | None,
+        opening: Opening | None,
     ) -> None:
         self.number = number
         self.recipe = recipe
@@ -93,7 +110,7 @@ class Candidate:
         self.draws: list[Draw] = []
         self.proposal = proposal
         self._search = search
-        self._first = first
+        self.opening = opening
 
     @property
     def point(self) -> Point:
@@ -126,14 +143,15 @@ class Candidate:
             text = f"{type(hole).__name__} {canonical(hole.to_data())}"
             name = f"{step}/{address}#{hashlib.sha256(text.encode()).hexdigest()[:8]}"
             self._search.tried.enter(self.point, hole.size)
-            values[address] = self._value(name, hole)
+            values[address] = self._value(name, hole, step, address)
             self.draws.append(Draw(name, hole, values[address]))
         self.recipe = self.recipe.filled({step: values})
         return values
 
-    def _value(self, name: str, hole: Hole) -> Any:
-        if self._first:
-            return hole.first
+    def _value(self, name: str, hole: Hole, step: int = -1, address: str = "") -> Any:
+        if self.opening is not None:
+            given = self.opening.values.get(step, {}).get(address, hole.first)
+            return given if hole.admits(given) else hole.first
         if self.proposal is None:
             return random_value(self._search.random, hole, self._search.tried.values(self.point))
         return suggest(self.proposal, name, hole)
@@ -159,7 +177,10 @@ class Search:
         ways: Recipes among which each candidate takes one, instead of ``recipe``; the first candidates take
             one after the other, on each runtime, with the default of every hole.
         deadline_s: Seconds from now after which no candidate is proposed.
-        storage: A journal to go on from; without one the search is forgotten with the process.
+        sampler: What proposes: tpe, nsga2, random, or auto, which follows the number of trials.
+        storage: A journal, or the URL of a database, to go on from; without one the search is forgotten with
+            the process.
+        anew: What the database has of this search is forgotten first.
         clock: Seconds, never going back.
 
     Raises:
@@ -180,7 +201,9 @@ class Search:
         runtimes: Sequence[str] = (),
         ways: Mapping[str, Recipe] | None = None,
         deadline_s: float | None = None,
-        storage: Path | None = None,
+        sampler: SamplerName = "auto",
+        storage: Path | str | None = None,
+        anew: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if trials < 1:
@@ -193,29 +216,39 @@ class Search:
         self._deadline = math.inf if deadline_s is None else clock() + deadline_s
         self.trials: list[Trial] = []
         self.tried = Tried()
-        self._asked = 0
+        self._asked = self._dropped = 0
+        self._numbers: set[int] = set()
         self._repeated = self.out_of_time = False
-        self._lock = None if storage is None else _hold(storage)
-        self._study = self._open(storage, seed)
+        self._lock = _hold(storage) if isinstance(storage, Path) else None
+        self._held = isinstance(storage, str)
+        self._study = self._open(storage, seed, anew)
         known = self._take_up()
+        self.sampler = chosen_sampler(sampler, trials)
         openings = [Opening(one, way) for way in self.ways or ("",) for one in self.runtimes or ("",)]
         told = {(trial.runtime, trial.way) for trial in self.trials}
         self._openings = [one for one in openings if (one.runtime, one.way) not in told]
+        if self.sampler == "random":
+            self._openings = []
         # A search that goes on must not draw again what it drew before.
         self.random = random.Random(f"{seed}/{known}")
-        self._study.sampler = _sampler(self.random.randrange(2**32), trials, bool(self._excesses(baseline)))
+        self._study.sampler = make_sampler(
+            self.sampler, self.random.randrange(2**32), trials, bool(self._excesses(baseline))
+        )
 
     def close(self) -> None:
         """Let another process go on with the journal."""
         if self._lock is not None:
             self._lock.close()
+        if self._held:
+            self._held = False
+            release(self._study)
 
     @property
     def ended(self) -> Ended | None:
         """Why no further candidate will come; None: one will."""
         if self.tried.exhausted:
             return "time" if self.out_of_time else "exhausted"
-        if self._asked >= self.limit:
+        if self._asked - self._dropped >= self.limit or self._dropped >= _DROPPED * self.limit:
             return "trials"
         return "time" if self._asked and self._clock() >= self._deadline else None
 
@@ -236,15 +269,21 @@ class Search:
     def accept(self, candidate: Candidate) -> bool:
         """Whether a candidate that the caller filled is new; one that is not is dropped, so ask again."""
         if self.tried.has(candidate.point):
-            self._drop(candidate)
+            self._forget(candidate)
             return False
         self._repeated = False
         self.tried.finish(candidate.point)
         return True
 
-    def _drop(self, candidate: Candidate) -> None:
+    def open_with(self, openings: Sequence[Opening]) -> None:
+        """Candidates to propose next, before the sampler has its say: what a prediction thinks best of."""
+        if self.sampler != "random":
+            self._openings = [*openings, *self._openings]
+
+    def _forget(self, candidate: Candidate) -> None:
         self._repeated = True
         self._asked -= 1
+        self._numbers.discard(candidate.number)
         if candidate.proposal is not None:
             self._study.tell(candidate.proposal, state=TrialState.FAIL)
         self.tried.finish(candidate.point)
@@ -252,7 +291,7 @@ class Search:
     def rule_out(self, candidate: Candidate) -> None:
         """Drop a candidate whose way takes longer than there is time for, and propose its way no more."""
         self.out_of_time = True
-        self._drop(candidate)
+        self._forget(candidate)
 
     def tell(
         self,
@@ -262,6 +301,7 @@ class Search:
         rejected: str | None = None,
         seconds: float = 0.0,
         sha256: str | None = None,
+        predicted: Sequence[Prediction] = (),
     ) -> Trial:
         """What became of a candidate.
 
@@ -271,6 +311,7 @@ class Search:
             rejected: Why it is no answer all the same (see :func:`rejection`).
             seconds: How long it took.
             sha256: Of the artifact.
+            predicted: What cheaper looks had said of it.
         """
         seen = None if isinstance(outcome, Failure) else outcome
         trial = Trial(
@@ -284,11 +325,47 @@ class Search:
             reason=outcome.reason if isinstance(outcome, Failure) else rejected or "",
             seconds=seconds,
             sha256=sha256,
+            predicted=list(predicted),
         )
+        self._tell(candidate, trial, seen)
+        return trial
+
+    def drop(
+        self,
+        candidate: Candidate,
+        reason: str,
+        *,
+        predicted: Sequence[Prediction] = (),
+        expected: Measurement | None = None,
+        seconds: float = 0.0,
+    ) -> Trial:
+        """A candidate goes no further: what was predicted of it is of no use.
+
+        Args:
+            candidate: From :meth:`ask`.
+            reason: Why, as a sentence.
+            predicted: By which looks.
+            expected: Its most probable figures, from which the sampler learns; None: they are not known.
+            seconds: How long it took.
+        """
+        trial = Trial(
+            number=candidate.number,
+            runtime=candidate.runtime,
+            way=candidate.way,
+            recipe=candidate.recipe.to_dict(),
+            state="dropped",
+            reason=reason,
+            seconds=seconds,
+            predicted=list(predicted),
+        )
+        self._dropped += 1
+        self._tell(candidate, trial, expected)
+        return trial
+
+    def _tell(self, candidate: Candidate, trial: Trial, seen: Measurement | None) -> None:
         self.trials.append(trial)
         self.tried.finish(candidate.point)
-        self._record(candidate, trial)
-        return trial
+        self._record(candidate, trial, seen)
 
     def best(self) -> Verdict:
         """The best of what was told so far."""
@@ -303,9 +380,13 @@ class Search:
         ]
         return [measured[index][0] for index in pareto_front([seen for _, seen in measured])]
 
+    def importances(self) -> Importances:
+        """Which open parameters decided."""
+        return importances(self._study)
+
     # ---- Optuna's side
 
-    def _open(self, storage: Path | None, seed: int) -> optuna.Study:
+    def _open(self, storage: Path | str | None, seed: int, anew: bool) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space: list[Any] = [
             self.recipe.to_dict(),
@@ -317,6 +398,15 @@ class Search:
         space += [list(self.runtimes)] if self.runtimes else []
         space += [[name, way.to_dict()] for name, way in self.ways.items()]
         name = hashlib.sha256(canonical(space).encode()).hexdigest()[:16]
+        if isinstance(storage, str):
+            rows = database(storage)
+            if anew:
+                forget(rows, name)
+            study = optuna.create_study(
+                storage=rows, study_name=name, load_if_exists=True, directions=["minimize", "minimize"]
+            )
+            hold(study)
+            return study
         try:
             journal = None if storage is None else JournalStorage(_backend(storage))
             return optuna.create_study(
@@ -345,17 +435,23 @@ class Search:
                 self.tried.finish(point)
         self.trials.sort(key=lambda trial: trial.number)
         self._asked = len(self.trials)
+        self._numbers = {trial.number for trial in self.trials}
+        self._dropped = sum(trial.state == "dropped" for trial in self.trials)
         return len(self._study.trials)
 
     def _candidate(self, explore: bool) -> Candidate:
         opening = self._openings.pop(0) if self._openings else None
-        proposal = None if opening or explore else self._study.ask()
-        candidate = Candidate(self, self._asked, self.recipe, proposal, opening is not None)
+        by_chance = opening is not None or explore or self.sampler == "random"
+        proposal = None if by_chance else self._study.ask()
+        # Several may be on their way, and one of them be forgotten before the others are told.
+        number = next(one for one in count() if one not in self._numbers)
+        candidate = Candidate(self, number, self.recipe, proposal, opening)
+        self._numbers.add(number)
         self._asked += 1
         candidate.place(self.runtimes, self.ways, opening)
         return candidate
 
-    def _record(self, candidate: Candidate, trial: Trial) -> None:
+    def _record(self, candidate: Candidate, trial: Trial, seen: Measurement | None) -> None:
         proposal = candidate.proposal
         if proposal is None:  # a point of our own choice: Optuna learns of it now
             self._study.enqueue_trial({draw.name: parameter(draw) for draw in candidate.draws})
@@ -365,11 +461,11 @@ class Search:
         draws = [(draw.name, draw.hole.size, canonical(draw.value)) for draw in candidate.draws]
         proposal.set_user_attr("draws", draws)
         proposal.set_user_attr("trial", trial.model_dump_json())
-        objectives = None if trial.measurement is None else self._objectives(trial.measurement)
-        if trial.measurement is None or objectives is None:
+        objectives = None if seen is None else self._objectives(seen)
+        if seen is None or objectives is None:
             self._study.tell(proposal, state=TrialState.FAIL)
             return
-        proposal.set_user_attr("excess", self._excesses(trial.measurement))
+        proposal.set_user_attr("excess", self._excesses(seen))
         self._study.tell(proposal, objectives)
 
     def _objectives(self, measurement: Measurement) -> tuple[float, float] | None:
@@ -386,23 +482,6 @@ class Search:
         broken = {item.axis: excess(item) for item in violations(self.budget, measurement, self.confident)}
         limited = [axis for axis in AXES if axis != "quality_drop" and getattr(self.budget, axis) is not None]
         return [min(broken.get(axis, 0.0), _WORST) for axis in limited]
-
-
-def _sampler(seed: int, trials: int, constrained: bool) -> optuna.samplers.BaseSampler:
-    with warnings.catch_warnings():
-        # Experimental before Optuna 5 and superseded in it, the function is what 4.2 to 5 have in common.
-        warnings.simplefilter("ignore")
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=min(10, max(4, trials // 4)),
-            multivariate=True,
-            warn_independent_sampling=False,  # holes that only some candidates have are drawn by themselves
-            constraints_func=_constraints if constrained else None,
-        )
-
-
-def _constraints(trial: optuna.trial.FrozenTrial) -> list[float]:
-    return list(trial.user_attrs["excess"])
 
 
 class _Held(JournalFileSymlinkLock):
