@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -29,6 +30,9 @@ from featherweight.engine.store import digest
 from featherweight.engine.targets import fit_targets
 from featherweight.engine.timing import Limits
 from featherweight.engine.training_options import recipe_code, training_options
+from featherweight.engine.workers import hired
+from featherweight.engine.workers_bench import site
+from featherweight.engine.workers_cluster import in_cluster, placed
 from featherweight.errors import (
     BudgetError,
     FeatherweightError,
@@ -43,6 +47,7 @@ from featherweight.recipe import Recipe
 _TRIALS = 8  # of a recipe with holes and no --trials
 
 
+@in_cluster
 def fit(
     model: str,
     data: str | Data | None = None,
@@ -76,6 +81,9 @@ def fit(
     resume: bool = False,
     force: bool = False,
     allow_pickle: bool = False,
+    workers: int | None = None,
+    cluster: str | None = None,
+    study: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Find the best artifact of a model within a budget and write it to ``out``.
@@ -118,6 +126,10 @@ def fit(
             is none, it begins.
         force: Replace what is in ``out``.
         allow_pickle: Load pickled modules, which runs their code.
+        workers: Trials at a time, carried out by Ray (extra ``ray``); None: one, by this process.
+        cluster: Address of a Ray cluster that carries them out, ``host:port`` or ``auto``; the target is its
+            machine with a label: ``device="ray:LABEL"``.
+        study: URL of a database where the search keeps its study, instead of a file in the store.
         progress: Where long work says how far it is.
 
     Returns:
@@ -130,14 +142,16 @@ def fit(
     """
     place, shown, started = Path(out), progress or Silent(), time.monotonic()
     check_output(place)
+    workers_at = placed(workers, cluster, device, devices)
     targets = fit_targets(runtime, threads, device, isa)
     training = training_options(devices, precision)
     question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
     question = replace(question, tune=tune, started=started)
-    sources = load_sources(
-        model, weights=weights, data=data, inputs=inputs, metric=metric, image_size=image_size, mean=mean,
-        std=std, seed=seed, allow_pickle=allow_pickle,
-    )  # fmt: skip
+    given = {
+        "model": model, "weights": weights, "data": data, "inputs": inputs, "metric": metric,
+        "image_size": image_size, "mean": mean, "std": std, "seed": seed, "allow_pickle": allow_pickle,
+    }  # fmt: skip
+    sources = load_sources(**given)  # type: ignore[arg-type]
     if "forward" not in sources.model.entries:
         raise several_entries(sources.model, model, "fit scores one")
     learner, taught_by = Given(student, student_weights), Given(teacher, teacher_weights)
@@ -172,8 +186,10 @@ def fit(
             journal.begin(asked_for, limits, question.plan, key)
         else:
             journal.go_on(known, key)
-        question = replace(question, journal=journal.file)
-        fitted = Fit(lanes, question, left_out).answer()
+        question = replace(question, journal=study or journal.file, anew=study is not None and not resume)
+        loaded = partial(site, given, learner, taught_by, runs, limits, training)
+        with hired(workers_at, loaded, device, shown) as crew:
+            fitted = Fit(lanes, question, left_out, crew).answer()
         told = {"run": key, "student": learner.name, "teacher": taught_by.name}
         fitted = replace(fitted, result=fitted.result.model_copy(update=told))
         if not fitted.finished:

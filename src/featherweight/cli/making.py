@@ -53,6 +53,9 @@ def fit(
     resume: options.Resume = False,
     force: options.Force = False,
     allow_pickle: options.Pickle = False,
+    workers: options.Workers = None,
+    cluster: options.Cluster = None,
+    study: options.Study = None,
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -83,6 +86,7 @@ def fit(
       featherweight fit net.py:net --data data.npz --max-drop 0.5% --time 30m --out fitted
       featherweight fit net.py:net --data data.npz --runtime any --prefer latency --out fitted
       featherweight fit net.py:net --data data.npz --device ssh:pi@board --max-latency 20ms --out fitted
+      featherweight fit net.py:net --data data.npz --time 30m --workers 4 --out fitted
     """
     from featherweight.outcome import parse_time
 
@@ -125,6 +129,9 @@ def fit(
             resume=resume,
             force=force,
             allow_pickle=allow_pickle,
+            workers=workers,
+            cluster=cluster,
+            study=study,
             progress=progress,
         )
     _show_result(result, out, quiet, as_json)

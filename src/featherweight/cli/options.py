@@ -144,7 +144,8 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="DEVICE",
-        help="Where it is measured: local, ssh:[user@]host[:port], or adb:serial (experimental).",
+        help="Where it is measured: local, ssh:[user@]host[:port], ray:LABEL (with --cluster), or adb:serial "
+        "(experimental).",
     ),
 ]
 Isa = Annotated[
@@ -179,6 +180,32 @@ Resume = Annotated[
         "--resume",
         help="Go on with the search into --out that was interrupted, killed or out of time; --time begins "
         "anew, and its trials count.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=1,
+        show_default=False,
+        help="Trials at a time, on a Ray that is started here (extra ray); with --cluster, on that one.",
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="Trials on a Ray cluster, HOST:6379 or auto; --device ray:LABEL names the one that measures.",
+    ),
+]
+Study = Annotated[
+    str | None,
+    typer.Option(
+        "--study",
+        metavar="URL",
+        help="Database that keeps the search's study, instead of a file: postgresql://... or sqlite:///FILE.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]

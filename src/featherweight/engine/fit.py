@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from featherweight.drops import examples_needed
 from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Weighed
+from featherweight.engine.hands import Hands
 from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
 from featherweight.engine.search import Candidate, Failure, Search
@@ -30,6 +32,7 @@ from featherweight.engine.verdict import (
     score,
     violations,
 )
+from featherweight.engine.workers import Crew
 from featherweight.errors import FeatherweightError, LoadError, RecipeError, RunnerError, TargetError
 from featherweight.model import Model
 from featherweight.outcome import (
@@ -65,7 +68,9 @@ class Question:
         plan: What a template tries in this time, instead of ``recipe``.
         started: When the time began, by ``time.monotonic``; None: when the search does.
         tune: Measure the chosen artifact with the runtime's options that are fastest for it.
-        journal: Where the search writes what it tried, and from where it goes on; None: nowhere.
+        journal: Where the search writes what it tried, and from where it goes on: a file, or the URL of a
+            database; None: nowhere.
+        anew: What a database has of this search is forgotten first.
     """
 
     budget: Budget
@@ -78,7 +83,8 @@ class Question:
     plan: Plan | None = None
     started: float | None = None
     tune: bool = True
-    journal: Path | None = None
+    journal: Path | str | None = None
+    anew: bool = False
 
     @property
     def searches(self) -> bool:
@@ -135,6 +141,7 @@ class Fit:
         lanes: The original on each runtime; the first one is what latencies are told against.
         question: What is asked.
         left_out: Runtimes that could not take the original, and why.
+        crew: Workers that make and weigh several candidates at a time; None: this process does it.
     """
 
     def __init__(
@@ -142,12 +149,14 @@ class Fit:
         lanes: Sequence[Lane],
         question: Question,
         left_out: Mapping[str, FeatherweightError] | None = None,
+        crew: Crew | None = None,
     ) -> None:
         self.lanes = {lane.name: lane for lane in lanes}
         self.first = lanes[0]
         self.run, self.scales = self.first.run, self.first.scales
         self.question = question
         self.left_out = left_out or {}
+        self.crew = crew
         self.weighed = _Recalled(self._recall)
         self.direct: dict[int, Direct] = {}
         self.trials = max(question.trials, len(lanes))
@@ -172,6 +181,7 @@ class Fit:
             ways=None if question.plan is None else question.plan.ways,
             deadline_s=self.deadline - time.monotonic(),
             storage=question.journal,
+            anew=question.anew,
         )
         self.resumed = len(self.search.trials)
         if self.resumed:
@@ -231,11 +241,33 @@ class Fit:
         return any(trial.measurement is not None for trial in self.search.trials)
 
     def _search(self) -> FeatherweightError | None:
+        """Try candidates until there is none, several at a time by workers; an error that stopped one."""
+        if self.crew is None:
+            return self._try_all()
+        failures: list[FeatherweightError | None] = []
+        hands = Hands(
+            self.crew,
+            until=lambda: self.deadline if self._measured else math.inf,
+            cpus=self.run.devices,
+            measures_here=self.run.target.device == "local",
+        )
+        try:
+            for lane in self.lanes.values():
+                lane.run.hands = hands
+            self.crew.together(lambda: failures.append(self._try_all()))
+        finally:
+            for lane in self.lanes.values():
+                lane.run.hands = None
+        return next(filter(None, failures), None)
+
+    def _try_all(self) -> FeatherweightError | None:
         """Try candidates until there is none; the error that stopped the last one that failed."""
         last = None
         while (candidate := self.search.ask()) is not None:
             if self._fits(candidate):
-                last = self._try(candidate) or last
+                subject = f"trial {candidate.number}"
+                with nullcontext() if self.crew is None else self.crew.about(subject):
+                    last = self._try(candidate) or last
             else:
                 self.search.rule_out(candidate)
         return last
