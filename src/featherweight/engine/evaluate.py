@@ -52,7 +52,7 @@ class Weighed:
         artifact: Its files.
         scored: Its outputs' scores.
         timing: In turn with its twin.
-        memory: Of its session alone.
+        memory: Of its session alone; None where nobody asked.
         options: With which its session was opened.
         twin_options: With which its twin's was.
     """
@@ -60,7 +60,7 @@ class Weighed:
     artifact: Artifact
     scored: Scored
     timing: Timing
-    memory: Memory
+    memory: Memory | None
     options: Mapping[str, Any] = field(default_factory=dict)
     twin_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -111,6 +111,18 @@ class Scales:
         artifact = self.run.lower(model)
         self._score(artifact, self.twin_scored, self.run.target.options)
         return artifact
+
+    def beside(self, model: Model, other: Weighed, limits: Limits) -> Weighed:
+        """Lower, score and time a model with the options of another artifact, but not its memory.
+
+        Raises:
+            TargetError: The runtime cannot store it.
+            RunnerError: A measuring process crashed or hung.
+        """
+        artifact = self.run.lower(model)
+        scored = self._score(artifact, self.twin_scored, other.options)
+        timing = self._time(artifact, other.options, other.twin_options, limits)
+        return Weighed(artifact, scored, timing, None, other.options, other.twin_options)
 
     def _weigh(self, artifact: Artifact, options: Options, twin_options: Options) -> Weighed:
         return Weighed(
@@ -210,8 +222,8 @@ class Scales:
             latency_ratio_ci95=timing.ratio_ci95,
             resolved=timing.resolved,
             throughput=timing.throughput,
-            peak_rss_bytes=weighed.memory.peak,
-            memory_bytes=weighed.memory.above_runtime,
+            peak_rss_bytes=None if weighed.memory is None else weighed.memory.peak,
+            memory_bytes=None if weighed.memory is None else weighed.memory.above_runtime,
             energy_j=timing.energy_j,
             macs=weighed.artifact.details["macs"],
             params=weighed.artifact.details["params"],
@@ -310,14 +322,18 @@ class Scales:
             )
         return Scored.load(kept)
 
-    def _time(self, artifact: Artifact, options: Options, twin_options: Options) -> Timing:
+    def _time(
+        self, artifact: Artifact, options: Options, twin_options: Options, limits: Limits | None = None
+    ) -> Timing:
+        limits = limits or self.limits
+
         def compute() -> dict[str, Any]:
             timing = measure_latency(
                 artifact,
                 self.twin,
                 self.run.target,
                 self.inputs(),
-                limits=self.limits,
+                limits=limits,
                 options={"artifact": options, "twin": twin_options},
                 progress=self.run.progress,
             )
@@ -327,7 +343,7 @@ class Scales:
             }
 
         both = [dict(options), dict(twin_options)]
-        key = self._key("latency", artifact, self.twin.sha256, asdict(self.limits), both)
+        key = self._key("latency", artifact, self.twin.sha256, asdict(limits), both)
         return _timing(self._kept("latency", key, compute))
 
     def _memory(self, artifact: Artifact, options: Options | None = None) -> Memory:
