@@ -217,3 +217,11 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
         """Parameters that a search may vary on this model, with their choices or ranges."""
         return {}
+
+    def part(self, share: float) -> Method | None:
+        """The same step with a share of its work, by which the whole is judged early; None: it is quick.
+
+        Args:
+            share: Of its iterations, between 0 and 1.
+        """
+        return None

@@ -134,6 +134,11 @@ class Finetune(Method, frozen=True, extra="forbid"):
             "learning_rate": Range(rate / 5, rate * 5, log=True, default=rate),
         }
 
+    def part(self, share: float) -> Finetune:
+        if self.steps:
+            return self.model_copy(update={"steps": max(1, round(share * self.steps))})
+        return self.model_copy(update={"epochs": share * self.epochs})
+
     @property
     def code(self) -> tuple[str, ...]:
         """The user's code that counts for the result."""

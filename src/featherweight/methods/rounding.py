@@ -53,6 +53,11 @@ class Rounding(Method, frozen=True, extra="forbid"):
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     iterations: Annotated[int, Field(ge=1)] = 1000
 
+    def part(self, share: float) -> Rounding | None:
+        if self.how not in ("adaround", "blocks"):
+            return None
+        return self.model_copy(update={"iterations": max(1, round(share * self.iterations))})
+
     def apply(self, model: Model, context: Context) -> Model:
         weights = self._selected(model)
         if not weights:
