@@ -8,15 +8,20 @@ from featherweight.outcome import (
     Budget,
     Chosen,
     ClassChange,
+    Dropped,
     Effort,
     Environment,
     Flips,
+    Importance,
+    Importances,
     Latency,
     LayerRow,
     Measurement,
     Relaxation,
     Result,
+    RungRow,
     Spread,
+    StepRow,
     Trial,
     Violation,
     Way,
@@ -96,6 +101,45 @@ def chosen(**changes: object) -> Chosen:
         "sha256": "ab" * 32,
     }
     return Chosen.model_validate(figures | changes)
+
+
+def steps() -> list[StepRow]:
+    """Of a recipe of three steps: measured, simulated, and the artifact."""
+    folded = Measurement(quality_drop=0.0, bytes=1_080_000, latency_ratio=0.9)
+    quantized = Measurement(quality_drop=0.004, bytes=301_000)
+    last = Measurement.model_validate(chosen().model_dump(include=set(Measurement.model_fields)))
+    time = "no time was left to measure it"
+    return [
+        StepRow(name="fold", state="measured", measurement=folded, examples=2000),
+        StepRow(
+            name="quantize",
+            parameters={"weights": "int8", "range": "mse"},
+            state="simulated",
+            measurement=quantized,
+            examples=256,
+            reason=time,
+        ),
+        StepRow(name="rounding", state="measured", measurement=last, examples=2000),
+    ]
+
+
+DROPPED = [
+    Dropped(way="gptq", reason="quality drop above the limit", trials=[1, 4], example="0.7 % (limit 0.5 %)"),
+    Dropped(way="nearest", reason="failed: quantize: no examples", trials=[5]),
+]
+IMPORTANCES = Importances(
+    evaluator="PED-ANOVA",
+    trials=24,
+    best=0.25,
+    rows=[
+        Importance(parameter="way", quality_drop=0.2, bytes=0.9, latency_ratio=0.5),
+        Importance(parameter="quantize: range", quality_drop=0.8, bytes=0.001),
+    ],
+)
+LADDER = [
+    RungRow(name="cost", candidates=20, dropped=8, seconds=0.5, compared=11, bytes_error=0.02),
+    RungRow(name="measured", candidates=12, seconds=55.0),
+]
 
 
 def trials() -> list[Trial]:
@@ -184,6 +228,10 @@ def full_result(**changes: object) -> Result:
         "recipe": RECIPE,
         "trials": trials(),
         "effort": EFFORT,
+        "steps": steps(),
+        "dropped": DROPPED,
+        "importances": IMPORTANCES,
+        "ladder": LADDER,
         "examples_needed": 7840,
         "environment": ENVIRONMENT,
         "warnings": ["calibration falls back to 512 training examples"],
@@ -266,5 +314,18 @@ def hostile_result() -> Result:
             )
         ],
         classes=[ClassChange(label=HOSTILE, examples=1, before=1.0, after=0.0)],
+        steps=[
+            StepRow(
+                name=HOSTILE,
+                parameters={HOSTILE: HOSTILE},
+                state="simulated",
+                measurement=seen,
+                reason=HOSTILE,
+            )
+        ],
+        dropped=[Dropped(way=HOSTILE, reason=HOSTILE, trials=[0], example=HOSTILE)],
+        importances=Importances(
+            evaluator=HOSTILE, trials=1, best=0.5, rows=[Importance(parameter=HOSTILE, bytes=1.0)]
+        ),
         examples={HOSTILE: HOSTILE},
     )

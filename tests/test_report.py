@@ -32,7 +32,10 @@ SECTIONS = [
     "asked",
     "before-after",
     "why",
+    "steps",
     "pareto",
+    "importances",
+    "dropped",
     "trials",
     "recipe",
     "layers",
@@ -116,7 +119,7 @@ def test_tables_and_plots_are_readable_without_eyes(full: Page) -> None:
     plot = next(tag for tag in full.attributes("div") if tag.get("id") == "plot")
     assert plot["role"] == "img"
     assert "trial 3" in str(plot["aria-label"])
-    assert [tag for tag, _ in full.tags if tag in ("h1", "h2")] == ["h1", *["h2"] * 11]
+    assert [tag for tag, _ in full.tags if tag in ("h1", "h2")] == ["h1", *["h2"] * (len(SECTIONS) - 1)]
 
 
 def test_the_figures_are_written_for_people(full: Page) -> None:
@@ -256,7 +259,7 @@ def test_the_torch_runtime_is_called_a_simulation() -> None:
 
 def test_plots_offer_each_axis_with_its_limit() -> None:
     plots = {plot["axis"]: plot for plot in pareto_plots(full_result())}
-    assert list(plots) == ["latency_ratio", "bytes", "memory_bytes"]
+    assert list(plots) == ["latency_ratio", "bytes", "memory_bytes", "size_latency"]
     assert "largest latency" in json.dumps(plots["latency_ratio"]["spec"])
     assert "largest memory" not in json.dumps(plots["memory_bytes"]["spec"])
     assert f"{3e-3 / 5.21e-3}"[:8] in json.dumps(plots["latency_ratio"]["spec"])
@@ -267,7 +270,7 @@ def test_the_front_holds_no_simulated_and_no_beaten_trial() -> None:
     spec = pareto_plots(full_result())[0]["spec"]
     lines = [layer for layer in spec["layer"] if layer["mark"]["type"] == "line"]
     front = spec["datasets"][lines[0]["data"]["name"]]
-    drops = [point["drop"] for point in front]
+    drops = [point["y"] for point in front]
     assert drops == sorted(drops, reverse=True)
     assert front[-1]["kind"] == "original"
     assert not any("simulated" in point["kind"] for point in front)
@@ -418,3 +421,55 @@ def test_mean_bits_of_the_weights_are_told() -> None:
     rows = {label: cells for label, *cells in terminal_table(result)}
     assert rows["Bits of a weight (mean, scales included)"] == ["32.0 bits", "4.25 bits", "0.13×"]
     assert "4.25 bits" in render(result)
+
+
+class TestDecision:
+    def test_importances_are_a_table_with_what_they_rest_on(self) -> None:
+        page = Page(render(full_result()))
+        assert "PED-ANOVA over 24 measured trials, of which the best 25% count as good" in page.text
+        assert "quantize: range 80% < 1% –" in page.text
+
+    def test_too_few_trials_are_said(self) -> None:
+        few = outcome.Importances(trials=3, reason="3 measured trials are too few to tell: it takes 12")
+        assert "3 measured trials are too few" in Page(render(full_result(importances=few))).text
+        assert "Nothing was left open" in Page(render(full_result(importances=None))).text
+
+    def test_groups_of_dropped_trials_lead_to_their_rows(self) -> None:
+        page = Page(render(full_result()))
+        assert "Quality drop above the limit 0.7 % (limit 0.5 %)" in page.text
+        links = {tag["href"] for tag in page.attributes("a") if str(tag["href"]).startswith("#trial-")}
+        assert links == {"#trial-1", "#trial-4", "#trial-5"}
+        assert "cost 20 8 500 ms 11 – 2.00% –" in page.text
+
+    def test_what_was_only_predicted_is_drawn_hollow_and_never_on_the_front(self) -> None:
+        predicted = [
+            outcome.Prediction(rung="cost", bytes=100_000, latency_ratio=0.1),
+            outcome.Prediction(rung="simulated", quality_drop=-0.01),
+        ]
+        dropped = outcome.Trial(
+            number=12, recipe={"steps": [{"fold": {}}]}, state="dropped", reason="no use", predicted=predicted
+        )
+        result = full_result(trials=[*trials(), dropped])
+        assert kind(dropped) == "dropped, predicted"
+        plot = pareto_plots(result)[0]
+        assert any(point["trial"] == "12" for point in plot["points"])
+        assert "trial 12" not in plot["words"]
+        page = Page(render(result))
+        assert "dropped, predicted fold no use -1.00 points 100 KB – 0.10×" in page.text
+        assert any(
+            tag.get("class") == "unseen" for tag in page.attributes("tr") if tag.get("id") == "trial-12"
+        )
+
+    def test_points_are_told_in_words_from_left_to_right(self) -> None:
+        points = pareto_plots(full_result())[0]["points"]
+        assert points[0]["words"] == (
+            "Trial 3, chosen: fold → quantize(weights: int8, range: mse, where: exclude head). "
+            "Quality drop 0.25 points, size 297 KB, latency 2.13 ms, 0.41×."
+        )
+        assert points[-1]["words"].startswith("The original: as it was.")
+
+    def test_noise_of_the_drop_is_said(self) -> None:
+        assert (
+            "A change of quality below 0.35 points, half of the 95% interval"
+            in Page(render(full_result())).text
+        )

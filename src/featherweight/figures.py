@@ -124,6 +124,13 @@ def share(value: float | None) -> str:
     return "0" if value == 0 else "< 0.01%" if value < 1e-4 else percent(value)
 
 
+def share_of(value: float | None) -> str:
+    """A part of a whole: '63%', '< 1%'."""
+    if value is None:
+        return MISSING
+    return "< 1%" if 0 < value < 0.005 else f"{100 * value:.0f}%"
+
+
 def bits(value: float | None) -> str:
     """Stored bits of a number: '8.12 bits'."""
     return MISSING if value is None else f"{_digits(value)} bits"

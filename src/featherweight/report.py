@@ -12,9 +12,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from featherweight import figures
-from featherweight.charts import KINDS, SPARK_HEIGHT, SPARK_WIDTH, kind, pareto_plots, sparkline, vega
+from featherweight.charts import (
+    KINDS,
+    SPARK_HEIGHT,
+    SPARK_WIDTH,
+    foreseen,
+    kind,
+    pareto_plots,
+    sparkline,
+    vega,
+)
 from featherweight.figures import MISSING, on_axis, quotient, scale_of, seconds, size
-from featherweight.outcome import AXES, Axis, LayerRow, Measurement, Result, Spread, Trial
+from featherweight.outcome import AXES, Axis, LayerRow, Measurement, Result, RungRow, Spread, Trial
 from featherweight.summary import (
     RUNTIME_HEADERS,
     before_after,
@@ -30,6 +39,7 @@ from featherweight.summary import (
 )
 from featherweight.summary import explain as explain
 from featherweight.summary import terminal_table as terminal_table
+from featherweight.waterfall import FIGURES, told, waterfall
 
 
 def render(result: Result) -> str:
@@ -65,6 +75,12 @@ def render(result: Result) -> str:
         tiles=list(_tiles(result)),
         limits=list(_limits(result)),
         rows=before_after(result),
+        steps=waterfall(result),
+        steps_told=told(result),
+        step_figures=[name for _, name in FIGURES],
+        drop_noise=_drop_noise(result),
+        mattered=_mattered(result),
+        rungs=[_rung_cells(result, row) for row in result.ladder],
         plots=plots,
         vega=vega() if plots else "",
         kinds=[name for name in KINDS if name in {point for plot in plots for point in plot["kinds"]}],
@@ -124,16 +140,51 @@ def _tiles(result: Result) -> Iterator[dict[str, str]]:
 
 def _trial_cells(result: Result, trial: Trial) -> dict[str, Any]:
     """A row of the table of trials, with the bare numbers that it is sorted by."""
-    seen, scale = trial.measurement or Measurement(), scale_of(result)
+    seen, scale = foreseen(trial) or Measurement(), scale_of(result)
     return {
         "trial": trial,
         "kind": kind(trial),
+        "guess": trial.state == "dropped",
         "recipe": figures.recipe_line(trial.recipe),
         "drop": (scale.drop(seen.quality_drop), seen.quality_drop),
         "bytes": (size(seen.bytes), seen.bytes),
         "latency": (seconds(seen.value("latency_s")), seen.value("latency_s")),
         "ratio": (figures.ratio(seen.latency_ratio), seen.latency_ratio),
     }
+
+
+def _drop_noise(result: Result) -> str:
+    """Below which a step's change of quality may be noise: half of the whole drop's interval."""
+    bounds = result.chosen.quality_drop_ci95
+    return "" if bounds is None else scale_of(result).drop((bounds[1] - bounds[0]) / 2)
+
+
+def _mattered(result: Result) -> list[dict[str, Any]]:
+    """A row of the table of importances: shares, with the bare numbers that it is sorted by."""
+    names = ("quality_drop", "bytes", "latency_ratio")
+    rows = [] if result.importances is None else result.importances.rows
+    return [
+        {
+            "parameter": row.parameter,
+            "shares": [(figures.share_of(getattr(row, name)), getattr(row, name)) for name in names],
+        }
+        for row in rows
+    ]
+
+
+def _rung_cells(result: Result, row: RungRow) -> list[str]:
+    """A row of the table of the ladder."""
+    scale = scale_of(result)
+    return [
+        row.name,
+        str(row.candidates),
+        str(row.dropped),
+        seconds(row.seconds),
+        str(row.compared) if row.compared else MISSING,
+        scale.drop(row.drop_error),
+        figures.percent(row.bytes_error),
+        figures.percent(row.latency_error),
+    ]
 
 
 def _loss_cells(row: LayerRow) -> dict[str, Any]:
