@@ -71,7 +71,7 @@ class Letters:
             elif "begins" in letter:
                 if self._on:
                     progress.note(
-                        f"{self._name}: the worker {self._on} died; it is made again by {letter['begins']}"
+                        f"{self._name}: the worker {self._on} died; it is made again by that {letter['begins']}"
                     )
                 self._on = letter["begins"]
 
