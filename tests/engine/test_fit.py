@@ -102,6 +102,7 @@ class World:
             kernels=lambda weighed: [],
             baseline=lambda weighed, indices: TWIN,
             weigh=self.weigh,
+            beside=lambda model, other, limits: other,
             measurement=self.measurement,
             quality=lambda weighed, indices: SimpleNamespace(classes=()),
             layers=lambda model, weighed, figures: [],

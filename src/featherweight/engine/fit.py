@@ -16,12 +16,14 @@ import numpy as np
 
 from featherweight.drops import examples_needed
 from featherweight.engine.deadline import OutOfTime
+from featherweight.engine.dropped import dropped
 from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.hands import Hands
 from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
 from featherweight.engine.search import Candidate, Failure, Search
+from featherweight.engine.steps import clock, prefix_key, step_rows
 from featherweight.engine.template import step_holes
 from featherweight.engine.verdict import (
     alternatives,
@@ -43,6 +45,7 @@ from featherweight.outcome import (
     Preference,
     Result,
     RuntimeRow,
+    StepRow,
     Trial,
     Violation,
 )
@@ -159,6 +162,7 @@ class Fit:
         self.crew = crew
         self.weighed = _Recalled(self._recall)
         self.direct: dict[int, Direct] = {}
+        self.unconfirmed: set[int] = set()  # trials that the reporting examples found above a limit
         self.trials = max(question.trials, len(lanes))
         self.started = time.monotonic() if question.started is None else question.started
         self.deadline = self.started + question.time_limit
@@ -366,7 +370,8 @@ class Fit:
         trial, seen, question = chosen.trial, chosen.seen, self.question
         lane, weighed = self.weighed[trial.number]
         file = weighed.artifact.entries.get("forward", weighed.artifact.files[0])
-        model = lane.run.apply(Recipe.from_dict(trial.recipe))
+        recipe = Recipe.from_dict(trial.recipe)
+        model = lane.run.apply(recipe)
         rows = [] if interrupted else self._runtimes(trial.number)
         judged = self._as_both_halves_see() if chosen.violated else []
         result = Result(
@@ -397,11 +402,37 @@ class Fit:
             classes=list(lane.scales.quality(weighed, self.reporting).classes),
             runtimes=rows,
             kernels=[] if interrupted else lane.scales.kernels(weighed),
+            steps=self._steps(lane, weighed, recipe, seen, interrupted),
+            dropped=dropped(
+                self.search.trials,
+                trial.number,
+                baseline=self.baseline,
+                budget=question.budget,
+                prefer=question.prefer,
+                confident=question.confident,
+                unconfirmed=self.unconfirmed,
+            ),
+            importances=self.search.importances() if question.searches else None,
             examples=self._examples(),
             effort=self._effort(),
             resumed=self.resumed,
         )
         return Fitted(result, lane, weighed, finished=not interrupted and self.search.ended != "time")
+
+    def _steps(
+        self, lane: Lane, weighed: Weighed, recipe: Recipe, seen: Measurement, interrupted: bool
+    ) -> list[StepRow]:
+        """What each step bought; trials that were a beginning of the recipe tell it for nothing."""
+        steps, known = recipe.to_dict()["steps"], {}
+        beginnings = {prefix_key(steps[:count]) for count in range(len(steps))}
+        for trial in self.search.trials:
+            key = prefix_key(trial.recipe["steps"])
+            if trial.measurement is not None and trial.sha256 and key in beginnings:
+                own, other = self.weighed[trial.number]
+                if own is lane and other.options == weighed.options:
+                    known[key] = self._seen(trial.number, self.reporting)
+        given = None if interrupted else clock(self.deadline, self.question.time_limit, self.weighing_s)
+        return step_rows(lane, weighed, recipe, seen, known=known, indices=self.reporting, clock=given)
 
     def _effort(self) -> Effort | None:
         """What was done in the time, where no recipe said what to do."""
@@ -517,6 +548,7 @@ class Fit:
             finalists.append(self._reported(verdict.trial))
             if not finalists[-1].violated:
                 return finalists[-1]
+            self.unconfirmed.add(verdict.trial.number)
             left = [trial for trial in left if trial.number != verdict.trial.number]
         return min(finalists, key=lambda one: sum(excess(item) for item in one.violated))
 
