@@ -18,6 +18,7 @@ from featherweight.engine.journal import Journal, asked
 from featherweight.engine.lanes import make_lanes
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
 from featherweight.engine.run import Run
+from featherweight.engine.samplers import SamplerName, known_sampler
 from featherweight.engine.sources import (
     Given,
     follow,
@@ -45,6 +46,7 @@ from featherweight.outcome import Budget, Preference, Result
 from featherweight.recipe import Recipe
 
 _TRIALS = 8  # of a recipe with holes and no --trials
+_FEW = 3  # trials for which no ladder is worth its rungs
 
 
 @in_cluster
@@ -66,6 +68,7 @@ def fit(
     time_limit: float = 600.0,
     limits: Limits | None = None,
     threads: int = 1,
+    sampler: SamplerName = "auto",
     tune: bool = True,
     devices: int = 1,
     precision: Precision = "32",
@@ -109,6 +112,7 @@ def fit(
             trial starts that would be ready later; one always does.
         limits: How long and how well to measure.
         threads: Cores that the runtime may use.
+        sampler: What proposes recipes: tpe, nsga2, random, or auto, which is tpe but for some hundred trials.
         tune: Measure the chosen artifact with those of the runtime's options that are fastest for it.
         devices: Processes that share each batch where a step trains: on as many cores, or GPUs.
         precision: In which steps train: 32, bf16-mixed or 16-mixed.
@@ -146,7 +150,7 @@ def fit(
     targets = fit_targets(runtime, threads, device, isa)
     training = training_options(devices, precision)
     question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
-    question = replace(question, tune=tune, started=started)
+    question = replace(question, tune=tune, started=started, sampler=known_sampler(sampler))
     given = {
         "model": model, "weights": weights, "data": data, "inputs": inputs, "metric": metric,
         "image_size": image_size, "mean": mean, "std": std, "seed": seed, "allow_pickle": allow_pickle,
@@ -170,6 +174,7 @@ def fit(
     if question.open_ended:
         follow(runs[0].start)
         question = _planned(question, runs, trials, shown, None if known is None else known.plan)
+    question = replace(question, ladder=question.trials > _FEW)
     name = Path(model.rpartition(":")[2] or model).stem
     key = _run_key(runs, question, limits, [name, learner.name, taught_by.name])
     check_other_run(place, force, [key, *(known.runs if known else ())])
@@ -263,7 +268,7 @@ def _run_key(runs: Sequence[Run], question: Question, limits: Limits, names: Seq
         [*names, run.data.origin, run.data.class_names, run.data.notes],
         question.budget.model_dump(),
         [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
-        [question.tune, question.recipe.to_dict()],
+        [question.tune, question.recipe.to_dict(), question.sampler],
         []
         if question.plan is None
         else [[way, steps.to_dict()] for way, steps in question.plan.ways.items()],

@@ -22,6 +22,15 @@ class Preference(StrEnum):
     QUALITY = "quality"
 
 
+class SamplerName(StrEnum):
+    """What proposes the recipes of a search."""
+
+    AUTO = "auto"
+    TPE = "tpe"
+    NSGA2 = "nsga2"
+    RANDOM = "random"
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -263,6 +272,14 @@ Prefer = Annotated[
     Preference,
     typer.Option(
         "--prefer", help="What is best within the budget; balanced is the smallest latency x bytes."
+    ),
+]
+Sampler = Annotated[
+    SamplerName,
+    typer.Option(
+        "--sampler",
+        help="What proposes recipes: tpe learns most from few trials, nsga2 is for some hundred; auto "
+        "follows their number.",
     ),
 ]
 Confident = Annotated[

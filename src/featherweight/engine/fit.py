@@ -16,12 +16,15 @@ import numpy as np
 
 from featherweight.drops import examples_needed
 from featherweight.engine.deadline import OutOfTime
+from featherweight.engine.drafts import Ask, Draft, climb, draft
 from featherweight.engine.dropped import dropped
 from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.hands import Hands
+from featherweight.engine.ladder import Climb, Ladder
 from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
+from featherweight.engine.samplers import SamplerName
 from featherweight.engine.search import Candidate, Failure, Search
 from featherweight.engine.steps import clock, prefix_key, step_rows
 from featherweight.engine.template import step_holes
@@ -42,6 +45,7 @@ from featherweight.outcome import (
     Chosen,
     Effort,
     Measurement,
+    Prediction,
     Preference,
     Result,
     RuntimeRow,
@@ -49,10 +53,11 @@ from featherweight.outcome import (
     Trial,
     Violation,
 )
-from featherweight.recipe import Recipe
+from featherweight.recipe import Hole, Recipe, Step
 
 _FINALISTS = 3
 _COMPARED = 4  # artifacts of different runtimes that are timed in turn before one is chosen
+_PRICES_FROM, _WIDTHS_FROM = 120.0, 900.0  # seconds of a search in which profiling layers may pay
 _FEWEST_TO_HALVE = 100  # below it, half of the examples says nothing
 
 
@@ -74,6 +79,8 @@ class Question:
         journal: Where the search writes what it tried, and from where it goes on: a file, or the URL of a
             database; None: nowhere.
         anew: What a database has of this search is forgotten first.
+        ladder: Look at candidates from cheap rungs first, and measure only those that may be of use.
+        sampler: What proposes candidates.
     """
 
     budget: Budget
@@ -88,6 +95,8 @@ class Question:
     tune: bool = True
     journal: Path | str | None = None
     anew: bool = False
+    ladder: bool = False
+    sampler: SamplerName = "auto"
 
     @property
     def searches(self) -> bool:
@@ -186,7 +195,10 @@ class Fit:
             deadline_s=self.deadline - time.monotonic(),
             storage=question.journal,
             anew=question.anew,
+            sampler=question.sampler,
         )
+        self.ladder = self._ladder() if question.ladder and question.searches else None
+        self.climbs: dict[int, Climb] = {}
         self.resumed = len(self.search.trials)
         if self.resumed:
             self.run.progress.note(f"the search goes on after {self.resumed} trials")
@@ -199,6 +211,20 @@ class Fit:
         if self.trials == 1 or len(rows) < _FEWEST_TO_HALVE or not splits:
             return None, None
         return data.halves(self.run.seed)
+
+    def _ladder(self) -> Ladder:
+        question = self.question
+        return Ladder(
+            list(self.lanes.values()),
+            self.baseline,
+            self.selecting,
+            question.budget,
+            question.prefer,
+            confident=question.confident,
+            example_s=None if question.plan is None else question.plan.example_s,
+            prices=question.time_limit >= _PRICES_FROM and self.crew is None,
+            widths=question.time_limit >= _WIDTHS_FROM,
+        )
 
     def answer(self) -> Fitted:
         """Search until the end, the time limit or Ctrl-C, and choose.
@@ -288,9 +314,10 @@ class Fit:
         started = time.monotonic()
         lane = self.lanes[candidate.runtime] if candidate.runtime else self.first
         try:
-            model = self._model(candidate, lane)
-            if model is None:
+            made = self._draft(candidate, lane)
+            if made is None or self._dropped(candidate, lane, made, started):
                 return None
+            model = lane.run.apply(candidate.recipe) if made.left_out else made.model
             ready = time.monotonic()
             self._learn(candidate, ready - started)
             weighed = lane.scales.weigh(model)
@@ -318,8 +345,41 @@ class Fit:
             rejected=self._rejected(seen),
             seconds=time.monotonic() - started,
             sha256=weighed.artifact.sha256,
+            predicted=self._predicted(candidate),
         )
+        self._compare_predictions(candidate, lane, model, seen)
         return None
+
+    def _dropped(self, candidate: Candidate, lane: Lane, made: Draft, started: float) -> bool:
+        """Whether a cheap rung says that a candidate is of no use; the first one is measured in any case."""
+        if self.ladder is None or not self._measured:
+            return False
+        up, reason = climb(self.ladder, lane.run, candidate.recipe, made, self.search.trials)
+        self.climbs[candidate.number] = up
+        if reason is None:
+            return False
+        self.run.progress.note(f"trial {candidate.number} dropped: {reason}")
+        self.search.drop(
+            candidate,
+            reason,
+            predicted=up.seen,
+            expected=self.ladder.expected(up),
+            seconds=time.monotonic() - started,
+        )
+        return True
+
+    def _compare_predictions(self, candidate: Candidate, lane: Lane, model: Model, seen: Measurement) -> None:
+        """The ladder learns from what was measured; of the first one it says now what it would have said."""
+        if self.ladder is None:
+            return
+        if candidate.number not in self.climbs and self.search.ended is None:
+            up, _ = climb(self.ladder, lane.run, candidate.recipe, Draft(model), [])
+            self.climbs[candidate.number] = up
+        if candidate.number in self.climbs:
+            self.ladder.learn(self.climbs[candidate.number], seen)
+
+    def _predicted(self, candidate: Candidate) -> list[Prediction]:
+        return self.climbs[candidate.number].seen if candidate.number in self.climbs else []
 
     def _learn(self, candidate: Candidate, taken_s: float) -> None:
         """How steps compare with their prediction; what the store had already tells nothing."""
@@ -334,24 +394,30 @@ class Fit:
             return None
         return rejection(seen, self.baseline, question.budget, question.prefer)
 
-    def _model(self, candidate: Candidate, lane: Lane) -> Model | None:
-        """The candidate's model; None for a point that was tried before.
+    def _draft(self, candidate: Candidate, lane: Lane) -> Draft | None:
+        """The candidate's model, without what takes long where the ladder is asked first; None: tried before.
 
         A template's holes are asked of the model that reaches the step, since layers change on the way.
         """
         lane.run.until = self.deadline if self._measured else math.inf  # there is one answer always
-        if not self.question.open_ended:
+        whole = self.ladder is None or not self._measured
+        if not self.question.open_ended and whole:
             self._announce(candidate)
-            return lane.run.apply(candidate.recipe)
-        model = lane.run.start
-        for index, step in enumerate(candidate.recipe.steps):
-            candidate.fill(index, step_holes(step, model, lane.run.context(model)))
-            if index == len(candidate.recipe.steps) - 1:
-                if not self.search.accept(candidate):
-                    return None
-                self._announce(candidate)
-            model = lane.run.step(model, candidate.recipe.steps[index].build(), index + 1)
-        return model
+            return Draft(lane.run.apply(candidate.recipe))
+        return draft(lane.run, candidate, self._holes(lane), self._accepted, whole=whole)
+
+    def _holes(self, lane: Lane) -> Ask:
+        def ask(candidate: Candidate, index: int, step: Step, model: Model) -> Mapping[str, Hole]:
+            return step_holes(step, model, lane.run.context(model)) if self.question.open_ended else {}
+
+        return ask
+
+    def _accepted(self, candidate: Candidate) -> bool:
+        """Whether a candidate is new; those of a recipe with holes are by the time they are proposed."""
+        if self.question.open_ended and not self.search.accept(candidate):
+            return False
+        self._announce(candidate)
+        return True
 
     def _announce(self, candidate: Candidate) -> None:
         steps = " -> ".join(_told(step) for step in candidate.recipe.to_dict()["steps"])
@@ -416,6 +482,7 @@ class Fit:
             examples=self._examples(),
             effort=self._effort(),
             resumed=self.resumed,
+            ladder=[] if self.ladder is None else self.ladder.rows(self.search.trials),
         )
         return Fitted(result, lane, weighed, finished=not interrupted and self.search.ended != "time")
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from featherweight.errors import RunnerError, TargetError
 from featherweight.formats import Dynamic, IntQuant
 from featherweight.graph import trace
 from featherweight.model import Model
@@ -88,6 +89,15 @@ class Forecaster:
         costs = self._run.costs
         if not self._prices or not costs.known:
             return None
+        try:
+            return self._priced(model, forms)
+        except (RunnerError, TargetError) as error:  # the profile failed, and would again
+            self._prices = False
+            self._run.progress.note(f"warning: layers have no prices: {error.what}")
+            return None
+
+    def _priced(self, model: Model, forms: Mapping[str, bool]) -> float | None:
+        costs = self._run.costs
         whole, mixing = costs.total(False), any(forms.values())
         own = costs.total(mixing)
         if not whole or own is None:

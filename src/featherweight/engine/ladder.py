@@ -134,12 +134,30 @@ class Ladder:
             return
         began = self._clock()
         rung: Rung = "recovered" if recovered else "simulated"
-        lost = simulated_drop(self._lanes[climb.lane], model, self._picked)
+        lane = self._lanes[climb.lane]
+        if lane.run.hands is not None:
+            lost = lane.run.hands.simulated_drop(lane.run, model.key, self._picked.tolist())
+        else:
+            lost = simulated_drop(lane, model, self._picked)
         spread = _PARTLY if left_out else _SIMULATED
         climb.kinds[rung, "quality_drop"] = self._margin(
             rung, "quality_drop", spread, climb.lane, tuple(left_out)
         )
         self._tell(climb, Prediction(rung=rung, quality_drop=lost, seconds=self._clock() - began))
+
+    @property
+    def scores(self) -> bool:
+        """Whether the quality of a simulated network can be told."""
+        return self._picked is not None
+
+    def quality_matters(self, climb: Climb, trials: Sequence[Trial]) -> bool:
+        """Whether any drop at all would be a reason to go no further; always while nothing was learned."""
+        measured = _accepted(trials)
+        if not measured or not self.scores:
+            return self.scores
+        worst = self.at_best(climb, [seen for _, seen in measured])
+        worst = worst.model_copy(update={"quality_drop": 1.0, "quality_drop_ci95": (1.0, 1.0)})
+        return self._hopeless(worst, measured) is not None
 
     def add_seconds(self, climb: Climb, seconds: float) -> None:
         """What the steps before a look took: they are part of the look."""
@@ -164,26 +182,18 @@ class Ladder:
             climb: What was predicted.
             trials: What was measured so far.
         """
-        measured = [
-            (trial, trial.measurement)
-            for trial in trials
-            if trial.state == "measured" and trial.measurement is not None
-        ]
+        measured = _accepted(trials)
         if not measured or not climb.seen:
             return None
         rung = climb.seen[-1].rung
-        reason = hopeless(
-            self.at_best(climb, [seen for _, seen in measured]),
-            measured,
-            self._baseline,
-            self._budget,
-            self._prefer,
-            confident=self._confident,
-        )
+        reason = self._hopeless(self.at_best(climb, [seen for _, seen in measured]), measured)
         if reason is None:
             return None
         self._drops[rung] += 1
         return f"by its {_NAMES[rung]} {reason}"
+
+    def _hopeless(self, best: Measurement, measured: Sequence[tuple[Trial, Measurement]]) -> str | None:
+        return hopeless(best, measured, self._baseline, self._budget, self._prefer, confident=self._confident)
 
     def at_best(self, climb: Climb, measured: Sequence[Measurement]) -> Measurement:
         """The best measurement that the predictions allow; what none of them tells is None."""
@@ -334,6 +344,15 @@ def hopeless(
         if _beats(seen, best):
             return f"it is no better than trial {trial.number} on any axis"
     return None
+
+
+def _accepted(trials: Sequence[Trial]) -> list[tuple[Trial, Measurement]]:
+    """What may be an answer, with what was seen."""
+    return [
+        (trial, trial.measurement)
+        for trial in trials
+        if trial.state == "measured" and trial.measurement is not None
+    ]
 
 
 def _beats(seen: Measurement, best: Measurement) -> bool:

@@ -11,17 +11,31 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
+
+from featherweight.errors import BudgetError, nearest
 
 SamplerName = Literal["auto", "tpe", "nsga2", "random"]
 _MANY = 300  # trials from which on a population has generations enough
 _LEAST, _MOST = 10, 50  # members of a population
 _GENERATIONS = 8
 _CROSSED = 0.9  # share of the children that have two parents
+
+
+def known_sampler(name: str) -> SamplerName:
+    """The same name, if it is one.
+
+    Raises:
+        BudgetError: It is not; names the nearest one.
+    """
+    for known in get_args(SamplerName):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise BudgetError(f"no sampler is called '{name}'", fix=nearest(name, get_args(SamplerName)))
 
 
 def chosen_sampler(name: SamplerName, trials: int) -> SamplerName:
