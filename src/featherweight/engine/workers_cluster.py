@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 MEASURES = "featherweight-measures"  # what a machine of our own is labelled with
 WHOLE, PART = 1.0, 0.01  # of a label: what measures alone, and one of several programs of one measurement
+_STARTS = 2  # Ray gives up when it is not up within half a minute
 _OBJECTS = 80 * 2**20  # bytes of Ray's object store, which holds a few sentences
 
 
@@ -156,20 +157,29 @@ def _start(ray: Any, place: Place, undo: ExitStack) -> None:
     folder = undo.enter_context(
         tempfile.TemporaryDirectory(prefix="fw", dir=where, ignore_cleanup_errors=True)
     )
-    try:
-        ray.init(
-            num_cpus=place.count * place.cpus,
-            resources={MEASURES: WHOLE},
-            object_store_memory=_OBJECTS,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=folder,
-        )
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise MachineError(
-            f"Ray does not start: {error}", fix="see its words; or go without --workers"
-        ) from error
+    options = {
+        "num_cpus": place.count * place.cpus,
+        "resources": {MEASURES: WHOLE},
+        "object_store_memory": _OBJECTS,
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "_temp_dir": folder,
+        "_node_ip_address": "127.0.0.1",  # nobody else on the network shall reach it
+        "_system_config": {"worker_niceness": 0},  # else 15: what is measured would wait for everybody else
+    }
+    for left in reversed(range(_STARTS)):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises Exception itself
+            ray.shutdown()
+            if not left:
+                first = (str(error).strip().splitlines() or [""])[0][:200]
+                raise MachineError(
+                    f"Ray does not start: {first}",
+                    fix="try on a machine that is less busy, or without --workers",
+                ) from error
 
 
 def check_label(ray: Any, label: str) -> None:
