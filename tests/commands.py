@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,11 @@ class Commands:
         *arguments: str,
         cache: Path,
         kill_after: float | None = None,
+        kill_when: Callable[[], bool] | None = None,
         with_signal: signal.Signals = signal.SIGKILL,
         environment: Mapping[str, str] | None = None,
     ) -> Ran:
-        """Run one command to its end, or signal its whole process group after some seconds."""
+        """Run one command to its end, or signal its whole process group: after some seconds, or when so."""
         job = {
             "arguments": arguments,
             "folder": str(self.folder),
@@ -100,12 +101,15 @@ class Commands:
         pipe.write(json.dumps(job) + "\n")
         pipe.flush()
         pid, started = int(self._line()), time.monotonic()
-        watch = None
+        watch: threading.Thread | None = None
         if kill_after is not None:
             watch = threading.Timer(kill_after, _signal_group, (pid, with_signal))
             watch.start()
+        elif kill_when is not None:
+            watch = threading.Thread(target=_signal_when, args=(kill_when, pid, with_signal), daemon=True)
+            watch.start()
         code = int(self._line())
-        if watch is not None:
+        if isinstance(watch, threading.Timer):
             watch.cancel()
         self.last = Ran(code, time.monotonic() - started)
         return self.last
@@ -122,6 +126,14 @@ class Commands:
 
     def _line(self) -> str:
         return cast(IO[str], self._server.stdout).readline().strip()
+
+
+def _signal_when(met: Callable[[], bool], pid: int, with_signal: signal.Signals) -> None:
+    while not met():
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.01)
+    _signal_group(pid, with_signal)
 
 
 def _signal_group(pid: int, with_signal: signal.Signals) -> None:
