@@ -14,6 +14,7 @@ from featherweight.engine import workers_cluster
 from featherweight.engine.devices import address, connect
 from featherweight.engine.mail import Mailbox, Writing
 from featherweight.engine.store import machine_mark
+from featherweight.engine.workers import Crew, Needs
 from featherweight.engine.workers_cluster import Place, placed
 from featherweight.errors import MissingRuntime, TargetError
 from featherweight.runtime import Target
@@ -135,7 +136,7 @@ class TestTurns:
                 most[0] = max(most[0], inside[0])
                 inside[0] -= 1
                 waiting[0] += 1
-                with crew._aside():
+                with crew.aside():
                     most_waiting[0] = max(most_waiting[0], waiting[0])
                     met.wait(30)  # all three are here at the same time
                 waiting[0] -= 1
@@ -162,7 +163,7 @@ class TestTurns:
         seen: list[bool] = []
 
         def work() -> None:
-            with crew.alone("step"), crew._aside():
+            with crew.alone("step"), crew.aside():
                 threading.Event().wait(0.05)
             with crew.alone("other"):
                 pass
@@ -170,7 +171,7 @@ class TestTurns:
         def second() -> None:
             with crew.alone("step") as waited:
                 seen.append(waited)
-                with crew._aside():
+                with crew.aside():
                     threading.Event().wait(0.2)
 
         crew.together(work)
@@ -178,9 +179,40 @@ class TestTurns:
         assert seen == [False, True]
 
 
-def idle_crew(monkeypatch: pytest.MonkeyPatch, count: int):
+class TestQuiet:
+    @pytest.mark.parametrize(("device", "both"), [("local", False), ("ssh:board", True)])
+    def test_what_goes_on_beside_a_measurement(
+        self, monkeypatch: pytest.MonkeyPatch, device: str, both: bool
+    ) -> None:
+        """Here nothing is made while it is measured; for a device elsewhere everything is. One measures."""
+        crew = idle_crew(monkeypatch, 4, device)
+        now: list[str] = []
+        seen: set[frozenset[str]] = set()
+        never = float("inf")
+
+        def look(kind: str) -> None:
+            now.append(kind)
+            seen.add(frozenset(now))
+            assert now.count("measuring") <= 1
+            with crew.aside():
+                threading.Event().wait(0.02)
+            seen.add(frozenset(now))
+            now.remove(kind)
+
+        def work() -> None:
+            for _ in range(4):
+                with crew._room(Needs(), lambda: never):
+                    look("making")
+                with crew._room(Needs(measures=True), lambda: never):
+                    look("measuring")
+
+        crew.together(work)
+        assert frozenset({"making"}) in seen and frozenset({"measuring"}) in seen
+        assert (frozenset({"making", "measuring"}) in seen) == both
+
+
+def idle_crew(monkeypatch: pytest.MonkeyPatch, count: int, device: str = "local") -> Crew:
     """A crew that knows no cluster."""
-    from featherweight.engine.workers import Crew
 
     class NoRay:
         @staticmethod
@@ -191,4 +223,4 @@ def idle_crew(monkeypatch: pytest.MonkeyPatch, count: int):
         def nodes() -> list[dict[str, object]]:
             return [{"Alive": True, "Resources": {"CPU": count}}]
 
-    return Crew(Place(count), NoRay(), {}, "local", Heard())
+    return Crew(Place(count), NoRay(), {}, device, Heard())

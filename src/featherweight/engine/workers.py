@@ -204,7 +204,7 @@ class Crew:
                 self._mine.turn = False
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def aside(self) -> Iterator[None]:
         """Let others have their turn meanwhile."""
         self._turn.release()
         try:
@@ -314,7 +314,7 @@ class Crew:
         ray, missed_since, looked = self._ray, None, time.monotonic()
         try:
             while True:
-                with self._aside():
+                with self.aside():
                     done, _ = ray.wait([task], timeout=_LOOK_S)
                 letters.show(self._progress)
                 if done:
