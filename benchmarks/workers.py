@@ -3,9 +3,9 @@
     python benchmarks/workers.py [--workers 2] [--trials 12] [--json workers.json]
 
 ResNet-20 for Fashion-MNIST; each trial is folded, equalized, quantized and rounded by GPTQ with a number of
-calibration examples of its own, so that nothing is shared but the folding, and simulated on 500 examples. Every
-worker has one thread. They load the model and torch before the clock starts. The bar: two workers make at least
-1.5 times as many trials as one. Exit code 1 if not.
+calibration examples of its own, so that nothing but the folding is shared, and simulated on 500 examples.
+Every worker has one thread. They load the model and torch before the clock starts. The bar: two workers make
+at least 1.5 times as many trials as one. Exit code 1 if not.
 """
 
 from __future__ import annotations
