@@ -255,7 +255,7 @@ def full_result(**changes: object) -> Result:
                 "layout": "NCHW",
             },
         },
-        "run": "f00dfeed",
+        "run": "f00dfeed" * 8,
     }
     return Result.model_validate(values | changes)
 

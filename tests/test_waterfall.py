@@ -102,3 +102,25 @@ def test_what_changed_nothing_is_not_told() -> None:
     result = full_result(steps=[StepRow(name="fold", state="measured", measurement=same)])
     assert told(result) == []
     assert {bar.kind for row in waterfall(result)[1:-1] for bar in row.bars} == {"even"}
+
+
+def test_latencies_are_even_where_their_intervals_overlap() -> None:
+    def step(name: str, ratio: float, low: float, high: float) -> StepRow:
+        seen = Measurement(latency_ratio=ratio, latency_ratio_ci95=(low, high))
+        return StepRow(name=name, state="measured", measurement=seen)
+
+    found = [
+        step("fold", 1.01, 0.99, 1.03),
+        step("quantize", 0.5, 0.49, 0.51),
+        step("rounding", 0.505, 0.49, 0.52),
+    ]
+    bars = [row.bars[2] for row in waterfall(full_result(steps=found))]
+    assert [bar.kind for bar in bars] == ["total", "even", "better", "even", "total"]
+
+
+def test_several_steps_are_listed() -> None:
+    dark = [StepRow(name=name, state="unknown") for name in ("equalize", "quantize")]
+    found = [*dark, StepRow(name="rounding", state="measured", measurement=Measurement(bytes=1000))]
+    assert told(full_result(steps=found)) == [
+        "Equalize, quantize and rounding took most of the size (−1.09 MB)."
+    ]

@@ -155,8 +155,9 @@ def _trial_cells(result: Result, trial: Trial) -> dict[str, Any]:
 
 def _drop_noise(result: Result) -> str:
     """Below which a step's change of quality may be noise: half of the whole drop's interval."""
-    bounds = result.chosen.quality_drop_ci95
-    return "" if bounds is None else scale_of(result).drop((bounds[1] - bounds[0]) / 2)
+    bounds, scale = result.chosen.quality_drop_ci95, scale_of(result)
+    half = 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2
+    return "" if scale.drop(half) == scale.drop(0.0) else scale.drop(half)
 
 
 def _mattered(result: Result) -> list[dict[str, Any]]:

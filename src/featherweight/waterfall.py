@@ -29,7 +29,8 @@ class Bar:
     """One figure of one row.
 
     Attributes:
-        kind: ``total`` from zero; ``better``, ``worse`` or ``even`` after the step; ``none``: not known.
+        kind: ``total`` from zero; ``better``, ``worse`` or ``even`` after the step (latencies are even where
+            their intervals overlap); ``none``: not known.
         left: Where it begins, as a share of the width.
         width: How long it is, as a share of the width.
         level: The figure after the step, written.
@@ -108,9 +109,13 @@ def _changes(result: Result, name: Figure) -> list[tuple[float, str]]:
         if after is None:
             continue
         if before is not None:
-            found.append((after - before, " and ".join(together)))
+            found.append((after - before, _listed(together)))
         before, together = after, []
     return found
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
 def _levels(result: Result, name: Figure) -> list[float | None]:
@@ -140,6 +145,7 @@ def _column(result: Result, name: Figure) -> list[Bar]:
 
     bars = [_total(levels[0], level, span)]
     before, last, gap = levels[0], "the original", False
+    sure: tuple[float, float] | None = (1.0, 1.0)  # the interval of the latency before
     for step, after in zip(result.steps, levels[1:], strict=True):
         if after is None:
             bars.append(Bar("none"))
@@ -149,12 +155,19 @@ def _column(result: Result, name: Figure) -> list[Bar]:
             bars.append(Bar("none", level=level(after)))
         else:
             change = after - before
+            now = None if step.measurement is None else step.measurement.latency_ratio_ci95
             even = write(abs(change)) == write(0.0)
+            even |= name == "latency_ratio" and _overlap(sure, now)
+            sure = now
             kind: Kind = "even" if even else "better" if change < 0 else "worse"
             since = f" since {last}" if gap else ""
             bars.append(Bar(kind, *span(before, after), level(after), _signed(change, write) + since))
         before, last, gap = after, _name(step, result), False
     return [*bars, _total(levels[-1], level, span)]
+
+
+def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
 
 
 def _total(
