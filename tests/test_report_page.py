@@ -31,7 +31,6 @@ from selenium.webdriver.support.wait import WebDriverWait
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromium-driver, of Debian"),
-    pytest.mark.xdist_group("browser"),
 ]
 PHONE = (375, 800)
 
