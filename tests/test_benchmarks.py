@@ -259,3 +259,23 @@ def test_memory_of_a_whole_recipe_is_told(benchmark) -> None:  # type: ignore[no
     assert rows[0]["peak"] > rows[0]["own"] > rows[0]["runs"][0]["before"] / 4
     assert [bar.kept for bar in memory.bars(rows)] == [True]
     assert len(memory.cells(rows)[0]) == len(memory.HEADERS)
+
+
+def test_volume_is_what_the_front_rules(benchmark) -> None:  # type: ignore[no-untyped-def]
+    from featherweight.outcome import Measurement
+
+    search = benchmark("search")
+    limit = search.REFERENCE[0]
+
+    def seen(drop: float, size: float, ratio: float) -> Measurement:
+        return Measurement(quality_drop=drop * limit, bytes=round(1000 * size), latency_ratio=ratio)
+
+    twin = Measurement(bytes=1000)
+    assert search.volume([], twin) == 0
+    assert search.volume([seen(0.5, 0.5, 0.5)], twin) == pytest.approx(0.125)
+    assert search.volume([seen(0.5, 0.5, 0.5), seen(0.6, 0.5, 0.5)], twin) == pytest.approx(0.125)
+    assert search.volume([seen(0.5, 0.5, 0.5), seen(0.5, 0.5, 0.25)], twin) == pytest.approx(0.1875)
+    both = [seen(0.5, 0.5, 0.5), seen(0.25, 0.75, 0.5)]
+    assert search.volume(both, twin) == pytest.approx(0.5 * (0.25 + 0.0625))
+    assert search.volume([seen(-0.1, 0.5, 0.5)], twin) == pytest.approx(0.25)
+    assert search.volume([seen(0.5, 0.5, 1.0), seen(1.0, 0.1, 0.1)], twin) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -217,6 +217,20 @@ class Method(BaseModel, frozen=True, extra="forbid"):
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
         """Parameters that a search may vary on this model, with their choices or ranges."""
         return {}
+
+    @classmethod
+    def starts(
+        cls, model: Model, context: Context, given: Mapping[str, Any], holes: Mapping[str, Hole]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Values of holes that are worth trying first on this model, the best ones first.
+
+        Args:
+            model: What reaches the step.
+            context: As in :meth:`apply`.
+            given: The step's other parameters.
+            holes: By address; those that a start leaves out take their defaults.
+        """
+        return ()
 
     def part(self, share: float) -> Method | None:
         """The same step with a share of its work, by which the whole is judged early; None: it is quick.

@@ -25,7 +25,7 @@ from featherweight.engine.ladder import Climb, Ladder
 from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
 from featherweight.engine.samplers import SamplerName
-from featherweight.engine.search import Candidate, Failure, Search
+from featherweight.engine.search import Candidate, Failure, Opening, Search
 from featherweight.engine.steps import clock, prefix_key, step_rows
 from featherweight.engine.template import step_holes
 from featherweight.engine.verdict import (
@@ -37,6 +37,7 @@ from featherweight.engine.verdict import (
     score,
     violations,
 )
+from featherweight.engine.warm import openings, starts
 from featherweight.engine.workers import Crew
 from featherweight.errors import FeatherweightError, LoadError, RecipeError, RunnerError, TargetError
 from featherweight.model import Model
@@ -199,6 +200,7 @@ class Fit:
         )
         self.ladder = self._ladder() if question.ladder and question.searches else None
         self.climbs: dict[int, Climb] = {}
+        self.begun: set[tuple[str, str, int]] = set()  # runtimes, ways and steps whose analysis was heard
         self.resumed = len(self.search.trials)
         if self.resumed:
             self.run.progress.note(f"the search goes on after {self.resumed} trials")
@@ -270,8 +272,17 @@ class Fit:
     def _measured(self) -> bool:
         return any(trial.measurement is not None for trial in self.search.trials)
 
+    def _open(self) -> None:
+        """What a sensitivity analysis proposes for a recipe with holes comes first."""
+        if self.question.open_ended or not self.question.recipe.has_holes or self.resumed:
+            return
+        for lane in self.lanes.values():
+            runtime = lane.name if len(self.lanes) > 1 else ""
+            self.search.open_with(openings(lane.run, self.question.recipe, runtime))
+
     def _search(self) -> FeatherweightError | None:
         """Try candidates until there is none, several at a time by workers; an error that stopped one."""
+        self._open()
         if self.crew is None:
             return self._try_all()
         failures: list[FeatherweightError | None] = []
@@ -408,9 +419,25 @@ class Fit:
 
     def _holes(self, lane: Lane) -> Ask:
         def ask(candidate: Candidate, index: int, step: Step, model: Model) -> Mapping[str, Hole]:
-            return step_holes(step, model, lane.run.context(model)) if self.question.open_ended else {}
+            if not self.question.open_ended:
+                return {}
+            holes = step_holes(step, model, lane.run.context(model))
+            self._begin_well(candidate, lane, index, starts(lane.run, step, model, holes))
+            return holes
 
         return ask
+
+    def _begin_well(
+        self, candidate: Candidate, lane: Lane, index: int, values: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """The first candidate of a way takes what an analysis thinks best; others come right behind it."""
+        place = candidate.runtime, candidate.way, index
+        if candidate.opening is None or place in self.begun or not values:
+            return
+        self.begun.add(place)
+        mine, *others = [Opening(*place[:2], values={index: dict(one)}) for one in values]
+        candidate.opening = mine
+        self.search.open_with(others)
 
     def _accepted(self, candidate: Candidate) -> bool:
         """Whether a candidate is new; those of a recipe with holes are by the time they are proposed."""

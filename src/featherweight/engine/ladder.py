@@ -70,6 +70,7 @@ class Ladder:
         example_s: Seconds of a float forward pass of one example; None: not known.
         prices: Whether the target's table of prices may be measured.
         widths: Whether layers may be measured at several widths.
+        forecasters: Who forecasts for each runtime; None: the engine's own.
         clock: Seconds, never going back.
     """
 
@@ -85,11 +86,12 @@ class Ladder:
         example_s: float | None = None,
         prices: bool = True,
         widths: bool = False,
+        forecasters: Mapping[str, Forecaster] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lanes = {lane.name: lane for lane in lanes}
         self._first = lanes[0]
-        self._forecasters = {
+        self._forecasters = forecasters or {
             lane.name: Forecaster(lane.run, lane.scales.twin.bytes, prices=prices, widths=widths)
             for lane in lanes
         }

@@ -13,8 +13,9 @@ measured for real.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -36,6 +37,8 @@ from featherweight.tools.sensitivity import measured_losses, predicted_losses
 from featherweight.tools.simulate import sqnr_db
 
 _DIFFERENT = 10  # a next best assignment differs from a better one in one layer of so many
+_NO_LOSS = 1e-12
+_LOOKED_AT = 9  # values of a limit whose assignments are predicted
 _WALKED = 16  # examples in a batch of the walk
 _INTEGERS: tuple[Weights, ...] = ("int8", "int6", "int5", "int4", "int3")
 _Losses = Mapping[str, Mapping[str, float]]  # subject -> candidate -> loss
@@ -78,6 +81,45 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
     @classmethod
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
         return {"rank": Choice((1, 2, 3))}
+
+    @classmethod
+    def starts(
+        cls, model: Model, context: Context, given: Mapping[str, Any], holes: Mapping[str, Hole]
+    ) -> Sequence[Mapping[str, Any]]:
+        """Limits along the predicted front of loss and cost: one between, the cheapest, the dearest."""
+        limit = next((name for name in ("latency", "bytes", "bits") if name in holes), None)
+        if limit is None:
+            return ()
+        first = {name: hole.first for name, hole in holes.items() if "/" not in name}
+        methods = {
+            value: cls.model_validate({**given, **first, limit: value}) for value in _spread(holes[limit])
+        }
+        one = next(iter(methods.values()))
+        choices = Choices.of(model, one._offers(model, context))
+        losses = one._losses(choices, context) if choices.groups else {}
+        front: dict[tuple[int, ...], tuple[float, Any]] = {}  # assignment -> its loss, the least limit
+        for value, method in methods.items():
+            found = method._predicted(choices, losses, context)
+            if found is not None:
+                front.setdefault(found.chosen, (found.loss, value))
+        points = sorted(front.values(), key=lambda point: point[0])
+        if not points:
+            return ()
+        middle = math.sqrt(max(points[0][0], _NO_LOSS) * max(points[-1][0], _NO_LOSS))
+        between = min(points, key=lambda point: abs(math.log(max(point[0], _NO_LOSS) / middle)))
+        picked = dict.fromkeys(value for _, value in (between, points[-1], points[0]))
+        return [{limit: value} for value in picked]
+
+    def _predicted(self, choices: Choices, losses: _Losses, context: Context) -> Assignment | None:
+        """The best assignment; None where none keeps the limits."""
+        items = [
+            list(self._options(choices, one, losses[name], context).values())
+            for name, one in choices.groups.items()
+        ]
+        try:
+            return assign(items, self._limits(choices, context))[0] if items else None
+        except OutOfReachError:
+            return None
 
     def apply(self, model: Model, context: Context) -> Model:
         choices = Choices.of(model, self._offers(model, context))
@@ -272,6 +314,21 @@ def _told(choices: Choices, labels: list[str], loss: float) -> str:
     counted = ", ".join(f"{layers[label]} in {label}" for label in choices.offers if layers[label])
     bits = 8 * size / max(choices.elements, 1)
     return f"{bits:.2f} bits a weight, {counted}; {sqnr_db(1.0, loss):.1f} dB predicted"
+
+
+def _spread(hole: Hole) -> list[Any]:
+    """Values of a hole from the least to the largest: all, or a few of many."""
+    if isinstance(hole, Choice):
+        return sorted(hole.options)
+    if hole.size is not None and hole.size <= _LOOKED_AT:
+        return [hole.at(index) for index in range(hole.size)]
+    if hole.size is not None:
+        return [hole.at(round(index)) for index in np.linspace(0, hole.size - 1, _LOOKED_AT)]
+    ends = (math.log(hole.low), math.log(hole.high)) if hole.log else (hole.low, hole.high)
+    values = np.linspace(*ends, _LOOKED_AT)
+    return [
+        min(max(float(f"{v:.6g}"), hole.low), hole.high) for v in (np.exp(values) if hole.log else values)
+    ]
 
 
 def _total(context: Context, integers: bool) -> float | None:
