@@ -92,8 +92,7 @@ def test_without_the_time_to_measure_it_is_simulated_and_says_so(world: World) -
         assert row.examples == 32
         assert row.measurement.latency_ratio is None
         assert row.measurement.latency_s is None
-        # Static bytes leave out what a runtime's file adds for scales, names and operators.
-        assert row.measurement.bytes == pytest.approx(exact.measurement.bytes, rel=0.35)
+        assert row.measurement.bytes == pytest.approx(exact.measurement.bytes, rel=0.05)
         assert row.measurement.params == exact.measurement.params
         assert row.measurement.quality_drop == pytest.approx(exact.measurement.quality_drop, abs=4 / 32)
 

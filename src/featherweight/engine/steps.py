@@ -26,7 +26,7 @@ from featherweight.holes import canonical
 from featherweight.model import Model
 from featherweight.outcome import Measurement, StepRow
 from featherweight.recipe import Recipe
-from featherweight.tools.costs import totals
+from featherweight.tools.costs import stored_bytes
 from featherweight.tools.layer_report import weight_bits
 from featherweight.tools.simulate import as_run, simulate
 
@@ -107,7 +107,9 @@ def step_rows(
     scored = lane.scales.twin_scored.rows[lane.run.data.metric.name]
     examples = len(scored if indices is None else indices)
     rows: list[StepRow] = []
-    for number, name, said, made in _prefixes(lane, recipe):
+    prefixes = list(_prefixes(lane, recipe))
+    whole = prefixes[-1][-1] if prefixes else None
+    for number, name, said, made in prefixes:
         last = number == len(steps)
         measured = seen if last else known.get(prefix_key(steps[:number]))
         row = StepRow(name=name, parameters=said, state="unknown", reason=INTERRUPTED)
@@ -115,9 +117,9 @@ def step_rows(
             row = StepRow(
                 name=name, parameters=said, state="measured", measurement=measured, examples=examples
             )
-        elif clock is not None:
+        elif clock is not None and whole is not None:
             started = time.monotonic()
-            row = _row(row, lane, made, chosen, indices, examples, clock)
+            row = _row(row, lane, (made, whole), chosen, indices, examples, clock)
             if row.state == "measured":
                 clock = replace(clock, expected_s=time.monotonic() - started)
         rows.append(row)
@@ -154,7 +156,7 @@ def _prefixes(
 def _row(
     row: StepRow,
     lane: Lane,
-    made: Callable[[float], Model],
+    made: tuple[Callable[[float], Model], Callable[[float], Model]],
     chosen: Weighed,
     indices: np.ndarray | None,
     examples: int,
@@ -162,8 +164,9 @@ def _row(
 ) -> StepRow:
     """Measured where there is time, else simulated, else not known; why, where it is not measured."""
     reason = NO_TIME
+    prefix, whole = made
     try:
-        model = made(clock.until)
+        model = prefix(clock.until)
         if clock.allows:
             try:
                 weighed = lane.scales.beside(model, chosen, _shorter(lane.scales.limits))
@@ -172,7 +175,10 @@ def _row(
                 return row.model_copy(update=done)
             except FeatherweightError as error:  # e.g. no runtime stores what only later steps make storable
                 reason = error.what
-        guess, count = _simulated(lane, model, indices, clock)
+        beside = chosen.artifact.bytes - _parameter_bytes(whole(clock.until))
+        if not model.formats:
+            beside = lane.scales.twin.bytes - _parameter_bytes(lane.run.original)
+        guess, count = _simulated(lane, model, beside, indices, clock)
     except (FeatherweightError, OutOfTime) as error:
         reason = error.what if isinstance(error, FeatherweightError) else reason
         return row.model_copy(update={"reason": reason})
@@ -191,18 +197,23 @@ def _shorter(limits: Limits) -> Limits:
     )
 
 
-def _simulated(lane: Lane, model: Model, indices: np.ndarray | None, clock: Clock) -> tuple[Measurement, int]:
+def _simulated(
+    lane: Lane, model: Model, beside: int, indices: np.ndarray | None, clock: Clock
+) -> tuple[Measurement, int]:
     """Static size and, on a few examples, the quality that the formats leave; and how many these are.
 
-    The files hold what the original's hold beside its parameters, and the parameters as they will be stored.
+    Args:
+        lane: The runtime.
+        model: What was made so far.
+        beside: Bytes that the files hold beside the parameters as they will be stored: as many as the
+            artifact's where there are formats already, else as many as the original's.
+        indices: Scored examples that count; None for all.
+        clock: Ends it.
     """
     scales, run = lane.scales, lane.run
-    counted = totals(model)
-    beside = scales.twin.bytes - totals(run.original)["bytes"]
     figures: dict[str, Any] = {
-        "bytes": max(counted["bytes"] + beside, 0),
-        "macs": counted["macs"],
-        "params": counted["params"],
+        "bytes": max(_parameter_bytes(model) + beside, 0),
+        "params": sum(tensor.numel() for tensor in model.parameters.values()),
         "weight_bits": weight_bits(model),
     }
     metric, data = run.data.metric, run.data
@@ -222,6 +233,13 @@ def _simulated(lane: Lane, model: Model, indices: np.ndarray | None, clock: Cloc
     if not np.isfinite([quality, lost]).all():
         return Measurement(**figures), 0
     return Measurement(**figures, quality=float(quality), quality_drop=lost), len(picked)
+
+
+def _parameter_bytes(model: Model) -> int:
+    """Of the parameters as they will be stored; nothing is traced for it."""
+    return sum(
+        stored_bytes(tensor.numel(), model.formats.get(name, ())) for name, tensor in model.parameters.items()
+    )
 
 
 def _bounded(run: Run, clock: Clock) -> Run:
