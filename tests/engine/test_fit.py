@@ -97,6 +97,7 @@ class World:
             limits=Limits(),
             twin=SimpleNamespace(bytes=1000),
             tuned=lambda weighed: weighed,
+            tuning_s=0.0,
             float_error=lambda: 1e-6,
             parity=lambda model, weighed: 40.0,
             kernels=lambda weighed: [],
@@ -295,6 +296,26 @@ class TestEnd:
         assert len(fitted.result.trials) == 1
         assert not fitted.finished
         assert "the time limit ended the search after 1 of 3 trials" in fitted.result.warnings
+
+    def test_that_has_no_time_for_one_more_trial_stops(self) -> None:
+        """Each takes as long as the first one, so the second would end within what is reserved."""
+        world = World(both(**{key: seen() for key in RANGES}))
+        weigh = world.weigh
+        world.weigh = lambda model: (time.sleep(0.3), weigh(model))[1]  # type: ignore[method-assign,func-returns-value]
+        started = time.monotonic()
+        fitted = world.fit(asked(time_limit=0.6)).answer()
+        assert time.monotonic() - started < 0.6
+        assert len(fitted.result.trials) == 1
+        assert not fitted.finished
+
+    def test_leaves_out_what_would_come_late_and_says_so(self) -> None:
+        world = World(both(**{key: seen() for key in RANGES}))
+        fitted = world.fit(asked(time_limit=0.0)).answer()
+        assert "the time was up before: parity, kernels, errors of layers" in fitted.result.warnings
+        assert fitted.result.runtimes == []
+        whole = World(both(mse=seen())).fit(asked(FILLED, trials=1, time_limit=0.0)).answer().result
+        assert len(whole.runtimes) == 1  # nothing competes: no trial's time is taken
+        assert not any("the time was up" in said for said in whole.warnings)
 
     def test_by_interruption_hands_back_the_best_so_far(self) -> None:
         figures = both(mse=seen(), percentile=KeyboardInterrupt(), minmax=KeyboardInterrupt())

@@ -29,6 +29,7 @@ from featherweight.engine.sources import (
 from featherweight.engine.start import start_runs, warn_of_idle_teacher
 from featherweight.engine.store import digest
 from featherweight.engine.targets import fit_targets
+from featherweight.engine.timetable import longest_measurement
 from featherweight.engine.timing import Limits
 from featherweight.engine.training_options import recipe_code, training_options
 from featherweight.engine.workers import hired
@@ -169,7 +170,9 @@ def fit(
     known = journal.kept(asked_for) if resume else None
     if known is not None:
         limits = known.limits
-    elif resume:
+    elif question.searches:
+        limits = replace(limits, seconds=longest_measurement(limits.seconds, time_limit))
+    if resume and known is None:
         shown.note("there is no search to resume: it begins")
     if question.open_ended:
         follow(runs[0].start)

@@ -305,8 +305,8 @@ Time = Annotated[
     typer.Option(
         "--time",
         metavar="TIME",
-        help="Time that there is: 30s, 5m, 30m, 2h. It decides the effort (see above). No trial starts "
-        "that would be ready later, and steps end with it; the first answer always comes.",
+        help="Time that there is: 30s, 5m, 30m, 2h, the report included. It decides the effort (see above). "
+        "No trial starts that would be ready later, and steps end with it; the first answer always comes.",
     ),
 ]
 Tune = Annotated[

@@ -32,7 +32,7 @@ from featherweight.engine.measure import (
 from featherweight.engine.run import Run
 from featherweight.engine.sources import scoring_code
 from featherweight.engine.store import digest
-from featherweight.engine.tune import tune
+from featherweight.engine.tune import LONGEST_S, tune
 from featherweight.errors import DataError
 from featherweight.model import Model
 from featherweight.outcome import KernelRow, Latency, LayerRow, Measurement
@@ -133,6 +133,12 @@ class Scales:
             options,
             twin_options,
         )
+
+    @property
+    def tuning_s(self) -> float:
+        """Seconds that finding the options takes at most, the original's too; 0 where there are none."""
+        run = self.run
+        return 2 * LONGEST_S if run.runtime.tunings(for_runtime(run.target)) else 0.0
 
     def tuned(self, weighed: Weighed) -> Weighed:
         """The artifact and its twin, each weighed again with the options that are fastest for it."""

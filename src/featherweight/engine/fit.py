@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from featherweight import figures
 from featherweight.drops import examples_needed
 from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.drafts import Ask, Draft, climb, draft
@@ -28,6 +29,7 @@ from featherweight.engine.samplers import SamplerName
 from featherweight.engine.search import Candidate, Failure, Opening, Search
 from featherweight.engine.steps import clock, prefix_key, step_rows
 from featherweight.engine.template import step_holes
+from featherweight.engine.timetable import Timetable
 from featherweight.engine.verdict import (
     alternatives,
     choose,
@@ -45,6 +47,7 @@ from featherweight.outcome import (
     Budget,
     Chosen,
     Effort,
+    LayerRow,
     Measurement,
     Prediction,
     Preference,
@@ -175,8 +178,13 @@ class Fit:
         self.unconfirmed: set[int] = set()  # trials that the reporting examples found above a limit
         self.trials = max(question.trials, len(lanes))
         self.started = time.monotonic() if question.started is None else question.started
-        self.deadline = self.started + question.time_limit
-        self.weighing_s = 0.0  # what scoring and timing the last artifact took
+        self.time = Timetable(
+            self.started,
+            question.time_limit,
+            bounded=question.searches,
+            comparing_s=self.scales.limits.seconds if len(lanes) > 1 else 0.0,
+            tuning_s=max(lane.scales.tuning_s for lane in lanes) if question.tune else 0.0,
+        )
         self.slowest = (
             0.0,
             1.0,
@@ -193,7 +201,7 @@ class Fit:
             trials=self.trials,
             runtimes=list(self.lanes),
             ways=None if question.plan is None else question.plan.ways,
-            deadline_s=self.deadline - time.monotonic(),
+            deadline_s=self.time.until - time.monotonic(),
             storage=question.journal,
             anew=question.anew,
             sampler=question.sampler,
@@ -288,7 +296,7 @@ class Fit:
         failures: list[FeatherweightError | None] = []
         hands = Hands(
             self.crew,
-            until=lambda: self.deadline if self._measured else math.inf,
+            until=lambda: self.time.until if self._measured else math.inf,
             cpus=self.run.devices,
             measures_here=self.run.target.device == "local",
         )
@@ -315,10 +323,16 @@ class Fit:
 
     def _fits(self, candidate: Candidate) -> bool:
         """Whether a candidate will be ready in time, as far as one knows; the first answer always is."""
-        if self.question.plan is None or not self._measured:
+        if not self._measured:
             return True
-        predicted = self.question.plan.predicted_s[candidate.way] * self.slowest[1]
-        return time.monotonic() + predicted + self.weighing_s <= self.deadline
+        if self.question.plan is not None:
+            return self.time.fits(self.question.plan.predicted_s[candidate.way] * self.slowest[1])
+        own = self.search.trials[self.resumed :]
+        longest = max((one.seconds for one in own if one.measurement is not None), default=0.0)
+        if time.monotonic() + longest <= self.time.until:
+            return True
+        self.search.end()  # all of them take about as long
+        return False
 
     def _try(self, candidate: Candidate) -> FeatherweightError | None:
         """Run and weigh one candidate; the error that stopped it, if one did."""
@@ -348,7 +362,7 @@ class Fit:
             return None
         finally:
             lane.run.until = math.inf  # what is left to do with what there is does not end with the time
-        self.weighing_s = time.monotonic() - ready
+        self.time.weighing_s = time.monotonic() - ready
         self.weighed[candidate.number] = lane, weighed
         self.search.tell(
             candidate,
@@ -410,7 +424,8 @@ class Fit:
 
         A template's holes are asked of the model that reaches the step, since layers change on the way.
         """
-        lane.run.until = self.deadline if self._measured else math.inf  # there is one answer always
+        # There is one answer always.
+        lane.run.until = self.time.until - self.time.weighing_s if self._measured else math.inf
         whole = self.ladder is None or not self._measured
         if not self.question.open_ended and whole:
             self._announce(candidate)
@@ -450,22 +465,35 @@ class Fit:
         steps = " -> ".join(_told(step) for step in candidate.recipe.to_dict()["steps"])
         where = f" on {candidate.runtime}" if candidate.runtime else ""
         way = f" ({candidate.way})" if candidate.way else ""
-        self.run.progress.note(f"trial {candidate.number}{where}{way}: {steps or 'the original'}")
+        done = self.search.trials[self.resumed :]
+        most = self.trials - self.resumed
+        to_go = self.time.to_go(max(most, len(done)), len(done), sum(one.seconds for one in done))
+        left = f"; at most {figures.seconds(to_go)} to go" if self.question.searches else ""
+        self.run.progress.note(f"trial {candidate.number}{where}{way}: {steps or 'the original'}{left}")
 
     # ---- the choice
 
     def _choose(self, interrupted: bool) -> Fitted:
-        if len(self.lanes) > 1 and not interrupted:
+        timetable = self.time
+        timetable.left_out.clear()
+        if (
+            len(self.lanes) > 1
+            and not interrupted
+            and timetable.allows("the comparison of the best", timetable.comparing_s)
+        ):
             self._compare(self._best_of_lanes())
         chosen = self._finalist()
-        if self.question.tune and not interrupted:
+        tuning_s = timetable.tuning_s + timetable.weighing_s
+        if timetable.tuning_s and not interrupted and timetable.allows("the runtime's options", tuning_s):
             chosen = self._tuned(chosen)
         trial, seen, question = chosen.trial, chosen.seen, self.question
         lane, weighed = self.weighed[trial.number]
         file = weighed.artifact.entries.get("forward", weighed.artifact.files[0])
         recipe = Recipe.from_dict(trial.recipe)
         model = lane.run.apply(recipe)
-        rows = [] if interrupted else self._runtimes(trial.number)
+        rows = [] if interrupted or not timetable.allows("parity") else self._runtimes(trial.number)
+        kernels = [] if interrupted or not timetable.allows("kernels") else lane.scales.kernels(weighed)
+        layers = self._layers(lane, model, weighed, interrupted)
         judged = self._as_both_halves_see() if chosen.violated else []
         result = Result(
             met=not chosen.violated,
@@ -491,10 +519,10 @@ class Fit:
             ],
             environment=lane.scales.environment,
             warnings=self._warnings(lane, weighed, rows, interrupted),
-            layers=lane.scales.layers(model, weighed, figures=not interrupted),
+            layers=layers,
             classes=list(lane.scales.quality(weighed, self.reporting).classes),
             runtimes=rows,
-            kernels=[] if interrupted else lane.scales.kernels(weighed),
+            kernels=kernels,
             steps=self._steps(lane, weighed, recipe, seen, interrupted),
             dropped=dropped(
                 self.search.trials,
@@ -511,7 +539,21 @@ class Fit:
             resumed=self.resumed,
             ladder=[] if self.ladder is None else self.ladder.rows(self.search.trials),
         )
-        return Fitted(result, lane, weighed, finished=not interrupted and self.search.ended != "time")
+        ended = not interrupted and self.search.ended != "time" and not timetable.left_out
+        return Fitted(result, lane, weighed, finished=ended)
+
+    def _layers(self, lane: Lane, model: Model, weighed: Weighed, interrupted: bool) -> list[LayerRow]:
+        """Each layer before and after; without what takes passes through the network when the time is up."""
+        said = "errors of layers"
+        if not interrupted and self.time.allows(said):
+            lane.run.until = self.time.end
+            try:
+                return lane.scales.layers(model, weighed, figures=True)
+            except OutOfTime:
+                self.time.left_out.append(said)
+            finally:
+                lane.run.until = math.inf
+        return lane.scales.layers(model, weighed, figures=False)
 
     def _steps(
         self, lane: Lane, weighed: Weighed, recipe: Recipe, seen: Measurement, interrupted: bool
@@ -525,7 +567,9 @@ class Fit:
                 own, other = self.weighed[trial.number]
                 if own is lane and other.options == weighed.options:
                     known[key] = self._seen(trial.number, self.reporting)
-        given = None if interrupted else clock(self.deadline, self.question.time_limit, self.weighing_s)
+        given = None
+        if not interrupted:
+            given = clock(self.time.deadline, self.question.time_limit, self.time.weighing_s)
         return step_rows(lane, weighed, recipe, seen, known=known, indices=self.reporting, clock=given)
 
     def _effort(self) -> Effort | None:
@@ -690,6 +734,8 @@ class Fit:
             said.append(f"the search was interrupted after {tried} trials")
         elif self.search.ended == "time":
             said.append(f"the time limit ended the search after {tried} of {self.trials} trials")
+        if self.time.left_out:
+            said.append(f"the time was up before: {', '.join(self.time.left_out)}")
         if self.question.journal is not None and (interrupted or self.search.ended == "time"):
             said.append("the same command with --resume goes on from there")
         scored = len(self.scales.twin_scored.rows[run.data.metric.name])

@@ -252,6 +252,10 @@ class Search:
             return "trials"
         return "time" if self._asked and self._clock() >= self._deadline else None
 
+    def end(self) -> None:
+        """Propose nothing more: the time is up."""
+        self._deadline = -math.inf
+
     def ask(self) -> Candidate | None:
         """The next candidate; None when the search has ended."""
         if self.ended:

@@ -14,6 +14,7 @@ from featherweight.method import Progress
 from featherweight.runtime import Artifact, Json, Target
 
 _SECONDS = 4.0
+LONGEST_S = 2 * _SECONDS  # sets of options alone, then together
 _GAIN = 0.99  # the upper end of the ratio's interval must be below it: what gains less is noise
 
 
