@@ -81,6 +81,20 @@ class TestWays:
         assert second == "gptq"
         assert made.predicted_s[first] == min(made.predicted_s.values())
 
+    def test_begin_with_plain_integers_where_the_strongest_takes_longer_than_other_quantizers(self) -> None:
+        slow = Pace(0.02, 20.0)
+        for seconds in (600.0, 3600.0):
+            made = planned(slow, CONVOLUTIONS, seconds)
+            first, second, *_ = made.ways
+            assert (first, second) == ("plain", "gptq")
+            assert made.predicted_s[first] <= 450 * slow.example_s < made.predicted_s[second]
+            assert steps(made.ways[first]) == ["fold", "quantize"]
+        assert made.trials == planned(SMALL, CONVOLUTIONS, 3600.0).trials + 1
+        on_the_fly = planned(slow, MATRICES, 600.0).ways["plain"]
+        assert on_the_fly.steps[1].parameters["activations"] == "dynamic"
+        taught = Pace(0.02, 20.0, training=1000, student=True)  # untrained, its integers say nothing
+        assert "plain" not in planned(taught, CONVOLUTIONS, 600.0).ways
+
     def test_of_the_strongest_is_first_where_there_is_plenty_of_time(self) -> None:
         tiny = Pace(example_s=2e-5, weights_s=0.01)
         assert next(iter(planned(tiny, CONVOLUTIONS, 7200.0).ways)) == "gptq"

@@ -26,7 +26,7 @@ from featherweight.data import Data
 from featherweight.engine.environment import describe
 from featherweight.engine.run import Run
 from featherweight.engine.store import digest
-from featherweight.engine.template import Amounts, Shape, shape_of, ways
+from featherweight.engine.template import EARLY, Amounts, Shape, early, shape_of, ways
 from featherweight.examples import Examples
 from featherweight.graph import trace
 from featherweight.holes import Choice
@@ -41,6 +41,7 @@ _TRIALS: Mapping[Level, int] = {"quick": 3, "standard": 8, "thorough": 16}
 _STANDS_FOR: Mapping[Level, str] = {"quick": "nearest", "standard": "gptq", "thorough": "blocks"}
 _READY = 0.5  # share of the time in which the strongest way must be ready
 _TIGHT = 0.25  # share of the time from which on a quicker way goes first, so that an answer stands early
+_LATE_PASSES, _LATE_S = 450, 10.0  # forward passes, and seconds, by which an answer is to stand
 _FEWEST, _MOST = 16, 256  # calibration examples
 _LEAST = 50  # iterations of a block; fewer are not worth it
 _LARGEST: Mapping[Level, int] = {"quick": 0, "standard": 500, "thorough": 5000}
@@ -222,7 +223,12 @@ def planned(
     level: Level = [one for one in LEVELS if _fits(one, pace, shape, time_s)][-1]
     tried = ways(level, shape, pace.amounts(level, time_s, limits))
     predicted = {name: pace.of(recipe) for name, recipe in tried.items()}
-    if predicted[next(iter(tried))] > _TIGHT * time_s:  # an early answer: the quickest of all
+    early_answer = 0
+    if level != "quick" and not pace.student and _is_late(predicted[next(iter(tried))], pace):
+        early_answer = 1
+        tried = {EARLY: early(shape), **tried}
+        predicted[EARLY] = pace.of(tried[EARLY])
+    elif predicted[next(iter(tried))] > _TIGHT * time_s:  # the quickest of all
         quickest = min(predicted, key=lambda name: predicted[name])
         tried = {quickest: tried[quickest], **tried}
     return Plan(
@@ -231,9 +237,14 @@ def planned(
         example_s=pace.example_s,
         ways=tried,
         predicted_s=predicted,
-        trials=_TRIALS[level] if trials is None else trials,
+        trials=_TRIALS[level] + early_answer if trials is None else trials,
         longer=_longer(level, pace, shape),
     )
+
+
+def _is_late(seconds: float, pace: Pace) -> bool:
+    """Whether somebody else's quantizer would be done long before: they see a few hundred examples once."""
+    return seconds > max(_LATE_PASSES * pace.example_s, _LATE_S)
 
 
 def _fits(level: Level, pace: Pace, shape: Shape, time_s: float) -> bool:

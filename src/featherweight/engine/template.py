@@ -23,6 +23,7 @@ from featherweight.tools.costs import node_macs
 _LINEAR = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scaled_dot_product_attention"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _DOMINATES = 0.5  # share of the multiply-accumulates from which on a network is of that kind
+_FEW = 64  # calibration examples of an early answer
 _GROUP = 32  # weights of a matrix that share a scale at 4 bits
 
 
@@ -117,6 +118,15 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
     }
     lessons = (Step("finetune", {"epochs": amounts.lessons, **taught}),) if amounts.lessons else ()
     return {name: Recipe((*lessons, *found[name])) for name in _order(level, shape, amounts)}
+
+
+EARLY = "plain"  # the way that is there before all others
+
+
+def early(shape: Shape) -> Recipe:
+    """Integers as quickly as the runtimes' own quantizers make them: an answer to begin with."""
+    how = {"activations": "dynamic"} if shape.of_matrices else {}
+    return Recipe((Step("fold"), Step("quantize", {**how, "samples": _FEW})))
 
 
 _ON_MATRICES = (
