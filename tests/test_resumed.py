@@ -1,4 +1,4 @@
-"""A search that was killed, interrupted or out of time goes on: nothing is measured twice, all trials count."""
+"""A search that was killed, interrupted or out of time goes on: nothing is measured twice, all count."""
 
 from __future__ import annotations
 
