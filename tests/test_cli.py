@@ -224,8 +224,8 @@ class TestFit:
             "fit net.onnx --data d.npz --out o --weights w.pt --metric f1 --max-drop 0.5% --max-size 300KB "
             "--max-latency 5ms --max-memory 4MiB --prefer bytes --confident --runtime torch --recipe r.yaml "
             "--trials 3 --time 2h --measure-time 3s --threads 2 --seed 7 --image-size 28x32 --mean 0.5 "
-            "--std 0.25 --input 3x8x8 --input ids=int64:9 --resume --force --allow-pickle --device ssh:pi@board "
-            "--target-isa armv8 --no-tune --batch 8 --student s.py:s --student-weights s.pt "
+            "--std 0.25 --input 3x8x8 --input ids=int64:9 --force --allow-pickle --device ssh:pi@board "
+            "--resume --target-isa armv8 --no-tune --batch 8 --student s.py:s --student-weights s.pt "
             "--teacher t.py:t --teacher-weights t.pt --devices 2 --precision bf16-mixed"
         )
         budget = given.pop("budget")
