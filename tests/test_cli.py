@@ -226,7 +226,8 @@ class TestFit:
             "--trials 3 --time 2h --measure-time 3s --threads 2 --seed 7 --image-size 28x32 --mean 0.5 "
             "--std 0.25 --input 3x8x8 --input ids=int64:9 --force --allow-pickle --device ssh:pi@board "
             "--resume --target-isa armv8 --no-tune --batch 8 --student s.py:s --student-weights s.pt "
-            "--teacher t.py:t --teacher-weights t.pt --devices 2 --precision bf16-mixed"
+            "--teacher t.py:t --teacher-weights t.pt --devices 2 --precision bf16-mixed "
+            "--workers 4 --cluster box:6379 --study sqlite:///study.db"
         )
         budget = given.pop("budget")
         assert budget.model_dump() == {
@@ -257,6 +258,10 @@ class TestFit:
             "std": "0.25",
             "inputs": ["3x8x8", "ids=int64:9"],
             "resume": True,
+            "workers": 4,
+            "cluster": "box:6379",
+            "study": "sqlite:///study.db",
+            "sampler": "auto",
             "force": True,
             "allow_pickle": True,
             "student": "s.py:s",
