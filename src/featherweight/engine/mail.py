@@ -70,9 +70,8 @@ class Letters:
                 progress.note(f"{self._name}: {letter['note']}")
             elif "begins" in letter:
                 if self._on:
-                    progress.note(
-                        f"{self._name}: the worker {self._on} died; it is made again by that {letter['begins']}"
-                    )
+                    again = f"it is made again by that {letter['begins']}"
+                    progress.note(f"{self._name}: the worker {self._on} died; {again}")
                 self._on = letter["begins"]
 
     def _new(self) -> Iterator[Mapping[str, Any]]:
