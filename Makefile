@@ -10,7 +10,7 @@ EXTRAS ?= onnxruntime,keras,transformers
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml,ray
 
-.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train fashion clean
+.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train bench-fit fashion clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,14 @@ bench-prune: runtimes fashion
 bench-train: runtimes fashion
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/train.py $(QUICK)
+
+# What fit chooses by itself, beside the runtimes' own quantizers (70 minutes); the search beside chance (hours),
+# and one worker beside two.
+bench-fit: runtimes fashion
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/search.py $(QUICK)
+	$(BIN)/python benchmarks/workers.py
 
 # The training set of Fashion-MNIST, from Debian's package.
 fashion:

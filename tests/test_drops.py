@@ -54,3 +54,25 @@ def test_as_many_examples_as_are_needed_settle_it() -> None:
     assert needed is not None and needed > 500
     assert interval(round(0.7 * needed))[1][1] > 0.015
     assert interval(round(1.4 * needed))[1][1] <= 0.015
+
+
+def test_what_no_example_showed_is_not_impossible() -> None:
+    metric, ones = METRICS["accuracy"], np.ones((10_000, 1))
+    assert paired_bootstrap(metric, ones[:30], ones[:30], seed=0) == pytest.approx(
+        (-0.1157, 0.1157), abs=1e-4
+    )
+    low, high = paired_bootstrap(metric, ones, ones, seed=0)
+    assert 0.0003 < high < 0.0004 and low == -high
+    lost = ones.copy()
+    lost[:200] = 0
+    low, high = paired_bootstrap(metric, ones, lost, seed=0)
+    assert 0.016 < low < 0.02 < high < 0.024, "where enough was seen, the resamples tell"
+
+
+def test_a_true_upper_end_is_rarely_below_the_truth() -> None:
+    """One flip in two hundred, and a hundred examples: most samples show none at all."""
+    metric, random, covered = METRICS["agreement"], np.random.default_rng(0), 0
+    for seed in range(300):
+        after = (random.random((100, 1)) >= 0.005).astype(float)
+        covered += paired_bootstrap(metric, np.ones((100, 1)), after, seed, 200)[1] >= 0.005
+    assert covered / 300 >= 0.95

@@ -81,7 +81,28 @@ def paired_bootstrap(
         after = np.array([metric.reduce(rows_after[pick]) for pick in picks])
     drops = _drops(metric, before, after)
     low, high = np.quantile(drops, [0.025, 0.975], method="inverted_cdf")  # never between inf and inf
-    return float(low), float(high)
+    return _with_unseen(metric, rows_before, rows_after, float(low), float(high))
+
+
+def _with_unseen(
+    metric: Metric, before: np.ndarray, after: np.ndarray, low: float, high: float
+) -> tuple[float, float]:
+    """The interval, widened by what no example showed where each one is right or wrong.
+
+    No resample holds what was never seen. An outcome that none of N examples has is, with 97.5 % confidence,
+    no more probable than 1 - 0.025^(1/N) (Clopper and Pearson 1934).
+    """
+    both = np.concatenate([before, after], axis=1)
+    if not metric.bounded or both.shape[1] != 2 or not np.isin(both, (0, 1)).all():
+        return low, high
+    change = (after - before)[:, 0] * (1 if metric.higher_is_better else -1)
+    lost, won = float((change < 0).mean()), float((change > 0).mean())
+    unseen = 1 - 0.025 ** (1 / len(both))
+    if not lost:
+        high = max(high, unseen - won)
+    if not won:
+        low = min(low, lost - unseen)
+    return low, high
 
 
 def _additive_scores(

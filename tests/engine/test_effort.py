@@ -181,7 +181,7 @@ class TestTraining:
         pace = Pace(0.002, 2.0, training=10_000, structure=True)
         counts = [pace.epochs("thorough", seconds) for seconds in (100.0, 900.0, 3600.0, 1e6)]
         assert counts[0] == 0  # too few examples to be worth it
-        assert counts[2] == pytest.approx(0.15 * 3600 / (4 * 10_000 * 0.002), abs=0.01)
+        assert counts[2] == pytest.approx(0.08 * 3600 / (4 * 10_000 * 0.002), abs=0.01)
         assert counts[-1] == 10
         assert pace.epochs("quick", 1e6) == 0
         assert Pace(0.002, 2.0).epochs("thorough", 1e6) == 0

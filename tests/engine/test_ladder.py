@@ -78,6 +78,17 @@ class TestHopeless:
             "it is no better than trial 1 on any axis"
         )
         assert self.judged(seen(0.02, 310, 0.4), seen(0.01, 300, 0.5)) is None
+
+    def test_what_is_preferred_less_than_one_that_keeps_every_limit(self) -> None:
+        limit = Budget(quality_drop=0.01)
+        said = "it cannot be better than trial 1, which keeps every limit"
+        figures = seen(0.02, 100, 0.1), seen(0.005, 300, 0.5)
+        assert self.judged(seen(0.0, 300, 0.6), *figures, budget=limit) == said
+        assert self.judged(seen(0.0, 300, 0.4), *figures, budget=limit) is None
+        assert self.judged(seen(0.0, None, 0.6), *figures, budget=limit) is None
+        assert self.judged(seen(0.0, 300, 0.6), *figures) is None, "without a limit, less drop is of use"
+        nearer = hopeless(seen(0.0, 300, 0.6), pairs(*figures), BASELINE, limit, "quality")
+        assert nearer is None, "a smaller drop is what is preferred"
         assert self.judged(seen(0.01, 300, 0.5), seen(0.01, 300, 0.5)) is None  # even is not beaten
 
     def test_what_is_not_known_is_taken_to_be_as_good_as_can_be(self) -> None:
@@ -170,7 +181,7 @@ class TestLearning:
         assert "simulation it breaks the limit" in (one.verdict(climb, trials(seen())) or "")
 
     def test_good_predictions_drop_what_bad_ones_keep(self, lane: Lane) -> None:
-        known = trials(seen(0.001, 10_000, 0.5))
+        known = trials(seen(0.001, 90_000, 1.0))
         good, bad = ladder(lane), ladder(lane)
         for number in range(8):
             off = 0.03 if number % 2 else -0.03
@@ -193,6 +204,17 @@ class TestLearning:
         assert recovered.candidates == 0 and recovered.drop_error is None
         assert (measured.name, measured.candidates, measured.seconds) == ("measured", 2, 8.0)
 
+    def test_what_costs_the_same_by_shapes_and_formats_costs_the_same(self, lane: Lane) -> None:
+        known = trials(seen(0.001, 30_000, 0.5))
+        one = ladder(lane)
+        assert one.verdict(self.climb(one, lane, 0.0), known) is None, (
+            "by the forecast alone it may be faster"
+        )
+        one.learn(self.climb(one, lane, 0.0), seen(0.0, 40_000, 0.9))
+        again = self.climb(one, lane, 0.0)
+        assert one.at_best(again, []).bytes == pytest.approx(0.97 * 40_000, rel=1e-3)
+        assert one.verdict(again, known) is not None
+
     def test_the_sampler_is_told_what_was_expected(self, lane: Lane) -> None:
         one = ladder(lane)
         climb = Climb("torch")
@@ -207,4 +229,4 @@ class TestLearning:
         climb = self.climb(one, lane, 0.5)
         climb.kinds["recovered", "quality_drop"] = one._margin("recovered", "quality_drop", 0.01, "x")
         one._tell(climb, Prediction(rung="recovered", quality_drop=0.01))
-        assert one.verdict(climb, trials(seen())) is None
+        assert one.verdict(climb, trials(seen(0.0, 90_000, 1.0))) is None

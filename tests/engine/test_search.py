@@ -15,7 +15,7 @@ import optuna
 import pytest
 
 from featherweight.engine.draws import Draw, Tried, parameter, random_value, suggest
-from featherweight.engine.search import Failure, Search, score
+from featherweight.engine.search import Failure, Opening, Search, score
 from featherweight.errors import BudgetError, OutputError
 from featherweight.holes import Choice, Hole, Range, canonical
 from featherweight.outcome import Budget, Latency, Measurement, Preference
@@ -425,3 +425,30 @@ def test_only_the_search_imports_optuna() -> None:
         "sys.exit('optuna' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_follows_the_first_way_is_tried_on_the_runtimes_that_did_best() -> None:
+    ways = {name: Recipe((Step(name, {}),)) for name in ("first", "second", "third")}
+    one = search(Recipe(()), trials=20, runtimes=("a", "b", "c", "d"), ways=ways)
+    ratios = {"a": 0.5, "b": 0.3, "c": 0.31, "d": 0.32}
+    asked = []
+    while (candidate := one.ask()) is not None:
+        if not one.accept(candidate):
+            continue
+        asked.append((candidate.way, candidate.runtime))
+        one.tell(candidate, measured(0.0, 5e5, ratios[candidate.runtime]))
+        if len(asked) == 8:
+            break
+    assert asked[:4] == [("first", name) for name in "abcd"]
+    assert asked[4:] == [("second", "b"), ("second", "c"), ("third", "b"), ("third", "c")]
+
+
+def test_a_hole_that_is_held_takes_its_default_unless_an_opening_says_otherwise() -> None:
+    space = Recipe((Step("a", {"x": Range(1.0, 9.0, default=2.0), "y": Range(0.0, 1.0)}),))
+    one = search(space, trials=12, held=("x",))
+    one.open_with([Opening(values={0: {"x": 7.0}})])
+    seen = []
+    while (candidate := one.ask()) is not None:
+        seen.append(candidate.recipe.steps[0].parameters["x"])
+        one.tell(candidate, Failure("no matter"))
+    assert seen == [7.0, *[2.0] * 11]

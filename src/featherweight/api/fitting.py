@@ -251,6 +251,8 @@ def _planned(
     """
     if known is None:
         made = plan(runs[0], question.time_limit, question.budget, trials)
+        if trials is None:  # the first way is tried on each runtime
+            made = replace(made, trials=made.trials + len(runs) - 1)
     else:
         made = replace(known, time_s=question.time_limit, trials=known.trials if trials is None else trials)
     progress.note(

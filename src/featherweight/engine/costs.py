@@ -26,6 +26,7 @@ from featherweight.engine.store import Store, digest
 from featherweight.engine.widths import Widths, measure, shapes
 from featherweight.exchange.attribution import Attribution, attribute, write_named
 from featherweight.graph import Graph, trace
+from featherweight.method import Silent
 from featherweight.model import Entry, Model
 from featherweight.recipe import Recipe, Step
 from featherweight.runtime import Artifact, Runtime, Target
@@ -199,14 +200,14 @@ class MeasuredCosts:
 
     def _measure(self) -> dict[str, Any]:
         fold = Step("fold")
-        folded = self._run.apply(Recipe((fold,)))
-        integers = self._run.apply(Recipe((fold, Step("quantize", _PLAIN))))
+        folded = self._made(fold)
+        integers = self._made(fold, Step("quantize", _PLAIN))
         moved = _elements(integers)
         spared = list(moved)[::2]
         rules = {**_PLAIN, "layers": dict.fromkeys(spared, "float")}
         forms = {_form(False): folded, _form(True): integers}
         if 0 < len(spared) < len(moved):
-            forms[_MIXED] = self._run.apply(Recipe((fold, Step("quantize", rules))))
+            forms[_MIXED] = self._made(fold, Step("quantize", rules))
         table: dict[str, Any] = {form: {"layers": {}, "total": 0.0} for form in (*forms, _MIXED)}
         jobs = [(form, model, entry) for form, model in forms.items() for entry in model.entries]
         what = f"profiling layers on {self._run.target.runtime}"
@@ -222,6 +223,15 @@ class MeasuredCosts:
             each = _excess(table, spared) / sum(moved[layer] for layer in spared)
         conversions = {layer: each * elements for layer, elements in moved.items()}
         return {**{form: table[form] for form in (_form(False), _form(True))}, "conversions": conversions}
+
+    def _made(self, *steps: Step) -> Model:
+        """What steps make; what they say of the few examples concerns nobody."""
+        run = self._run
+        shown, run.progress = run.progress, Silent()
+        try:
+            return run.apply(Recipe(steps))
+        finally:
+            run.progress = shown
 
 
 def _elements(model: Model) -> dict[str, int]:

@@ -57,7 +57,7 @@ _MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
 _PASSES_OF_ITERATION = 40.0
 _PASSES_OF_TRAINING = 4.0  # forward passes that training on one example takes, a teacher's included
 _LESSONS, _MOST_LESSONS = 0.4, 100.0  # share of the time in which a student learns, and epochs at most
-_TRAINING = 0.15  # share of the time that one fine-tuning may take
+_TRAINING = 0.08  # share of the time that one fine-tuning takes at first
 _EPOCHS: Mapping[Level, float] = {"quick": 0.0, "standard": 3.0, "thorough": 10.0}
 _FEWEST_SEEN = 2000  # examples that a fine-tuning sees; below, it is not worth it
 _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
@@ -149,7 +149,8 @@ class Pace:
 
     def _of_step(self, step: Step) -> float:
         if step.method == "finetune":
-            return float(self.epoch_s * step.parameters["epochs"])
+            epochs = step.parameters["epochs"]
+            return float(self.epoch_s * (epochs if isinstance(epochs, float) else epochs.first))
         if step.method not in _PASSES:
             return 0.0
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)

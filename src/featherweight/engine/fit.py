@@ -25,6 +25,7 @@ from featherweight.engine.hands import Hands
 from featherweight.engine.ladder import Climb, Ladder
 from featherweight.engine.lanes import Direct, Lane, time_together
 from featherweight.engine.parity import LEAST_DB
+from featherweight.engine.pursuit import FROM, ROUNDS, pursue
 from featherweight.engine.samplers import SamplerName
 from featherweight.engine.search import Candidate, Failure, Opening, Search
 from featherweight.engine.steps import clock, prefix_key, step_rows
@@ -185,10 +186,7 @@ class Fit:
             comparing_s=self.scales.limits.seconds if len(lanes) > 1 else 0.0,
             tuning_s=max(lane.scales.tuning_s for lane in lanes) if question.tune else 0.0,
         )
-        self.slowest = (
-            0.0,
-            1.0,
-        )  # seconds of the trial whose steps took longest, and their ratio to the prediction
+        self.slowest = 0.0, 1.0  # seconds of the trial whose steps took longest, by the prediction
         self.selecting, self.reporting = self._halves()
         self.baseline = self.scales.baseline(None, self.selecting)
         self.search = Search(
@@ -205,9 +203,11 @@ class Fit:
             storage=question.journal,
             anew=question.anew,
             sampler=question.sampler,
+            held=() if question.plan is None else ("epochs",),
         )
         self.ladder = self._ladder() if question.ladder and question.searches else None
         self.climbs: dict[int, Climb] = {}
+        self.pursued = 0  # rounds of longer training
         self.begun: set[tuple[str, str, int]] = set()  # runtimes, ways and steps whose analysis was heard
         self.resumed = len(self.search.trials)
         if self.resumed:
@@ -312,7 +312,7 @@ class Fit:
     def _try_all(self) -> FeatherweightError | None:
         """Try candidates until there is none; the error that stopped the last one that failed."""
         last = None
-        while (candidate := self.search.ask()) is not None:
+        while (candidate := self._next()) is not None:
             if self._fits(candidate):
                 subject = f"trial {candidate.number}"
                 with nullcontext() if self.crew is None else self.crew.about(subject):
@@ -321,9 +321,27 @@ class Fit:
                 self.search.rule_out(candidate)
         return last
 
+    def _next(self) -> Candidate | None:
+        """The next candidate; when a part of the time is over, one that is worth training for long."""
+        question, now, rounds = self.question, time.monotonic(), ROUNDS[self.pursued :]
+        due = now >= self.started + FROM * question.time_limit or self.search.left <= len(rounds)
+        if question.plan is not None and rounds and due:
+            self.pursued += 1
+            opening = pursue(
+                self.search.trials,
+                rounds[0] * (self.time.until - now) - self.time.weighing_s,
+                question.budget,
+                question.prefer,
+                self.baseline,
+                confident=question.confident,
+            )
+            if opening is not None:
+                self.search.open_with([opening])
+        return self.search.ask()
+
     def _fits(self, candidate: Candidate) -> bool:
         """Whether a candidate will be ready in time, as far as one knows; the first answer always is."""
-        if not self._measured:
+        if not self._measured or (candidate.opening is not None and candidate.opening.whole):
             return True
         if self.question.plan is not None:
             return self.time.fits(self.question.plan.predicted_s[candidate.way] * self.slowest[1])
@@ -377,7 +395,7 @@ class Fit:
 
     def _dropped(self, candidate: Candidate, lane: Lane, made: Draft, started: float) -> bool:
         """Whether a cheap rung says that a candidate is of no use; the first one is measured in any case."""
-        if self.ladder is None or not self._measured:
+        if self.ladder is None or not self._measured or (candidate.opening and candidate.opening.whole):
             return False
         up, reason = climb(self.ladder, lane.run, candidate.recipe, made, self.search.trials)
         self.climbs[candidate.number] = up
@@ -426,7 +444,8 @@ class Fit:
         """
         # There is one answer always.
         lane.run.until = self.time.until - self.time.weighing_s if self._measured else math.inf
-        whole = self.ladder is None or not self._measured
+        sure = candidate.opening is not None and candidate.opening.whole
+        whole = self.ladder is None or not self._measured or sure
         if not self.question.open_ended and whole:
             self._announce(candidate)
             return Draft(lane.run.apply(candidate.recipe))

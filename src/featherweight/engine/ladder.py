@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from featherweight.drops import drop
 from featherweight.engine.forecast import Forecast, Forecaster
 from featherweight.engine.lanes import Lane
 from featherweight.engine.margins import Margin, Margins, median
-from featherweight.engine.verdict import excess, figure, rejection, violations
+from featherweight.engine.verdict import excess, figure, rejection, score, violations
 from featherweight.method import Method
 from featherweight.model import Model
 from featherweight.outcome import Budget, Latency, Measurement, Prediction, Preference, Rung, RungRow, Trial
@@ -36,6 +36,7 @@ _EXAMPLES = 512  # simulated at most
 _FEWEST = 64
 _SIMULATED_S = 5.0  # that the simulation of a candidate may take
 _PASSES = 3.0  # float forward passes that a simulated one takes
+_AS_GOOD = 0.97  # of the size and latency of one that costs the same by shapes and formats, at best
 _RUNGS: tuple[Rung, ...] = ("cost", "simulated", "recovered")
 # Spreads of errors that are expected before any was seen: logarithms of factors, and differences of drops.
 _BYTES, _PRICED, _BY_MACS = 0.03, 0.2, 0.7
@@ -48,11 +49,13 @@ class Climb:
 
     Attributes:
         lane: Whose runtime it is for.
+        form: What candidates have in common that cost the same.
         seen: What the rungs so far predicted.
         kinds: Which margins these predictions are held against: (rung, axis) -> margin.
     """
 
     lane: str
+    form: Hashable = None
     seen: list[Prediction] = field(default_factory=list)
     kinds: dict[tuple[Rung, str], Margin] = field(default_factory=dict)
 
@@ -99,6 +102,7 @@ class Ladder:
         self._budget, self._prefer, self._confident = budget, prefer, confident
         self._picked = picked(self._first.run.data, indices, example_s)
         self._margins = Margins()
+        self._alike: dict[Hashable, Measurement] = {}  # by what they have in common
         self._clock = clock
         self._counts: dict[Rung, int] = dict.fromkeys(_RUNGS, 0)
         self._drops: dict[Rung, int] = dict.fromkeys(_RUNGS, 0)
@@ -121,6 +125,7 @@ class Ladder:
                 found.priced,
             ),
         }
+        climb.form = climb.lane, found.bytes, found.macs, found.form
         self._tell(climb, _cost(found, lane.handicap.median, self._clock() - began))
 
     def quality(self, climb: Climb, model: Model, left_out: Sequence[str], *, recovered: bool) -> None:
@@ -205,6 +210,11 @@ class Ladder:
                 value, margin = getattr(prediction, axis), climb.kinds.get((prediction.rung, axis))
                 if value is not None and margin is not None:
                     best[axis] = margin.best(value)
+        alike = self._alike.get(climb.form)
+        for axis in ("bytes", "latency_ratio"):
+            value = None if alike is None else getattr(alike, axis)
+            if value is not None and axis in best:
+                best[axis] = max(best[axis], _AS_GOOD * value)
         ratio, lost, size = (best.get(axis) for axis in ("latency_ratio", "quality_drop", "bytes"))
         scale = seconds_of_ratio(measured)
         latency = None if ratio is None or scale is None else ratio * scale
@@ -237,6 +247,8 @@ class Ladder:
 
     def learn(self, climb: Climb, seen: Measurement) -> None:
         """What became of a candidate that was measured."""
+        if climb.form is not None:
+            self._alike[climb.form] = seen
         for prediction in climb.seen:
             for axis in ("quality_drop", "bytes", "latency_ratio"):
                 predicted, measured = getattr(prediction, axis), getattr(seen, axis)
@@ -345,6 +357,12 @@ def hopeless(
     for trial, seen in measured:
         if _beats(seen, best):
             return f"it is no better than trial {trial.number} on any axis"
+    if budget.quality_drop is None or prefer == "quality" or None in (best.bytes, best.latency_ratio):
+        return None
+    for trial, seen in measured:
+        kept = not violations(budget, seen, confident)
+        if kept and score(seen, prefer, baseline)[0] <= score(best, prefer, baseline)[0]:
+            return f"it cannot be better than trial {trial.number}, which keeps every limit"
     return None
 
 

@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -61,6 +61,7 @@ Ended = Literal["trials", "time", "exhausted"]
 _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
 _RUNTIME, _WAY = "runtime", "way"  # what Optuna calls the draws; those of holes begin with a step's number
 _DROPPED = 8  # candidates that may be dropped for each one that is measured
+_CONTENDERS, _NEAR = 2, 1.15  # runtimes that go on after the first way, and how near to the best they are
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
@@ -79,11 +80,13 @@ class Opening:
         runtime: Which one, where there are several.
         way: Which recipe, where there are several.
         values: Step -> address -> the value of a hole whose default is not taken.
+        whole: Whether it is made without a cheaper look first.
     """
 
     runtime: str = ""
     way: str = ""
     values: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    whole: bool = False
 
 
 class Candidate:
@@ -152,6 +155,8 @@ class Candidate:
         if self.opening is not None:
             given = self.opening.values.get(step, {}).get(address, hole.first)
             return given if hole.admits(given) else hole.first
+        if address in self._search.held:
+            return hole.first
         if self.proposal is None:
             return random_value(self._search.random, hole, self._search.tried.values(self.point))
         return suggest(self.proposal, name, hole)
@@ -178,6 +183,7 @@ class Search:
             one after the other, on each runtime, with the default of every hole.
         deadline_s: Seconds from now after which no candidate is proposed.
         sampler: What proposes: tpe, nsga2, random, or auto, which follows the number of trials.
+        held: Holes by address that take their default, unless an opening says otherwise.
         storage: A journal, or the URL of a database, to go on from; without one the search is forgotten with
             the process.
         anew: What the database has of this search is forgotten first.
@@ -202,6 +208,7 @@ class Search:
         ways: Mapping[str, Recipe] | None = None,
         deadline_s: float | None = None,
         sampler: SamplerName = "auto",
+        held: Collection[str] = (),
         storage: Path | str | None = None,
         anew: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -212,6 +219,7 @@ class Search:
         self.prefer, self.confident, self.limit = prefer, confident, trials
         self.runtimes = tuple(runtimes) if len(runtimes) > 1 else ()
         self.ways = dict(ways or {})
+        self.held = frozenset(held)
         self._clock = clock
         self._deadline = math.inf if deadline_s is None else clock() + deadline_s
         self.trials: list[Trial] = []
@@ -220,7 +228,7 @@ class Search:
         self._numbers: set[int] = set()
         self._repeated = self.out_of_time = False
         self._lock = _hold(storage) if isinstance(storage, Path) else None
-        self._held = isinstance(storage, str)
+        self._in_database = isinstance(storage, str)
         self._study = self._open(storage, seed, anew)
         known = self._take_up()
         self.sampler = chosen_sampler(sampler, trials)
@@ -239,8 +247,8 @@ class Search:
         """Let another process go on with the journal."""
         if self._lock is not None:
             self._lock.close()
-        if self._held:
-            self._held = False
+        if self._in_database:
+            self._in_database = False
             release(self._study)
 
     @property
@@ -251,6 +259,11 @@ class Search:
         if self._asked - self._dropped >= self.limit or self._dropped >= _DROPPED * self.limit:
             return "trials"
         return "time" if self._asked and self._clock() >= self._deadline else None
+
+    @property
+    def left(self) -> int:
+        """How many candidates may still be measured."""
+        return self.limit - (self._asked - self._dropped)
 
     def end(self) -> None:
         """Propose nothing more: the time is up."""
@@ -443,8 +456,35 @@ class Search:
         self._dropped = sum(trial.state == "dropped" for trial in self.trials)
         return len(self._study.trials)
 
+    def _next_opening(self) -> Opening | None:
+        """The next of the first candidates, on a runtime that may win."""
+        while self._openings:
+            opening = self._openings.pop(0)
+            contenders = self._contenders()
+            if opening.whole or not opening.runtime or not contenders or opening.runtime in contenders:
+                return opening
+        return None
+
+    def _contenders(self) -> list[str]:
+        """The runtimes that did best so far, best first; none while one was not heard of.
+
+        Whatever is tried first is tried on each; what follows would cost as many trials again for each.
+        """
+        if set(self.runtimes) - {trial.runtime for trial in self.trials}:
+            return []
+        best: dict[str, tuple[float, tuple[float, ...]]] = {}
+        for trial in self.trials:
+            if trial.state != "measured" or trial.measurement is None:
+                continue
+            broken = sum(map(excess, violations(self.budget, trial.measurement, self.confident)))
+            order = broken, score(trial.measurement, self.prefer, self.baseline)
+            best[trial.runtime] = min(best.get(trial.runtime, order), order)
+        ranked = sorted(best, key=lambda name: best[name])[:_CONTENDERS]
+        near = [name for name in ranked if best[name][1][0] <= _NEAR * best[ranked[0]][1][0]]
+        return near or ranked
+
     def _candidate(self, explore: bool) -> Candidate:
-        opening = self._openings.pop(0) if self._openings else None
+        opening = self._next_opening()
         by_chance = opening is not None or explore or self.sampler == "random"
         proposal = None if by_chance else self._study.ask()
         # Several may be on their way, and one of them be forgotten before the others are told.
