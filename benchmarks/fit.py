@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -32,6 +33,7 @@ from featherweight.data import Data
 from featherweight.engine.delivered import delivered
 from featherweight.engine.paced import Entrant, measure_paced
 from featherweight.engine.timing import Limits
+from featherweight.outcome import Budget
 from featherweight.runtime import Artifact, Target
 
 Json = dict[str, Any]
@@ -75,7 +77,7 @@ def trained(name: str) -> Subject:
     x, y = (read_idx(f"train-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1"))
     assert scored.scored is not None
     data = Data.of(
-        x=np.asarray(scored.scored.inputs[0]),
+        x=scored.scored.take(np.arange(len(scored.scored)))[0],
         y=scored.scored.targets,
         x_train=x.astype(np.float32)[:, None] / 255,
         y_train=y.astype(np.int64),
@@ -100,22 +102,23 @@ def subject_of(name: str, work: Path) -> Subject:
 
 def fitted(one: Subject, asked: Asked, shown: Shown) -> Json:
     """Our row; the folder stays to be looked into."""
-    out, cache = RESULTS / "work" / "fit" / one.name, tempfile.mkdtemp(prefix="featherweight-bench-")
+    out = RESULTS / "work" / "fit" / one.name
+    out.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
-    began = time.perf_counter()
-    result = api.fit(
-        one.spec,
-        one.data(0),
-        out=out,
-        budget=api.Budget(quality_drop=asked.drop),
-        weights=str(one.weights),
-        runtime="any",
-        time_limit=60 * asked.minutes,
-        progress=shown,
-        cache=cache,
-    )
-    seconds = time.perf_counter() - began
-    shutil.rmtree(cache)
+    with tempfile.TemporaryDirectory(prefix="featherweight-bench-") as cache:  # nothing is known before
+        os.environ["FEATHERWEIGHT_CACHE"] = cache
+        began = time.perf_counter()
+        result = api.fit(
+            one.spec,
+            one.data(0),
+            out=out,
+            budget=Budget(quality_drop=asked.drop),
+            weights=str(one.weights),
+            runtime="any",
+            time_limit=60 * asked.minutes,
+            progress=shown,
+        )
+        seconds = time.perf_counter() - began
     artifact = delivered(out).artifact
     return {
         "network": one.name,
