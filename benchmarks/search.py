@@ -68,10 +68,10 @@ class Settings:
         measure_s: Of one latency measurement at most.
     """
 
-    calibration: int = 256
+    calibration: int = 128
     scored: int | None = None
-    iterations: int = 300
-    measure_s: float = 20.0
+    iterations: int = 150
+    measure_s: float = 5.0
 
 
 @dataclass(frozen=True)

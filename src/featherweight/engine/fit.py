@@ -313,13 +313,25 @@ class Fit:
         """Try candidates until there is none; the error that stopped the last one that failed."""
         last = None
         while (candidate := self._next()) is not None:
-            if self._fits(candidate):
+            if self._unpriced(candidate):
+                self.search.rule_out(candidate, late=False)
+            elif self._fits(candidate):
                 subject = f"trial {candidate.number}"
                 with nullcontext() if self.crew is None else self.crew.about(subject):
                     last = self._try(candidate) or last
             else:
-                self.search.rule_out(candidate)
+                self.search.rule_out(candidate, late=True)
         return last
+
+    def _unpriced(self, candidate: Candidate) -> bool:
+        """Whether a way plans seconds of layers on a runtime that tells none."""
+        if self.question.plan is None:
+            return False
+        lane = self.lanes[candidate.runtime] if candidate.runtime else self.first
+        steps = self.question.plan.ways[candidate.way].steps
+        return not lane.run.costs.known and any(
+            step.method == "mixed_precision" and "latency" in step.parameters for step in steps
+        )
 
     def _next(self) -> Candidate | None:
         """The next candidate; when a part of the time is over, one that is worth training for long."""

@@ -305,9 +305,14 @@ class Search:
             self._study.tell(candidate.proposal, state=TrialState.FAIL)
         self.tried.finish(candidate.point)
 
-    def rule_out(self, candidate: Candidate) -> None:
-        """Drop a candidate whose way takes longer than there is time for, and propose its way no more."""
-        self.out_of_time = True
+    def rule_out(self, candidate: Candidate, *, late: bool) -> None:
+        """Drop a candidate before its holes are filled, and propose its way on its runtime no more.
+
+        Args:
+            candidate: From :meth:`ask`.
+            late: Whether it is for want of time.
+        """
+        self.out_of_time |= late
         self._forget(candidate)
 
     def tell(
