@@ -50,8 +50,9 @@ from featherweight.recipe import Recipe, Step
 
 Json = dict[str, Any]
 NETWORKS = ("resnet20", "depthwise")
-REFERENCE = (0.05, 1.0, 1.0)  # drop, size and latency against the original: what lies beyond counts nothing
-_BUDGET = Budget(quality_drop=0.01)
+_LIMIT = 0.01
+_BUDGET = Budget(quality_drop=_LIMIT)
+REFERENCE = (_LIMIT, 1.0, 1.0)  # drop, size and latency against the original: what lies beyond counts nothing
 _LATENCIES = (0.75, 0.6)
 _BEYOND_CHANCE, _OVERHEAD = 1.15, 0.05
 _RUNTIME = "onnxruntime"
