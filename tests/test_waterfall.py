@@ -91,10 +91,16 @@ def test_the_sentences_name_what_made_the_difference() -> None:
     assert told(full_result()) == [
         "Quantize took most of the size (−779 KB).",
         "Quantize and rounding took most of the latency (−2.56 ms).",  # quantize alone is not known
-        "Rounding gave most quality back (−0.15 points).",
         "Quantize cost most quality (+0.40 points).",
     ]
     assert told(bare_result()) == []
+
+
+def test_what_may_be_noise_is_told_when_it_is_none() -> None:
+    wide, back = full_result(), "Rounding gave most quality back (−0.15 points)."
+    assert back not in told(wide), "half of the drop's interval is 0.35 points"
+    sure = wide.chosen.model_copy(update={"quality_drop_ci95": (0.0015, 0.0035)})
+    assert back in told(wide.model_copy(update={"chosen": sure}))
 
 
 def test_what_changed_nothing_is_not_told() -> None:

@@ -255,6 +255,7 @@ class Trial(_Record):
     chosen: bool = False
     reason: str = ""
     seconds: float = 0.0
+    training_s: float = 0.0
     sha256: str | None = None
     predicted: list[Prediction] = []
 

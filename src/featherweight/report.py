@@ -39,7 +39,7 @@ from featherweight.summary import (
 )
 from featherweight.summary import explain as explain
 from featherweight.summary import terminal_table as terminal_table
-from featherweight.waterfall import FIGURES, told, waterfall
+from featherweight.waterfall import FIGURES, drop_noise, told, waterfall
 
 
 def render(result: Result) -> str:
@@ -154,9 +154,8 @@ def _trial_cells(result: Result, trial: Trial) -> dict[str, Any]:
 
 
 def _drop_noise(result: Result) -> str:
-    """Below which a step's change of quality may be noise: half of the whole drop's interval."""
-    bounds, scale = result.chosen.quality_drop_ci95, scale_of(result)
-    half = 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2
+    """Below which a step's change of quality may be noise, written; nothing where that is nothing."""
+    half, scale = drop_noise(result), scale_of(result)
     return "" if scale.drop(half) == scale.drop(0.0) else scale.drop(half)
 
 

@@ -92,11 +92,18 @@ def told(result: Result) -> list[str]:
         if not changes:
             continue
         _, write = _writer(result, name)  # type: ignore[arg-type]
+        least = drop_noise(result) if name == "quality_drop" else 0.0
         for words, pick, sign in ((better, min, -1), (worse, max, 1)):
             change, step = pick(changes)
-            if words and change * sign > 0 and write(abs(change)) != write(0.0):
+            if words and change * sign > least and write(abs(change)) != write(0.0):
                 sentences.append(f"{step} {words} ({_signed(change, write)})")
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in sentences]
+
+
+def drop_noise(result: Result) -> float:
+    """Below which a step's change of quality may be noise: half of the whole drop's interval."""
+    bounds = result.chosen.quality_drop_ci95
+    return 0.0 if bounds is None else (bounds[1] - bounds[0]) / 2
 
 
 def _changes(result: Result, name: Figure) -> list[tuple[float, str]]:

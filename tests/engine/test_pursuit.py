@@ -8,7 +8,7 @@ import pytest
 
 from featherweight.engine.pursuit import pursue
 from featherweight.engine.search import Opening
-from featherweight.outcome import Budget, Measurement, Trial
+from featherweight.outcome import Budget, Measurement, Prediction, Trial
 
 BASELINE = Measurement(quality=0.9, quality_drop=0.0, bytes=1000, latency_ratio=1.0)
 LIMIT = Budget(quality_drop=0.005)
@@ -17,7 +17,9 @@ LIMIT = Budget(quality_drop=0.005)
 def trial(
     number: int, steps: list[dict[str, Any]], drop: float, size: int, ratio: float, **more: Any
 ) -> Trial:
-    seen = Measurement(quality_drop=drop, bytes=size, latency_ratio=ratio, quality_drop_ci95=(drop - 0.004, drop + 0.004))
+    seen = Measurement(
+        quality_drop=drop, bytes=size, latency_ratio=ratio, quality_drop_ci95=(drop - 0.004, drop + 0.004)
+    )
     told = {"number": number, "state": "measured", "seconds": 80.0, "way": "pruned", **more}
     return Trial(recipe={"version": 1, "steps": steps}, measurement=seen, **told)
 
@@ -85,3 +87,11 @@ def test_with_confidence_the_upper_end_counts() -> None:
     point, end = found(smaller(1, 0.5, 1.0, 0.004)), found(smaller(1, 0.5, 1.0, 0.004), confident=True)
     assert point is not None and end is not None
     assert end.values[0]["macs"] > point.values[0]["macs"]
+
+
+def test_what_does_not_depend_on_the_epochs_is_taken_off_first() -> None:
+    looked = [Prediction(rung="recovered", quality_drop=0.01, seconds=10.0)]
+    known = smaller(1, 0.5, 1.0, 0.006, training_s=40.0, predicted=looked)
+    opening = found(INTEGERS, known)
+    assert opening is not None
+    assert opening.values[1]["epochs"] == pytest.approx((0.85 * 800 - 30) / 40, abs=0.01)

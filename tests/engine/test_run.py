@@ -125,6 +125,16 @@ class TestSteps:
         two = run(Store(tmp_path / "other")).apply(INT8)
         assert formats(one) == formats(two)
 
+    def test_tell_how_long_they_trained(self, store: Store) -> None:
+        recipe = "version: 1\nsteps: [fold: {}, finetune: {steps: 2, batch_size: 8, teacher: original}]\n"
+        one, again = run(store, "residual"), run(store, "residual")
+        one.apply(Recipe(Recipe.parse(recipe).steps[:1]))
+        assert one.training_s == 0
+        one.apply(Recipe.parse(recipe))
+        assert one.training_s > 0
+        again.apply(Recipe.parse(recipe))
+        assert again.training_s == 0, "the store had it"
+
     def test_leave_the_original_alone(self, store: Store) -> None:
         before = {name: tensor.clone() for name, tensor in model("shared").module.state_dict().items()}
         run(store).apply(INT8)

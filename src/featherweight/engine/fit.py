@@ -368,10 +368,13 @@ class Fit:
         """Run and weigh one candidate; the error that stopped it, if one did."""
         started = time.monotonic()
         lane = self.lanes[candidate.runtime] if candidate.runtime else self.first
+        lane.run.training_s = 0.0
         try:
             made = self._draft(candidate, lane)
             if made is None or self._dropped(candidate, lane, made, started):
                 return None
+            if made.left_out:
+                lane.run.training_s = 0.0  # the short one was a look
             model = lane.run.apply(candidate.recipe) if made.left_out else made.model
             ready = time.monotonic()
             self._learn(candidate, ready - started)
@@ -399,6 +402,7 @@ class Fit:
             seen,
             rejected=self._rejected(seen),
             seconds=time.monotonic() - started,
+            training_s=lane.run.training_s,
             sha256=weighed.artifact.sha256,
             predicted=self._predicted(candidate),
         )

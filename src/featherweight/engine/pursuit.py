@@ -12,6 +12,7 @@ drop is predicted to keep the limit with something to spare; a second round corr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,14 @@ class Shortly:
         assert self.trial.measurement is not None
         return self.trial.measurement
 
+    def epochs_in(self, seconds: float) -> float:
+        """For how many there is time, beside all else that was done for this trial."""
+        trial = self.trial
+        if not trial.training_s:  # where it trained is not known here
+            return self.epochs * seconds / trial.seconds
+        beside = trial.seconds - trial.training_s - math.fsum(one.seconds for one in trial.predicted)
+        return self.epochs * max(seconds - beside, 0.0) / trial.training_s
+
     def opening(self, share: float, epochs: float) -> Opening:
         """The same with another share and other epochs."""
         values = {index: dict(parameters) for index, (_, parameters) in enumerate(_steps(self.trial))}
@@ -90,7 +99,7 @@ def pursue(
     best = _best_score(trials, budget, prefer, baseline, confident)
     found: list[tuple[float, Opening]] = []
     for one in _longest(trials):
-        epochs = _SURE * seconds / (one.trial.seconds / one.epochs)
+        epochs = one.epochs_in(_SURE * seconds)
         if epochs < _LONGER * _first_epochs(one, trials):
             continue
         lost = max(_drop(one.seen, confident), _FLOOR * limit) * (one.epochs / epochs) ** _OF_EPOCHS

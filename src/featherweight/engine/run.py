@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,6 +141,7 @@ class Run:
         self.until = math.inf  # when the time for steps is up, by time.monotonic
         self._floats: dict[str, Model] = {}  # key of a model with formats -> the network before them
         self._held: dict[str, Model] = {}  # the same, or what training under formats gave since
+        self.training_s = 0.0  # spent in steps that train, since it was last set to zero
         self.hands: Hands | None = None  # who makes what the store lacks; nobody: this process does
         self._ways: dict[str, _Way] = {}  # key -> the step that made it
 
@@ -205,7 +207,10 @@ class Run:
             context = replace(self.context(model), checkpoint=checkpoint)
             if "training" not in method.needs and key in self._held:
                 context = replace(context, models={**context.models, "float": self._held[key]})
+            began = time.monotonic()
             changed = self._compute(model, method, f"step {number} ({name})", context).evolve(key=key)
+            if "training" in method.needs:
+                self.training_s += time.monotonic() - began
             self.store.put("steps", key, lambda folder: write_model(folder, changed))
             checkpoint.remove()
         else:

@@ -322,6 +322,7 @@ class Search:
         *,
         rejected: str | None = None,
         seconds: float = 0.0,
+        training_s: float = 0.0,
         sha256: str | None = None,
         predicted: Sequence[Prediction] = (),
     ) -> Trial:
@@ -332,6 +333,7 @@ class Search:
             outcome: What was measured, or why nothing was.
             rejected: Why it is no answer all the same (see :func:`rejection`).
             seconds: How long it took.
+            training_s: How much of it steps took that train.
             sha256: Of the artifact.
             predicted: What cheaper looks had said of it.
         """
@@ -346,6 +348,7 @@ class Search:
             within_budget=None if seen is None else not violations(self.budget, seen, self.confident),
             reason=outcome.reason if isinstance(outcome, Failure) else rejected or "",
             seconds=seconds,
+            training_s=training_s,
             sha256=sha256,
             predicted=list(predicted),
         )
