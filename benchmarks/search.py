@@ -297,18 +297,24 @@ def searched(known: Table, sampler: SamplerName, seed: int, trials: int, *, help
         return holes
 
     while (candidate := search.ask()) is not None:
-        whole = ladder is None or not found.seen
-        made = draft(cast(Run, known), candidate, ask, search.accept, whole=whole)
-        if made is None:
-            continue
         up = None
-        if ladder is not None:
-            past = search.trials if found.seen else []
-            up, reason = climb(ladder, cast(Run, known), candidate.recipe, made, past)
-            if reason is not None:
-                search.drop(candidate, reason, predicted=up.seen, expected=ladder.expected(up))
-                found.dropped += 1
+        try:
+            made = draft(
+                cast(Run, known), candidate, ask, search.accept, whole=ladder is None or not found.seen
+            )
+            if made is None:
                 continue
+            if ladder is not None:
+                past = search.trials if found.seen else []
+                up, reason = climb(ladder, cast(Run, known), candidate.recipe, made, past)
+                if reason is not None:
+                    search.drop(candidate, reason, predicted=up.seen, expected=ladder.expected(up))
+                    found.dropped += 1
+                    continue
+        except FeatherweightError as error:  # of this recipe
+            found.failed += 1
+            search.tell(candidate, Failure(error.what))
+            continue
         outcome, seconds = known.measured(known.apply(candidate.recipe))
         found.work_s += seconds
         if isinstance(outcome, Failure):
