@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -41,30 +42,67 @@ def found(*trials: Trial, seconds: float = 800.0, budget: Budget = LIMIT, **more
     return pursue(trials, seconds, budget, more.pop("prefer", "balanced"), BASELINE, **more)
 
 
-def test_a_small_miss_is_trained_longer() -> None:
+def steps(opening: Opening | None) -> list[tuple[str, dict[str, Any]]]:
+    assert opening is not None and opening.recipe is not None
+    told = opening.recipe.to_dict()["steps"]
+    return [(name, values or {}) for step in told for name, values in step.items()]
+
+
+def test_what_may_be_smaller_is_pruned_on_as_it_was_trained() -> None:
     opening = found(INTEGERS, smaller(1, 0.5, 1.0, 0.006))
-    assert opening is not None and opening.whole and opening.way == "pruned"
-    prune, training = opening.values[0], opening.values[1]
-    assert training["epochs"] == pytest.approx(0.85 * 800 / 80, abs=0.01)
-    assert training["learning_rate"] == 0.03 and prune["scope"] == "global"
-    lost = 0.006 * (0.5 / prune["macs"]) * (1.0 / training["epochs"]) ** 0.35
+    made = steps(opening)
+    assert opening is not None and opening.way == "pruned"
+    assert [name for name, _ in made] == ["prune", "finetune", "prune", "finetune", "fold", "quantize"]
+    assert made[0][1] == {"macs": 0.5, "scope": "global"} and made[1][1]["epochs"] == 1.0
+    epochs, left = made[3][1]["epochs"], made[2][1]["macs"]
+    assert epochs == pytest.approx(0.85 * 800 / 80, abs=0.01) and made[3][1]["learning_rate"] == 0.03
+    assert 0.006 / left * (1 / (1 + epochs)) ** 0.35 == pytest.approx(0.8 * 0.005, rel=0.01)
+
+
+def test_what_was_made_too_small_begins_anew() -> None:
+    made = steps(found(INTEGERS, smaller(1, 0.5, 1.0, 0.013)))
+    assert [name for name, _ in made] == ["prune", "finetune", "fold", "quantize"]
+    share, epochs = made[0][1]["macs"], made[1][1]["epochs"]
+    assert share > 0.5
+    assert 0.013 * (0.5 / share) * (1 / epochs) ** 0.35 == pytest.approx(0.8 * 0.005, rel=0.01)
+
+
+def test_what_is_just_right_is_only_trained_on() -> None:
+    drop = 0.99 * 0.8 * 0.005 * (1 + 8.5) ** 0.35
+    made = steps(found(INTEGERS, smaller(1, 0.5, 1.0, drop)))
+    assert [name for name, _ in made] == ["prune", "finetune", "finetune", "fold", "quantize"]
+
+
+def test_all_that_made_it_smaller_counts() -> None:
+    both: list[dict[str, Any]] = [
+        {"shrink": {"macs": 0.75, "samples": 64}},
+        {"prune": {"macs": 0.6, "samples": 64}},
+        {"finetune": {"epochs": 1.0}},
+        {"quantize": None},
+    ]
+    once = trial(1, both, 0.004, 120, 0.15)
+    made = steps(found(INTEGERS, once))
+    assert [name for name, _ in made] == ["shrink", "prune", "finetune", "prune", "finetune", "quantize"]
+    assert made[3][1]["samples"] == 64
+    lost = 0.004 / made[3][1]["macs"] * (1 / (1 + made[4][1]["epochs"])) ** 0.35
     assert lost == pytest.approx(0.8 * 0.005, rel=0.01)
+    shrunk = trial(1, [both[0], *both[2:]], 0.02, 200, 0.25)
+    assert found(INTEGERS, shrunk) is None, "shrink takes few shares, so it cannot begin anew with another"
 
 
 def test_the_smaller_the_drop_the_smaller_the_network() -> None:
     shares = []
-    for drop in (0.012, 0.008, 0.005, 0.002):
-        opening = found(INTEGERS, smaller(1, 0.5, 1.0, drop))
-        assert opening is not None
-        shares.append(opening.values[0]["macs"])
-    assert shares == sorted(shares, reverse=True) and shares[0] > 0.5 > shares[-1] >= 0.3
+    for drop in (0.013, 0.008, 0.005, 0.002):
+        made = steps(found(INTEGERS, smaller(1, 0.5, 1.0, drop)))
+        shares.append(math.prod(values["macs"] for name, values in made if name == "prune"))
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0.5 > shares[-1] >= 0.15
 
 
 def test_the_longest_training_of_a_way_tells_most() -> None:
-    one, long = smaller(1, 0.5, 1.0, 0.006), smaller(2, 0.45, 8.0, 0.006, seconds=640.0)
-    opening = found(INTEGERS, one, long)
-    assert opening is not None
-    assert opening.values[0]["macs"] > 0.45, "it missed the limit, so the next one is larger"
+    one, long = smaller(1, 0.5, 1.0, 0.006), smaller(2, 0.45, 8.0, 0.007, seconds=640.0)
+    assert found(INTEGERS, one) is not None
+    made = steps(found(INTEGERS, one, long, seconds=2000.0))
+    assert made[0][1]["macs"] > 0.45, "it missed the limit, so the next one is larger"
 
 
 def test_the_way_that_promises_most_is_taken() -> None:
@@ -84,14 +122,14 @@ def test_nothing_is_trained_long_for_nothing() -> None:
 
 
 def test_with_confidence_the_upper_end_counts() -> None:
-    point, end = found(smaller(1, 0.5, 1.0, 0.004)), found(smaller(1, 0.5, 1.0, 0.004), confident=True)
-    assert point is not None and end is not None
-    assert end.values[0]["macs"] > point.values[0]["macs"]
+    def share(**more: Any) -> float:
+        made = steps(found(smaller(1, 0.5, 1.0, 0.004), **more))
+        return math.prod(values["macs"] for name, values in made if name == "prune")
+
+    assert share(confident=True) > share()
 
 
 def test_what_does_not_depend_on_the_epochs_is_taken_off_first() -> None:
     looked = [Prediction(rung="recovered", quality_drop=0.01, seconds=10.0)]
-    known = smaller(1, 0.5, 1.0, 0.006, training_s=40.0, predicted=looked)
-    opening = found(INTEGERS, known)
-    assert opening is not None
-    assert opening.values[1]["epochs"] == pytest.approx((0.85 * 800 - 30) / 40, abs=0.01)
+    made = steps(found(INTEGERS, smaller(1, 0.5, 1.0, 0.006, training_s=40.0, predicted=looked)))
+    assert made[3][1]["epochs"] == pytest.approx((0.85 * 800 - 30) / 40, abs=0.01)

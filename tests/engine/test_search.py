@@ -443,12 +443,30 @@ def test_what_follows_the_first_way_is_tried_on_the_runtimes_that_did_best() -> 
     assert asked[4:] == [("second", "b"), ("second", "c"), ("third", "b"), ("third", "c")]
 
 
-def test_a_hole_that_is_held_takes_its_default_unless_an_opening_says_otherwise() -> None:
-    space = Recipe((Step("a", {"x": Range(1.0, 9.0, default=2.0), "y": Range(0.0, 1.0)}),))
-    one = search(space, trials=12, held=("x",))
-    one.open_with([Opening(values={0: {"x": 7.0}})])
-    seen = []
-    while (candidate := one.ask()) is not None:
-        seen.append(candidate.recipe.steps[0].parameters["x"])
-        one.tell(candidate, Failure("no matter"))
-    assert seen == [7.0, *[2.0] * 11]
+def test_a_recipe_beside_the_space_is_made_as_it_is_and_exhausts_nothing(tmp_path: Path) -> None:
+    ways = {"a": Recipe((Step("a", {}),)), "b": Recipe((Step("b", {}),))}
+    other = Recipe((Step("a", {"twice": True}),))
+
+    def begin() -> Search:
+        return search(Recipe(()), trials=6, ways=ways, storage=tmp_path / "journal")
+
+    one = begin()
+    one.open_with([Opening(way="a", recipe=other)])
+    first = one.ask()
+    assert first is not None and first.beside and first.way == "a" and first.recipe == other
+    assert first.fill(0, {"x": Range(0.0, 1.0)}) == {}, "nothing of it is left open"
+    assert one.accept(first)
+    one.tell(first, measured(0.0, 5e5, 0.5))
+    one.open_with([Opening(way="a", recipe=other)])
+    again = one.ask()
+    assert again is not None and not one.accept(again), "it was tried"
+    one.close()
+    two = begin()
+    assert [trial.recipe for trial in two.trials] == [other.to_dict()] and two.ended is None
+    asked = []
+    while (candidate := two.ask()) is not None:
+        if two.accept(candidate):
+            asked.append(candidate.way)
+            two.tell(candidate, measured(0.0, 5e5, 0.5))
+    assert sorted(asked) == ["a", "b"] and two.ended == "exhausted"
+    two.close()

@@ -149,8 +149,7 @@ class Pace:
 
     def _of_step(self, step: Step) -> float:
         if step.method == "finetune":
-            epochs = step.parameters["epochs"]
-            return float(self.epoch_s * (epochs if isinstance(epochs, float) else epochs.first))
+            return float(self.epoch_s * step.parameters["epochs"])
         if step.method not in _PASSES:
             return 0.0
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)

@@ -203,7 +203,6 @@ class Fit:
             storage=question.journal,
             anew=question.anew,
             sampler=question.sampler,
-            held=() if question.plan is None else ("epochs",),
         )
         self.ladder = self._ladder() if question.ladder and question.searches else None
         self.climbs: dict[int, Climb] = {}
@@ -353,7 +352,7 @@ class Fit:
 
     def _fits(self, candidate: Candidate) -> bool:
         """Whether a candidate will be ready in time, as far as one knows; the first answer always is."""
-        if not self._measured or (candidate.opening is not None and candidate.opening.whole):
+        if not self._measured or candidate.beside:
             return True
         if self.question.plan is not None:
             return self.time.fits(self.question.plan.predicted_s[candidate.way] * self.slowest[1])
@@ -411,7 +410,7 @@ class Fit:
 
     def _dropped(self, candidate: Candidate, lane: Lane, made: Draft, started: float) -> bool:
         """Whether a cheap rung says that a candidate is of no use; the first one is measured in any case."""
-        if self.ladder is None or not self._measured or (candidate.opening and candidate.opening.whole):
+        if self.ladder is None or not self._measured or candidate.beside:
             return False
         up, reason = climb(self.ladder, lane.run, candidate.recipe, made, self.search.trials)
         self.climbs[candidate.number] = up
@@ -460,8 +459,7 @@ class Fit:
         """
         # There is one answer always.
         lane.run.until = self.time.until - self.time.weighing_s if self._measured else math.inf
-        sure = candidate.opening is not None and candidate.opening.whole
-        whole = self.ladder is None or not self._measured or sure
+        whole = self.ladder is None or not self._measured or candidate.beside
         if not self.question.open_ended and whole:
             self._announce(candidate)
             return Draft(lane.run.apply(candidate.recipe))

@@ -7,19 +7,22 @@ the share of multiply-accumulates that stays and of the epochs that follow::
 
 with d what was measured at a0 and e0. The exponents are those of the shipped networks between a half and a
 quarter of the multiply-accumulates, and between 30,000 and 500,000 examples seen. The share is chosen whose
-drop is predicted to keep the limit with something to spare; a second round corrects what the first one shows.
+drop is predicted to keep the limit with something to spare. A network that must become smaller yet is pruned
+on as it was trained, and trained again, so that its epochs add up (step by step: Han et al. 2015,
+arXiv:1506.02626); one that was made too small begins anew. A second round corrects what the first one showed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from featherweight.engine.search import Opening
 from featherweight.engine.verdict import excess, score, violations
 from featherweight.outcome import Budget, Measurement, Preference, Trial
+from featherweight.recipe import Recipe
 
 ROUNDS = (0.65, 1.0)  # of the time that is left, for each round
 FROM = 0.35  # of the time, after which the rounds begin
@@ -30,20 +33,24 @@ _FLOOR = 0.1  # of the limit: smaller drops are noise
 _GAIN = 0.97  # of the best score so far, at most
 _SURE = 0.85  # of the time that is planned with
 _LONGER = 1.5  # than the short training; else it is none
-_SMALLEST, _LARGEST = 0.3, 0.9  # shares, as both of them take them
-_SMALLER = frozenset({"prune", "factorize"})  # whose share may be any
+_SMALLEST, _LARGEST = 0.3, 0.9  # shares, as methods take them
+_EVEN = 0.97  # of the multiply-accumulates: pruning so little is not worth a step
+_SMALLER = frozenset({"prune", "shrink", "factorize"})
+_PRUNED_ON = frozenset({"prune", "shrink"})  # what may be pruned on
+
+Steps = list[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Shortly:
-    """A trial that was made smaller and trained for a short time.
+    """A trial that was made smaller and trained.
 
     Attributes:
         trial: What was measured.
-        amount: Step whose share of multiply-accumulates may change.
-        training: Step that trains.
-        share: Of multiply-accumulates that the step leaves.
-        epochs: Of the training.
+        amount: Last step that made it smaller.
+        training: Last step that trained it.
+        share: Of multiply-accumulates that all such steps leave.
+        epochs: Of all trainings.
     """
 
     trial: Trial
@@ -58,20 +65,53 @@ class Shortly:
         assert self.trial.measurement is not None
         return self.trial.measurement
 
+    @property
+    def steps(self) -> Steps:
+        """Names and parameters."""
+        return _steps(self.trial)
+
     def epochs_in(self, seconds: float) -> float:
         """For how many there is time, beside all else that was done for this trial."""
         trial = self.trial
+        last = float(self.steps[self.training][1]["epochs"])
         if not trial.training_s:  # where it trained is not known here
-            return self.epochs * seconds / trial.seconds
+            return last * seconds / trial.seconds
         beside = trial.seconds - trial.training_s - math.fsum(one.seconds for one in trial.predicted)
-        return self.epochs * max(seconds - beside, 0.0) / trial.training_s
+        return last * max(seconds - beside, 0.0) / trial.training_s
 
-    def opening(self, share: float, epochs: float) -> Opening:
-        """The same with another share and other epochs."""
-        values = {index: dict(parameters) for index, (_, parameters) in enumerate(_steps(self.trial))}
-        values[self.amount]["macs"] = share
-        values[self.training]["epochs"] = epochs
-        return Opening(self.trial.runtime, self.trial.way, values, whole=True)
+    def share_for(self, epochs: float, limit: float, confident: bool) -> float:
+        """Which share loses so much after so many epochs, all trainings together."""
+        lost = max(_drop(self.seen, confident), _FLOOR * limit) * (self.epochs / epochs) ** _OF_EPOCHS
+        return float(self.share * (lost / limit) ** (1 / _OF_SHARE))
+
+    def anew(self, share: float, epochs: float) -> Opening | None:
+        """The same from the start with another share and other epochs; None where the step cannot."""
+        steps = self.steps
+        name, parameters = steps[self.amount]
+        others = self.share / parameters["macs"]
+        if name == "shrink" or not _SMALLEST <= share / others <= _LARGEST:
+            return None
+        if any(one == "finetune" for one, _ in steps[: self.training]):
+            return None
+        parameters["macs"] = round(share / others, 3)
+        steps[self.training][1]["epochs"] = round(epochs, 2)
+        return self._opening(steps)
+
+    def pruned_on(self, share: float, epochs: float) -> Opening | None:
+        """What was trained is pruned to a share of the original's, and trained on."""
+        steps, left = self.steps, share / self.share
+        if steps[self.amount][0] not in _PRUNED_ON or left > 1:
+            return None
+        more: Steps = [("finetune", {**steps[self.training][1], "epochs": round(epochs, 2)})]
+        if left <= _EVEN:
+            samples = steps[self.amount][1].get("samples")
+            few = {} if samples is None else {"samples": samples}
+            more.insert(0, ("prune", {"macs": round(max(left, _SMALLEST), 3), **few}))
+        return self._opening([*steps[: self.training + 1], *more, *steps[self.training + 1 :]])
+
+    def _opening(self, steps: Steps) -> Opening:
+        recipe = Recipe.from_dict({"version": 1, "steps": [{name: values} for name, values in steps]})
+        return Opening(self.trial.runtime, self.trial.way, recipe=recipe)
 
 
 def pursue(
@@ -102,13 +142,12 @@ def pursue(
         epochs = one.epochs_in(_SURE * seconds)
         if epochs < _LONGER * _first_epochs(one, trials):
             continue
-        lost = max(_drop(one.seen, confident), _FLOOR * limit) * (one.epochs / epochs) ** _OF_EPOCHS
-        share = round(max(one.share * (lost / (_AIM * limit)) ** (1 / _OF_SHARE), _SMALLEST), 3)
-        if share > _LARGEST:
-            continue
-        expected = score(one.seen, prefer, baseline)[0] * (share / one.share) ** _OF_SCORE
-        if expected < _GAIN * best:
-            found.append((expected, one.opening(share, round(epochs, 2))))
+        alone = one.share_for(epochs, _AIM * limit, confident)
+        on = one.share_for(epochs + one.epochs, _AIM * limit, confident)
+        for share, opening in ((on, one.pruned_on(on, epochs)), (alone, one.anew(alone, epochs))):
+            expected = score(one.seen, prefer, baseline)[0] * (share / one.share) ** _OF_SCORE
+            if opening is not None and expected < _GAIN * best:
+                found.append((expected, opening))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -146,20 +185,19 @@ def _shortly(trial: Trial) -> Shortly | None:
     seen = trial.measurement
     if trial.state != "measured" or seen is None or seen.quality_drop is None:
         return None
-    amount = training = -1
+    amount, training, share, epochs = -1, -1, 1.0, 0.0
     for index, (name, parameters) in enumerate(_steps(trial)):
         if name in _SMALLER and isinstance(parameters.get("macs"), float):
-            amount = index
+            amount, share = index, share * parameters["macs"]
         elif name == "finetune" and "epochs" in parameters:
-            training = index
+            training, epochs = index, epochs + float(parameters["epochs"])
     if amount < 0 or training < amount:
         return None
-    steps = _steps(trial)
-    return Shortly(trial, amount, training, steps[amount][1]["macs"], float(steps[training][1]["epochs"]))
+    return Shortly(trial, amount, training, share, epochs)
 
 
-def _steps(trial: Trial) -> list[tuple[str, Mapping[str, Any]]]:
-    return [(name, parameters or {}) for step in trial.recipe["steps"] for name, parameters in step.items()]
+def _steps(trial: Trial) -> Steps:
+    return [(name, dict(values or {})) for step in trial.recipe["steps"] for name, values in step.items()]
 
 
 def _drop(seen: Measurement, confident: bool) -> float:

@@ -14,7 +14,7 @@ import hashlib
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -80,13 +80,13 @@ class Opening:
         runtime: Which one, where there are several.
         way: Which recipe, where there are several.
         values: Step -> address -> the value of a hole whose default is not taken.
-        whole: Whether it is made without a cheaper look first.
+        recipe: A filled one beside the search space, to be made as it is, without a cheaper look first.
     """
 
     runtime: str = ""
     way: str = ""
     values: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    whole: bool = False
+    recipe: Recipe | None = None
 
 
 class Candidate:
@@ -116,12 +116,20 @@ class Candidate:
         self.opening = opening
 
     @property
+    def beside(self) -> bool:
+        """Whether it is no point of the search space."""
+        return self.opening is not None and self.opening.recipe is not None
+
+    @property
     def point(self) -> Point:
         """What tells this candidate from others: its holes and their values, in order."""
         return tuple(draw.key for draw in self.draws)
 
     def place(self, runtimes: Sequence[str], ways: Mapping[str, Recipe], opening: Opening | None) -> None:
         """Draw the runtime and the recipe before any of its holes; the first candidates are given theirs."""
+        if opening is not None and opening.recipe is not None:
+            self.runtime, self.way, self.recipe = opening.runtime, opening.way, opening.recipe
+            return
         if len(runtimes) > 1:
             self.runtime = self._placed(_RUNTIME, runtimes, None if opening is None else opening.runtime)
         if ways:
@@ -141,6 +149,8 @@ class Candidate:
         Holes are asked of the model that reaches the step, so call this when it is known.
         """
         values: dict[str, Any] = {}
+        if self.beside:
+            return values
         for address, hole in holes.items():
             # A hole may differ from one prefix to another; Optuna wants one distribution a name.
             text = f"{type(hole).__name__} {canonical(hole.to_data())}"
@@ -155,8 +165,6 @@ class Candidate:
         if self.opening is not None:
             given = self.opening.values.get(step, {}).get(address, hole.first)
             return given if hole.admits(given) else hole.first
-        if address in self._search.held:
-            return hole.first
         if self.proposal is None:
             return random_value(self._search.random, hole, self._search.tried.values(self.point))
         return suggest(self.proposal, name, hole)
@@ -183,7 +191,6 @@ class Search:
             one after the other, on each runtime, with the default of every hole.
         deadline_s: Seconds from now after which no candidate is proposed.
         sampler: What proposes: tpe, nsga2, random, or auto, which follows the number of trials.
-        held: Holes by address that take their default, unless an opening says otherwise.
         storage: A journal, or the URL of a database, to go on from; without one the search is forgotten with
             the process.
         anew: What the database has of this search is forgotten first.
@@ -208,7 +215,6 @@ class Search:
         ways: Mapping[str, Recipe] | None = None,
         deadline_s: float | None = None,
         sampler: SamplerName = "auto",
-        held: Collection[str] = (),
         storage: Path | str | None = None,
         anew: bool = False,
         clock: Callable[[], float] = time.monotonic,
@@ -219,7 +225,6 @@ class Search:
         self.prefer, self.confident, self.limit = prefer, confident, trials
         self.runtimes = tuple(runtimes) if len(runtimes) > 1 else ()
         self.ways = dict(ways or {})
-        self.held = frozenset(held)
         self._clock = clock
         self._deadline = math.inf if deadline_s is None else clock() + deadline_s
         self.trials: list[Trial] = []
@@ -285,12 +290,22 @@ class Search:
 
     def accept(self, candidate: Candidate) -> bool:
         """Whether a candidate that the caller filled is new; one that is not is dropped, so ask again."""
-        if self.tried.has(candidate.point):
+        if self._is_known(candidate):
             self._forget(candidate)
             return False
         self._repeated = False
-        self.tried.finish(candidate.point)
+        self._finish(candidate)
         return True
+
+    def _is_known(self, candidate: Candidate) -> bool:
+        if candidate.beside:
+            told = candidate.recipe.to_dict()
+            return any((trial.runtime, trial.recipe) == (candidate.runtime, told) for trial in self.trials)
+        return self.tried.has(candidate.point)
+
+    def _finish(self, candidate: Candidate) -> None:
+        if not candidate.beside:
+            self.tried.finish(candidate.point)
 
     def open_with(self, openings: Sequence[Opening]) -> None:
         """Candidates to propose next, before the sampler has its say: what a prediction thinks best of."""
@@ -303,7 +318,7 @@ class Search:
         self._numbers.discard(candidate.number)
         if candidate.proposal is not None:
             self._study.tell(candidate.proposal, state=TrialState.FAIL)
-        self.tried.finish(candidate.point)
+        self._finish(candidate)
 
     def rule_out(self, candidate: Candidate, *, late: bool) -> None:
         """Drop a candidate before its holes are filled, and propose its way on its runtime no more.
@@ -389,7 +404,7 @@ class Search:
 
     def _tell(self, candidate: Candidate, trial: Trial, seen: Measurement | None) -> None:
         self.trials.append(trial)
-        self.tried.finish(candidate.point)
+        self._finish(candidate)
         self._record(candidate, trial, seen)
 
     def best(self) -> Verdict:
@@ -453,6 +468,8 @@ class Search:
                 self._study.tell(frozen.number, state=TrialState.FAIL)
             if "trial" in frozen.user_attrs:
                 self.trials.append(Trial.model_validate_json(frozen.user_attrs["trial"]))
+                if frozen.user_attrs.get("beside"):
+                    continue
                 point: Point = ()
                 for name, size, value in frozen.user_attrs["draws"]:
                     self.tried.enter(point, size)
@@ -469,7 +486,7 @@ class Search:
         while self._openings:
             opening = self._openings.pop(0)
             contenders = self._contenders()
-            if opening.whole or not opening.runtime or not contenders or opening.runtime in contenders:
+            if opening.recipe or not opening.runtime or not contenders or opening.runtime in contenders:
                 return opening
         return None
 
@@ -510,10 +527,11 @@ class Search:
             proposal = self._study.ask()
             for draw in candidate.draws:
                 suggest(proposal, draw.name, draw.hole)
+        proposal.set_user_attr("beside", candidate.beside)
         draws = [(draw.name, draw.hole.size, canonical(draw.value)) for draw in candidate.draws]
         proposal.set_user_attr("draws", draws)
         proposal.set_user_attr("trial", trial.model_dump_json())
-        objectives = None if seen is None else self._objectives(seen)
+        objectives = None if seen is None or candidate.beside else self._objectives(seen)
         if seen is None or objectives is None:
             self._study.tell(proposal, state=TrialState.FAIL)
             return

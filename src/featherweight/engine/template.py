@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight.graph import trace
-from featherweight.holes import Range, parameter_of
+from featherweight.holes import parameter_of
 from featherweight.method import Context
 from featherweight.model import Model
 from featherweight.outcome import Level
@@ -24,7 +24,6 @@ _LINEAR = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scale
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _DOMINATES = 0.5  # share of the multiply-accumulates from which on a network is of that kind
 _FEW = 64  # calibration examples of an early answer
-_LONGEST = 100.0  # times as long as at first a training may be
 _GROUP = 32  # weights of a matrix that share a scale at 4 bits
 
 
@@ -95,10 +94,7 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
     blocks = Step("rounding", {"how": "blocks", "iterations": amounts.iterations, **few})
     mixed = Step("mixed_precision", {**amounts.limits, **few})
     prune, shrink, factorize = Step("prune", few), Step("shrink", few), Step("factorize", few)
-    epochs: Any = 0.0
-    if amounts.epochs:  # longer where that is seen to pay (pursuit.py)
-        epochs = Range(amounts.epochs, _LONGEST * amounts.epochs, log=True, default=amounts.epochs)
-    tuned = Step("finetune", {"epochs": epochs, **taught})
+    tuned = Step("finetune", {"epochs": amounts.epochs, **taught})  # longer where it pays: pursuit.py
     again = (tuned,) if amounts.epochs else ()
     integers = (fold, dynamic, gptq) if shape.of_matrices else (fold, equalize, static, gptq)
     found: dict[str, tuple[Step, ...]] = {
