@@ -41,7 +41,7 @@ from featherweight.engine.store import digest
 from featherweight.engine.template import Amounts, shape_of, step_holes, ways
 from featherweight.engine.timing import Limits
 from featherweight.engine.verdict import rejection
-from featherweight.errors import FeatherweightError
+from featherweight.errors import FeatherweightError, RecipeError
 from featherweight.holes import Choice, Hole, Range
 from featherweight.method import Method
 from featherweight.model import Model
@@ -313,7 +313,7 @@ def searched(known: Table, sampler: SamplerName, seed: int, trials: int, *, help
                     continue
         except FeatherweightError as error:  # of this recipe
             found.failed += 1
-            search.tell(candidate, Failure(error.what))
+            search.tell(candidate, Failure(error.what, unfit=isinstance(error, RecipeError)))
             continue
         outcome, seconds = known.measured(known.apply(candidate.recipe))
         found.work_s += seconds

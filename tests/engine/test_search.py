@@ -459,7 +459,7 @@ def test_a_recipe_beside_the_space_is_made_as_it_is_and_exhausts_nothing(tmp_pat
     one.tell(first, measured(0.0, 5e5, 0.5))
     one.open_with([Opening(way="a", recipe=other)])
     again = one.ask()
-    assert again is not None and not one.accept(again), "it was tried"
+    assert again is not None and not again.beside, "it was tried"
     one.close()
     two = begin()
     assert [trial.recipe for trial in two.trials] == [other.to_dict()] and two.ended is None
@@ -470,3 +470,16 @@ def test_a_recipe_beside_the_space_is_made_as_it_is_and_exhausts_nothing(tmp_pat
             two.tell(candidate, measured(0.0, 5e5, 0.5))
     assert sorted(asked) == ["a", "b"] and two.ended == "exhausted"
     two.close()
+
+
+def test_what_suits_nothing_counts_for_no_trial_and_its_way_is_not_proposed_again() -> None:
+    ways = {name: Recipe((Step(name, {}),)) for name in ("good", "bad")}
+    one, asked = search(Recipe(()), trials=6, ways=ways), []
+    while (candidate := one.ask()) is not None:
+        candidate.fill(0, {"x": Range(0.0, 1.0)})
+        asked.append(candidate.way)
+        if one.accept(candidate):
+            fits = candidate.way == "good"
+            one.tell(candidate, measured(0.0, 5e5, 0.5) if fits else Failure("no layer", unfit=True))
+    assert asked.count("bad") == 1 and asked.count("good") == 6
+    assert one.ended == "trials"

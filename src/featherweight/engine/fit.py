@@ -383,7 +383,9 @@ class Fit:
             if self.question.searches or len(self.lanes) > 1:
                 self.run.progress.note(f"trial {candidate.number} failed: {error.what}")
             self.search.tell(
-                candidate, Failure(_without_paths(error.what)), seconds=time.monotonic() - started
+                candidate,
+                Failure(_without_paths(error.what), unfit=isinstance(error, RecipeError)),
+                seconds=time.monotonic() - started,
             )
             return error
         except OutOfTime:

@@ -60,16 +60,22 @@ __all__ = [
 Ended = Literal["trials", "time", "exhausted"]
 _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
 _RUNTIME, _WAY = "runtime", "way"  # what Optuna calls the draws; those of holes begin with a step's number
-_DROPPED = 8  # candidates that may be dropped for each one that is measured
+_IDLE = 8  # candidates that may be dropped, or suit nothing, for each one that is measured
 _CONTENDERS, _NEAR = 2, 1.15  # runtimes that go on after the first way, and how near to the best they are
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A candidate that could not be measured, in one sentence."""
+    """A candidate that could not be measured.
+
+    Attributes:
+        reason: In one sentence.
+        unfit: The recipe does not suit the model or the target, so nothing was made: it counts for no trial.
+    """
 
     reason: str
+    unfit: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ class Search:
         self._deadline = math.inf if deadline_s is None else clock() + deadline_s
         self.trials: list[Trial] = []
         self.tried = Tried()
-        self._asked = self._dropped = 0
+        self._asked = self._idle = 0  # candidates, and those of them of which nothing was made
         self._numbers: set[int] = set()
         self._repeated = self.out_of_time = False
         self._lock = _hold(storage) if isinstance(storage, Path) else None
@@ -261,14 +267,14 @@ class Search:
         """Why no further candidate will come; None: one will."""
         if self.tried.exhausted:
             return "time" if self.out_of_time else "exhausted"
-        if self._asked - self._dropped >= self.limit or self._dropped >= _DROPPED * self.limit:
+        if self.left <= 0 or self._idle >= _IDLE * self.limit:
             return "trials"
         return "time" if self._asked and self._clock() >= self._deadline else None
 
     @property
     def left(self) -> int:
         """How many candidates may still be measured."""
-        return self.limit - (self._asked - self._dropped)
+        return self.limit - (self._asked - self._idle)
 
     def end(self) -> None:
         """Propose nothing more: the time is up."""
@@ -278,10 +284,14 @@ class Search:
         """The next candidate; None when the search has ended."""
         if self.ended:
             return None
-        if not self.recipe.has_holes:
-            return self._candidate(explore=self._repeated)
         for proposal in range(_PROPOSALS + 1):
-            candidate = self._candidate(explore=proposal == _PROPOSALS)
+            last = proposal == _PROPOSALS
+            candidate = self._candidate(explore=last or (self._repeated and not self.recipe.has_holes))
+            if not self.recipe.has_holes:  # one recipe, or a template whose caller fills it
+                if not self._is_known(candidate):
+                    return candidate
+                self._forget(candidate)
+                continue
             for step, holes in self.recipe.holes().items():
                 candidate.fill(step, holes)
             if self.accept(candidate):
@@ -367,7 +377,12 @@ class Search:
             sha256=sha256,
             predicted=list(predicted),
         )
-        self._tell(candidate, trial, seen)
+        unfit = isinstance(outcome, Failure) and outcome.unfit
+        self._tell(candidate, trial, seen, idle=unfit)
+        placed = bool(self.runtimes) + bool(self.ways)
+        opening = candidate.opening
+        if unfit and placed and opening is not None and not opening.values and not candidate.beside:
+            self.tried.finish(candidate.point[:placed])  # not even the way's defaults suit this runtime
         return trial
 
     def drop(
@@ -398,14 +413,14 @@ class Search:
             seconds=seconds,
             predicted=list(predicted),
         )
-        self._dropped += 1
-        self._tell(candidate, trial, expected)
+        self._tell(candidate, trial, expected, idle=True)
         return trial
 
-    def _tell(self, candidate: Candidate, trial: Trial, seen: Measurement | None) -> None:
+    def _tell(self, candidate: Candidate, trial: Trial, seen: Measurement | None, *, idle: bool) -> None:
+        self._idle += idle
         self.trials.append(trial)
         self._finish(candidate)
-        self._record(candidate, trial, seen)
+        self._record(candidate, trial, seen, idle)
 
     def best(self) -> Verdict:
         """The best of what was told so far."""
@@ -468,6 +483,7 @@ class Search:
                 self._study.tell(frozen.number, state=TrialState.FAIL)
             if "trial" in frozen.user_attrs:
                 self.trials.append(Trial.model_validate_json(frozen.user_attrs["trial"]))
+                self._idle += frozen.user_attrs.get("idle", False)
                 if frozen.user_attrs.get("beside"):
                     continue
                 point: Point = ()
@@ -478,7 +494,6 @@ class Search:
         self.trials.sort(key=lambda trial: trial.number)
         self._asked = len(self.trials)
         self._numbers = {trial.number for trial in self.trials}
-        self._dropped = sum(trial.state == "dropped" for trial in self.trials)
         return len(self._study.trials)
 
     def _next_opening(self) -> Opening | None:
@@ -520,7 +535,7 @@ class Search:
         candidate.place(self.runtimes, self.ways, opening)
         return candidate
 
-    def _record(self, candidate: Candidate, trial: Trial, seen: Measurement | None) -> None:
+    def _record(self, candidate: Candidate, trial: Trial, seen: Measurement | None, idle: bool) -> None:
         proposal = candidate.proposal
         if proposal is None:  # a point of our own choice: Optuna learns of it now
             self._study.enqueue_trial({draw.name: parameter(draw) for draw in candidate.draws})
@@ -528,6 +543,7 @@ class Search:
             for draw in candidate.draws:
                 suggest(proposal, draw.name, draw.hole)
         proposal.set_user_attr("beside", candidate.beside)
+        proposal.set_user_attr("idle", idle)
         draws = [(draw.name, draw.hole.size, canonical(draw.value)) for draw in candidate.draws]
         proposal.set_user_attr("draws", draws)
         proposal.set_user_attr("trial", trial.model_dump_json())
