@@ -233,10 +233,24 @@ class Table:
 
     def _get(self, name: str, compute: Callable[[], Any]) -> Any:
         began = time.perf_counter()
-        if name not in self._known:
-            self._known[name] = self._parts.get(f"{self._subject.name}-{name}", compute)
-        self.found_s += time.perf_counter() - began
-        return self._known[name]
+        try:
+            if name not in self._known:
+                part = f"{self._subject.name}-{name}"
+                self._known[name] = self._parts.get(part, lambda: _or_refused(compute))
+        finally:
+            self.found_s += time.perf_counter() - began
+        found = self._known[name]
+        if isinstance(found, dict) and "refused" in found:
+            raise RecipeError(found["refused"])
+        return found
+
+
+def _or_refused(compute: Callable[[], Any]) -> Any:
+    """What is found, or why a recipe does not suit the network: other searches ask for it as well."""
+    try:
+        return compute()
+    except RecipeError as error:
+        return {"refused": error.what}
 
 
 def _hole(data: Json) -> Hole:
