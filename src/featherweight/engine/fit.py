@@ -326,11 +326,10 @@ class Fit:
         """Whether a way plans seconds of layers on a runtime that tells none."""
         if self.question.plan is None:
             return False
-        lane = self.lanes[candidate.runtime] if candidate.runtime else self.first
         steps = self.question.plan.ways[candidate.way].steps
-        return not lane.run.costs.known and any(
-            step.method == "mixed_precision" and "latency" in step.parameters for step in steps
-        )
+        planned = any(one.method == "mixed_precision" and "latency" in one.parameters for one in steps)
+        lane = self.lanes[candidate.runtime] if candidate.runtime else self.first
+        return planned and not lane.run.costs.known
 
     def _next(self) -> Candidate | None:
         """The next candidate; when a part of the time is over, one that is worth training for long."""
