@@ -62,6 +62,7 @@ _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point
 _RUNTIME, _WAY = "runtime", "way"  # what Optuna calls the draws; those of holes begin with a step's number
 _IDLE = 8  # candidates that may be dropped, or suit nothing, for each one that is measured
 _CONTENDERS, _NEAR = 2, 1.15  # runtimes that go on after the first way, and how near to the best they are
+_FAR = 4.0  # relative excess over the limits from which on a runtime is behind those that are nearer
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
@@ -509,15 +510,16 @@ class Search:
         """The runtimes that did best so far, best first; none while one was not heard of.
 
         Whatever is tried first is tried on each; what follows would cost as many trials again for each.
+        Limits that are broken by a few times what they are do not decide: other ways may keep them.
         """
         if set(self.runtimes) - {trial.runtime for trial in self.trials}:
             return []
-        best: dict[str, tuple[float, tuple[float, ...]]] = {}
+        best: dict[str, tuple[bool, tuple[float, ...]]] = {}
         for trial in self.trials:
             if trial.state != "measured" or trial.measurement is None:
                 continue
             broken = sum(map(excess, violations(self.budget, trial.measurement, self.confident)))
-            order = broken, score(trial.measurement, self.prefer, self.baseline)
+            order = broken > _FAR, score(trial.measurement, self.prefer, self.baseline)
             best[trial.runtime] = min(best.get(trial.runtime, order), order)
         ranked = sorted(best, key=lambda name: best[name])[:_CONTENDERS]
         near = [name for name in ranked if best[name][1][0] <= _NEAR * best[ranked[0]][1][0]]
