@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
 
+import numpy as np
+
 _SERVER = """
 import json, os, sys, tempfile, warnings
 warnings.simplefilter("ignore")
@@ -41,6 +43,48 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
+
+NET = '''"""A small residual network."""
+import sys
+from pathlib import Path
+
+sys.path.append({tests!r})
+from nets import NETS
+
+
+def net():
+    return NETS["residual"]()[0]
+'''
+
+
+def prepared(folder: Path, *, recipe: str, scored: int, training: int = 16) -> Path:
+    """A folder in which commands find ``net.py``, ``recipe.yaml`` and ``data.npz``.
+
+    Args:
+        folder: Takes them.
+        recipe: In YAML.
+        scored: Examples that are scored.
+        training: Others, which calibrate.
+    """
+    (folder / "net.py").write_text(NET.format(tests=str(Path(__file__).parent)))
+    (folder / "recipe.yaml").write_text(recipe)
+    count = scored + training
+    x = np.random.default_rng(0).standard_normal((count, 3, 16, 16)).astype(np.float32)
+    y = np.arange(count) % 10
+    np.savez(folder / "data.npz", x=x[:scored], y=y[:scored], x_train=x[scored:], y_train=y[scored:])
+    return folder
+
+
+def journal(cache: Path) -> list[tuple[str, str]]:
+    """Kind and key of everything that was computed into a store, in order."""
+    file = cache / "journal.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [(entry["kind"], entry["key"]) for entry in map(json.loads, lines)]
+
+
+def partial(folder: Path) -> list[Path]:
+    """What was left half-written."""
+    return [path for path in folder.rglob("*") if "partial" in path.name]
 
 
 @dataclass(frozen=True)

@@ -13,25 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from commands import Commands
+from commands import Commands, journal, partial, prepared
 from featherweight.cli import INTERRUPTED, NOT_MET, main
 from featherweight.engine.evaluate import Scales, Weighed
 from featherweight.model import Model
 
-NET = '''"""A small residual network."""
-import sys
-from pathlib import Path
-
-sys.path.append({tests!r})
-from nets import NETS
-
-
-def net():
-    return NETS["residual"]()[0]
-'''
 RECIPE = "version: 1\nsteps:\n  - fold: {}\n  - quantize: {}\n"
 FIT = (
     *(
@@ -70,13 +58,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("interrupted")
-    (folder / "net.py").write_text(NET.format(tests=str(Path(__file__).parent)))
-    (folder / "recipe.yaml").write_text(RECIPE)
-    inputs = np.random.default_rng(0).standard_normal((48, 3, 16, 16)).astype(np.float32)
-    labels = np.arange(48) % 10
-    np.savez(folder / "data.npz", x=inputs[:32], y=labels[:32], x_train=inputs[32:], y_train=labels[32:])
-    return folder
+    return prepared(tmp_path_factory.mktemp("interrupted"), recipe=RECIPE, scored=32)
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +79,6 @@ def undisturbed(place: Path, commands: Commands) -> Undisturbed:
 def sha256_of(out: Path) -> str:
     """The digest that a fit's result tells."""
     return str(json.loads((out / "result.json").read_text())["chosen"]["sha256"])
-
-
-def journal(cache: Path) -> list[tuple[str, str]]:
-    """Kind and key of everything that was computed into a store, in order."""
-    file = cache / "journal.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [(entry["kind"], entry["key"]) for entry in map(json.loads, lines)]
-
-
-def partial(folder: Path) -> list[Path]:
-    """What was left half-written."""
-    return [path for path in folder.rglob("*") if "partial" in path.name]
 
 
 def assert_resumed(out: Path, cache: Path, undisturbed: Undisturbed) -> None:

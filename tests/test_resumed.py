@@ -9,19 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from commands import Commands
+from commands import Commands, journal, partial, prepared
 from featherweight.cli import NOT_MET
-from test_interrupted import NET, journal, partial
 
 RECIPE = (
     "version: 1\nsteps:\n  - fold: {}\n"
     "  - quantize: {range: {choice: [minmax, mse, percentile]}, samples: {choice: [8, 16]}}\n"
 )
 FIT = (
-    *("fit", "net.py:net", "--data", "data.npz", "--recipe", "open.yaml", "--trials", "5"),
+    *("fit", "net.py:net", "--data", "data.npz", "--recipe", "recipe.yaml", "--trials", "5"),
     *("--measure-time", "0.2s", "--no-tune", "--max-size", "1MB"),
 )
 
@@ -30,13 +28,7 @@ ONE = ("--trials", "1")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("resumed")
-    (folder / "net.py").write_text(NET.format(tests=str(Path(__file__).parent)))
-    (folder / "open.yaml").write_text(RECIPE)
-    inputs = np.random.default_rng(0).standard_normal((256, 3, 16, 16)).astype(np.float32)
-    labels = np.arange(256) % 10
-    np.savez(folder / "data.npz", x=inputs[:240], y=labels[:240], x_train=inputs[240:], y_train=labels[240:])
-    return folder
+    return prepared(tmp_path_factory.mktemp("resumed"), recipe=RECIPE, scored=240)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,19 +22,7 @@ from featherweight.tools.costs import totals
 from featherweight.tools.factors import candidates
 from featherweight.tools.pace import fitted_pace
 from golden import context, data, decibels, inputs, model, model_of, target
-
-
-class Heard:
-    """Progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
-        yield from items
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
+from heard import Heard
 
 
 def around(name: str, heard: Heard | None = None) -> Context:

@@ -26,23 +26,11 @@ from featherweight.runtime import Json
 from featherweight.tools.costs import totals
 from featherweight.tools.rankings import Importance
 from golden import context, data, decibels, inputs, model, model_of
+from heard import Heard
 
 NETS = ("residual", "depthwise", "concat", "shuffle", "attention", "lstm", "squeeze_excite", "shared")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fashion_mnist"
 KEYS = {"macs": "macs", "parameters": "params", "bytes": "bytes"}
-
-
-class Notes:
-    """Progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def track(self, items: Any, description: str, total: int | None = None) -> Any:
-        yield from items
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
 
 
 class Prices:
@@ -72,7 +60,7 @@ def left(net: str, done: Model, key: str) -> float:
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("amount", KEYS)
 def test_each_amount_is_reached(net: str, amount: str) -> None:
-    notes = Notes()
+    notes = Heard()
     done = Prune.model_validate({amount: 0.6, "round_to": 1}).apply(model(net), around(net, progress=notes))
     assert notes.notes == []
     assert 0.5 < left(net, done, KEYS[amount]) <= 0.6
@@ -231,7 +219,7 @@ class TestBadInput:
         assert "round_to" in str(caught.value.fix)
 
     def test_without_an_amount_it_goes_as_far_as_it_can_and_says_so(self) -> None:
-        notes = Notes()
+        notes = Heard()
         where = around("residual", progress=notes)
         done = Prune(min_channels=7, round_to=1).apply(model("residual"), where)
         assert left("residual", done, "macs") > 0.5

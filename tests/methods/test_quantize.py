@@ -35,6 +35,7 @@ from featherweight.model import Entry, Model
 from featherweight.plugins import find_runtime
 from featherweight.tools.simulate import Replay, layer_errors, simulate
 from golden import context, data, decibels, folded, model_of, quantized, target
+from heard import Heard
 
 VNNI = target(isa="vnni")
 TORCH = target("torch")
@@ -459,18 +460,8 @@ def on_torch(name: str, **parameters: Any) -> dict[str, TensorFormat]:
     return {key: chain[0] for key, chain in done.formats.items()}
 
 
-class Told(Silent):
-    """Progress that remembers its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-
 def notes(net: Model, examples: Data, on: Any = VNNI, **parameters: Any) -> list[str]:
-    told = Told()
+    told = Heard()
     asked = replace(context(net, examples, on), progress=told)
     Quantize.model_validate(parameters).apply(net, asked)
     return told.notes
@@ -651,7 +642,7 @@ class TestLayers:
     def test_stay_float_where_kernels_read_no_such_inputs(self, runtime: str) -> None:
         net = folded("residual")
         layers = {"head": {"activations": "int4"}}
-        told = Told()
+        told = Heard()
         asked = replace(context(net, data("residual"), target(runtime)), progress=told)
         done = Quantize.model_validate({"layers": layers}).apply(net, asked).formats
         plain = Quantize().apply(net, asked).formats
@@ -665,7 +656,7 @@ class TestLayers:
     def test_are_integers_where_kernels_read_these_alone(self, runtime: str, tmp_path: Path) -> None:
         net = folded("residual")
         parameters = {"activations": "int4", "layers": {"layer2.*": {"activations": "int8"}}}
-        told = Told()
+        told = Heard()
         asked = replace(context(net, data("residual"), target(runtime)), progress=told)
         done = Quantize.model_validate(parameters).apply(net, asked)
         assert weights(done.formats) == {

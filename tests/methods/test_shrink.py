@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,21 +31,7 @@ from featherweight.tools.removal import removed
 from featherweight.tools.residuals import residual_blocks
 from featherweight.tools.savings import with_buffers
 from golden import context, data, inputs, model, model_of, target
-
-T = TypeVar("T")
-
-
-class Said:
-    """Progress that remembers its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        yield from items
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
+from heard import Heard
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ def kept(net: Model, name: str) -> float:
 
 class TestBlocks:
     def test_the_least_important_goes_first(self) -> None:
-        net, said = blocks(), Said()
+        net, said = blocks(), Heard()
         done = shrunk(net, around(net, progress=said), blocks=1)
         assert isinstance(done.module.get_submodule("blocks.2"), nn.Identity)
         assert "blocks.2 (error" in said.notes[-1]
@@ -135,7 +121,7 @@ class TestBlocks:
 
     def test_importance_is_the_error_of_really_removing_it(self) -> None:
         """Each block alone: removed, statistics re-estimated, outputs against the network's."""
-        net, said = blocks(), Said()
+        net, said = blocks(), Heard()
         ctx = around(net, progress=said)
         batches = calibration_batches(ctx, 128, "test")
         wanted = outputs(net, batches)
@@ -193,12 +179,12 @@ class TestBlocks:
         assert not isinstance(done.module.get_submodule("blocks.2"), nn.Identity)
 
     def test_classes_by_their_divergence(self) -> None:
-        net, said = blocks(), Said()
+        net, said = blocks(), Heard()
         shrunk(net, around(net, progress=said), blocks=1, importance="kl")
         assert "blocks.2 (kl" in said.notes[-1]
 
     def test_a_network_without_blocks_stays_as_it_is(self) -> None:
-        said = Said()
+        said = Heard()
         net = model("shared")
         done = shrunk(net, replace(context(net, data("shared")), progress=said))
         assert done.edits == ()
@@ -246,7 +232,7 @@ class TestKernels:
             assert torch.equal(net.rebuild(done.edits, done.module.state_dict())(x), done.module(x))
 
     def test_with_a_fraction_kernels_and_blocks_compete(self) -> None:
-        net, said = blocks(5), Said()
+        net, said = blocks(5), Heard()
         done = shrunk(net, around(net, progress=said), macs=0.8)
         assert kept(done, "macs") <= 0.8 * kept(net, "macs")
         assert "from 5x5 to 3x3" in said.notes[-1]
@@ -271,7 +257,7 @@ class TestActivations:
         assert len(residual_blocks(done)) == 3
 
     def test_auto_only_where_it_pays(self) -> None:
-        net, said = blocks(), Said()
+        net, said = blocks(), Heard()
         layers = {"stem": 1.0, "act": 0.01}
         stays = shrunk(net, around(net, costs=Prices(layers), progress=said), activations="auto")
         assert isinstance(stays.module.get_submodule("act"), nn.Hardswish)
@@ -281,7 +267,7 @@ class TestActivations:
         assert isinstance(goes.module.get_submodule("act"), nn.ReLU)
 
     def test_functions_in_code_are_told(self) -> None:
-        said, net = Said(), model("squeeze_excite")
+        said, net = Heard(), model("squeeze_excite")
         ctx = replace(context(net, data("squeeze_excite")), progress=said)
         done = shrunk(net, ctx, activations={"Hardsigmoid": "ReLU", "SiLU": "ReLU"})
         assert isinstance(done.module.get_submodule("stem.2"), nn.ReLU)

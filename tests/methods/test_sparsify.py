@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,7 @@ from featherweight.tools.sparsity import (
     zeros_of,
 )
 from golden import context, data, decibels, folded, inputs, model, target
-
-
-class Heard:
-    """Progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def track(self, items: Iterable[Any], description: str, total: int | None = None) -> Iterator[Any]:
-        yield from items
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
+from heard import Heard
 
 
 def around(name: str, heard: Heard | None = None) -> Context:
