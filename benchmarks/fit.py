@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 from common import RESULTS, Bar, Parts, Shown, finish, table, tell_load
 from networks import EFFICIENTNET, EXAMPLES, TRAINED, fashion, load_network, read_idx
 from quantize_recipes import Bench
@@ -146,6 +145,8 @@ def fitted(one: Subject, asked: Asked, shown: Shown) -> Json:
 
 def packed(artifact: Artifact) -> int:
     """Bytes of a download: all files behind zstd."""
+    import zstandard
+
     coder = zstandard.ZstdCompressor(level=19)
     return sum(len(coder.compress((artifact.folder / file).read_bytes())) for file in artifact.files)
 

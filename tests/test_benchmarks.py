@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 COMMANDS = ("int8", "quantize", "quantize_time", "calibration_memory", "startup")
 NEEDS = dict.fromkeys(
-    ("int8", "peers", "quantize", "quantize_int8", "runtimes", "runtime_peers"), "onnxruntime"
+    ("fit", "int8", "peers", "quantize", "quantize_int8", "runtimes", "runtime_peers"), "onnxruntime"
 )
 
 

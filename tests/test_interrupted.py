@@ -7,6 +7,9 @@ import os
 import random
 import signal
 import subprocess
+import threading
+import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,6 +203,29 @@ class TestInterrupted:
         assert [trial["number"] for trial in result["trials"]] == [0]
         assert "the search was interrupted after 1 trials" in result["warnings"]
         assert (place / "best" / "model.onnx").exists()
+
+    def test_in_a_callback_whose_errors_python_ignores(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(place)
+        called: list[object] = []
+
+        def callback(reference: object) -> None:
+            called.append(reference)
+            os.kill(os.getpid(), signal.SIGINT)
+            list(range(10))  # the signal is heard before this ends
+
+        def interrupted(scales: Scales, model: Model) -> Weighed:
+            gone = threading.Event()
+            reference = weakref.ref(gone, callback)
+            del gone
+            assert called == [reference]
+            time.sleep(30)
+            raise AssertionError("nobody heard of the signal")
+
+        monkeypatch.setattr(Scales, "weigh", interrupted)
+        assert main([*FIT, "--out", "called"]) == INTERRUPTED
+        assert "run the same command again" in capsys.readouterr().err
 
     def test_while_it_chooses(
         self, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

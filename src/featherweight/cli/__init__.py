@@ -59,28 +59,39 @@ for _command in (
 def _ended_as_by_ctrl_c() -> Iterator[None]:
     """SIGTERM, as ``timeout`` and ``docker stop`` send it, hands back the best so far too."""
 
+    def later() -> None:
+        threading.Timer(_LATER_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         if _is_unheard(frame):
-            threading.Timer(_LATER_S, os.kill, (os.getpid(), number)).start()
+            later()
             return
         raise KeyboardInterrupt
+
+    def ignored(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):  # a callback that is told from no other code
+            later()
+        else:
+            told(unraisable)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    told, sys.unraisablehook = sys.unraisablehook, ignored
     signal.signal(signal.SIGTERM, interrupt)
     if before[signal.SIGINT] is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
+        sys.unraisablehook = told
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _is_unheard(frame: FrameType | None) -> bool:
-    """Whether Python ignores what is raised here: in callbacks of weak references and in ``__del__``."""
+    """Whether Python ignores what is raised here, in the middle of tidying up: ``weakref``, ``__del__``."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename == weakref.__file__:
             return True
