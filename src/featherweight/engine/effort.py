@@ -72,6 +72,19 @@ _ADDS: Mapping[Level, str] = {
 
 
 @dataclass(frozen=True)
+class Took:
+    """What a way took until its model was ready.
+
+    Attributes:
+        seconds: Measured.
+        predicted_s: As it had been predicted.
+    """
+
+    seconds: float
+    predicted_s: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a search without a recipe tries.
 
@@ -92,6 +105,22 @@ class Plan:
     predicted_s: Mapping[str, float]
     trials: int
     longer: str = ""
+
+    def seconds(self, way: str, longest: Took | None = None) -> float:
+        """Until a way's model is ready.
+
+        Args:
+            way: One of ``ways``.
+            longest: What the longest one so far took. What that was beyond its prediction is taken to grow as
+                the root of the work, since a part of it is the same for every model.
+        """
+        predicted = self.predicted_s[way]
+        if longest is None:
+            return predicted
+        more = predicted / longest.predicted_s
+        if longest.seconds <= longest.predicted_s or more <= 1:
+            return longest.seconds * more
+        return predicted + (longest.seconds - longest.predicted_s) * math.sqrt(more)
 
     def told(self, trials: Mapping[str, int], seconds: float) -> Effort:
         """The same for ``result.json``.

@@ -71,9 +71,11 @@ class Scales:
     Args:
         run: The original, its data, its target and the store.
         limits: How long and how well to measure.
+        reference: Of the same original on another runtime, whose scores of it count here too; None: this
+            runtime's own count.
     """
 
-    def __init__(self, run: Run, limits: Limits | None = None) -> None:
+    def __init__(self, run: Run, limits: Limits | None = None, reference: Scales | None = None) -> None:
         self.run = run
         self.limits = limits or Limits()
         self.environment = describe_device(run.target)
@@ -81,8 +83,12 @@ class Scales:
             self.environment.cpu, self.environment.flags, self.environment.cores, self.environment.versions
         )
         self.twin = run.lower(run.original)
+        self.scored_twin: Artifact = self.twin if reference is None else reference.scored_twin
+        self.twin_scored: Scored = self._scored_twin() if reference is None else reference.twin_scored
+
+    def _scored_twin(self) -> Scored:
         try:
-            self.twin_scored = self._score(self.twin, None)
+            return self._score(self.twin, None)
         except CallRefused as error:
             raise DataError(
                 f"the original does not take the scored examples: {error.what}",
@@ -307,7 +313,7 @@ class Scales:
         key = digest(
             "scores",
             artifact.sha256,
-            None if original is None else self.twin.sha256,
+            None if original is None else self.scored_twin.sha256,
             run.data.fingerprint,
             run.data.metric.name,
             scoring_code(run.data),

@@ -16,10 +16,11 @@ import numpy as np
 
 from featherweight import figures
 from featherweight.drops import examples_needed
+from featherweight.engine.contenders import outpaced
 from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.drafts import Ask, Draft, climb, draft
 from featherweight.engine.dropped import dropped
-from featherweight.engine.effort import Plan
+from featherweight.engine.effort import Plan, Took
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.hands import Hands
 from featherweight.engine.ladder import Climb, Ladder
@@ -169,6 +170,7 @@ class Fit:
         crew: Crew | None = None,
     ) -> None:
         self.lanes = {lane.name: lane for lane in lanes}
+        self.handicaps = {lane.name: lane.handicap.median for lane in lanes}
         self.first = lanes[0]
         self.run, self.scales = self.first.run, self.first.scales
         self.question = question
@@ -186,7 +188,7 @@ class Fit:
             comparing_s=self.scales.limits.seconds if len(lanes) > 1 else 0.0,
             tuning_s=max(lane.scales.tuning_s for lane in lanes) if question.tune else 0.0,
         )
-        self.slowest = 0.0, 1.0  # seconds of the trial whose steps took longest, by the prediction
+        self.longest: Took | None = None  # of all trials whose steps were done here
         self.selecting, self.reporting = self._halves()
         self.baseline = self.scales.baseline(None, self.selecting)
         self.search = Search(
@@ -312,7 +314,11 @@ class Fit:
         """Try candidates until there is none; the error that stopped the last one that failed."""
         last = None
         while (candidate := self._next()) is not None:
-            if self._unpriced(candidate):
+            too_slow = outpaced(candidate.runtime, self.search.trials, self.handicaps, self.question.prefer)
+            if too_slow is not None:
+                self.run.progress.note(f"runtime {candidate.runtime} is not tried: {too_slow}")
+                self.search.leave_out(candidate, too_slow)
+            elif self._unpriced(candidate):
                 self.search.rule_out(candidate, late=False)
             elif self._fits(candidate):
                 subject = f"trial {candidate.number}"
@@ -354,7 +360,7 @@ class Fit:
         if not self._measured or candidate.beside:
             return True
         if self.question.plan is not None:
-            return self.time.fits(self.question.plan.predicted_s[candidate.way] * self.slowest[1])
+            return self.time.fits(self.question.plan.seconds(candidate.way, self.longest))
         own = self.search.trials[self.resumed :]
         longest = max((one.seconds for one in own if one.measurement is not None), default=0.0)
         if time.monotonic() + longest <= self.time.until:
@@ -443,8 +449,8 @@ class Fit:
     def _learn(self, candidate: Candidate, taken_s: float) -> None:
         """How steps compare with their prediction; what the store had already tells nothing."""
         plan = self.question.plan
-        if plan is not None and taken_s > self.slowest[0]:
-            self.slowest = taken_s, taken_s / max(plan.predicted_s[candidate.way], 1e-9)
+        if plan is not None and (self.longest is None or taken_s > self.longest.seconds):
+            self.longest = Took(taken_s, max(plan.predicted_s[candidate.way], 1e-9))
 
     def _rejected(self, seen: Measurement) -> str | None:
         """Why this is no answer, whatever its figures; a filled recipe is reported, never rejected."""

@@ -3,7 +3,8 @@
 Every artifact is timed in turn with the original on its own runtime, in one process, which gives a tight
 ratio. The originals of all runtimes are timed in turn with that of the first one, each in its own
 process, once. The product of both ratios compares artifacts of different runtimes; those between
-which the answer is chosen are then timed in turn with each other.
+which the answer is chosen are then timed in turn with each other. What the original gives is found on the
+first runtime: all artifacts are held against that.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def make_lanes(runs: Sequence[Run], limits: Limits, *, failures: dict[str, Feath
     lanes: list[Lane] = []
     for run in runs:
         try:
-            lanes.append(Lane(run, Scales(run, limits)))
+            lanes.append(Lane(run, Scales(run, limits, lanes[0].scales if lanes else None)))
         except FeatherweightError as error:
             if len(runs) == 1:
                 raise

@@ -25,6 +25,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
+from featherweight.engine.contenders import contenders
 from featherweight.engine.draws import Draw, Point, Tried, parameter, random_value, suggest
 from featherweight.engine.importances import importances
 from featherweight.engine.samplers import SamplerName, chosen_sampler, make_sampler
@@ -61,8 +62,6 @@ Ended = Literal["trials", "time", "exhausted"]
 _PROPOSALS = 5  # the sampler may repeat itself so often before an untried point is drawn for it
 _RUNTIME, _WAY = "runtime", "way"  # what Optuna calls the draws; those of holes begin with a step's number
 _IDLE = 8  # candidates that may be dropped, or suit nothing, for each one that is measured
-_CONTENDERS, _NEAR = 2, 1.15  # runtimes that go on after the first way, and how near to the best they are
-_FAR = 4.0  # relative excess over the limits from which on a runtime is behind those that are nearer
 _WORST = 1e6  # Optuna wants finite figures; no relative excess that matters comes near
 
 
@@ -417,6 +416,12 @@ class Search:
         self._tell(candidate, trial, expected, idle=True)
         return trial
 
+    def leave_out(self, candidate: Candidate, reason: str) -> None:
+        """Drop a candidate whose runtime is of no use, and propose nothing on that runtime again."""
+        self.drop(candidate, reason)
+        self.tried.finish(candidate.point[:1])
+        self._openings = [one for one in self._openings if one.runtime != candidate.runtime]
+
     def _tell(self, candidate: Candidate, trial: Trial, seen: Measurement | None, *, idle: bool) -> None:
         self._idle += idle
         self.trials.append(trial)
@@ -501,29 +506,17 @@ class Search:
         """The next of the first candidates, on a runtime that may win."""
         while self._openings:
             opening = self._openings.pop(0)
-            contenders = self._contenders()
-            if opening.recipe or not opening.runtime or not contenders or opening.runtime in contenders:
+            able = contenders(
+                self.trials,
+                self.runtimes,
+                baseline=self.baseline,
+                budget=self.budget,
+                prefer=self.prefer,
+                confident=self.confident,
+            )
+            if opening.recipe or not opening.runtime or not able or opening.runtime in able:
                 return opening
         return None
-
-    def _contenders(self) -> list[str]:
-        """The runtimes that did best so far, best first; none while one was not heard of.
-
-        Whatever is tried first is tried on each; what follows would cost as many trials again for each.
-        Limits that are broken by a few times what they are do not decide: other ways may keep them.
-        """
-        if set(self.runtimes) - {trial.runtime for trial in self.trials}:
-            return []
-        best: dict[str, tuple[bool, tuple[float, ...]]] = {}
-        for trial in self.trials:
-            if trial.state != "measured" or trial.measurement is None:
-                continue
-            broken = sum(map(excess, violations(self.budget, trial.measurement, self.confident)))
-            order = broken > _FAR, score(trial.measurement, self.prefer, self.baseline)
-            best[trial.runtime] = min(best.get(trial.runtime, order), order)
-        ranked = sorted(best, key=lambda name: best[name])[:_CONTENDERS]
-        near = [name for name in ranked if best[name][1][0] <= _NEAR * best[ranked[0]][1][0]]
-        return near or ranked
 
     def _candidate(self, explore: bool) -> Candidate:
         opening = self._next_opening()

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,21 @@ class Bench:
 
     def _weigher(self, lane: str) -> Scales:
         if lane not in self._scales:
-            self._scales[lane] = Scales(self._runs[lane], self._limits)
+            first = self._reference
+            run = self._runs[lane]
+            self._scales[lane] = first if first.run is run else Scales(run, self._limits, first)
         return self._scales[lane]
+
+    @cached_property
+    def _reference(self) -> Scales:
+        """Those of the first runtime that takes the original, as the search has them (``make_lanes``)."""
+        *others, last = self._runs.values()
+        for run in others:
+            try:
+                return Scales(run, self._limits)
+            except FeatherweightError as error:
+                run.progress.note(f"{run.target.runtime} does not take the original: {error.what}")
+        return Scales(last, self._limits)
 
     def _model(self, lane: str, chain: Sequence[Sequence[Any]]) -> Model:
         """What these steps make: (name, parameters) each."""
