@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from featherweight.data import Data
 from featherweight.engine import effort
 from featherweight.engine.deadline import Bounded, OutOfTime
-from featherweight.engine.effort import Pace, pace_of, plan, planned
+from featherweight.engine.effort import Pace, Took, pace_of, plan, planned
 from featherweight.engine.run import Run
 from featherweight.engine.store import Store
 from featherweight.engine.template import Amounts, Shape, shape_of, step_holes, ways
@@ -68,6 +69,18 @@ class TestLevels:
 
     def test_keep_the_number_of_trials_that_is_asked_for(self) -> None:
         assert planned(SMALL, CONVOLUTIONS, 300.0, trials=2).trials == 2
+
+    def test_learn_the_pace_with_the_part_that_no_work_takes(self) -> None:
+        """A second that is always there makes ten times of a short step, and little of a long one."""
+        made = planned(SMALL, CONVOLUTIONS, 300.0)
+        made = replace(
+            made, ways={"short": Recipe(()), "long": Recipe(())}, predicted_s={"short": 1.0, "long": 16.0}
+        )
+        assert made.seconds("long") == 16.0
+        assert made.seconds("short", Took(seconds=3.0, predicted_s=1.0)) == 3.0
+        assert made.seconds("long", Took(seconds=3.0, predicted_s=1.0)) == 16.0 + 2.0 * 4.0
+        assert made.seconds("short", Took(seconds=32.0, predicted_s=16.0)) == 2.0
+        assert made.seconds("long", Took(seconds=0.5, predicted_s=1.0)) == 8.0
 
 
 class TestWays:

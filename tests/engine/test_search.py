@@ -485,3 +485,20 @@ def test_what_suits_nothing_counts_for_no_trial_and_its_way_is_not_proposed_agai
             one.tell(candidate, measured(0.0, 5e5, 0.5) if fits else Failure("no layer", unfit=True))
     assert asked.count("bad") == 1 and asked.count("good") == 6
     assert one.ended == "trials"
+
+
+def test_nothing_is_proposed_on_a_runtime_that_is_left_out() -> None:
+    ways = {name: Recipe((Step(name, {}),)) for name in ("first", "second")}
+    one = search(Recipe(()), trials=12, runtimes=("a", "b", "c"), ways=ways)
+    asked = []
+    while (candidate := one.ask()) is not None:
+        if candidate.runtime == "b":
+            one.leave_out(candidate, "too slow")
+            continue
+        candidate.fill(0, {"x": Range(0.0, 1.0)})
+        if one.accept(candidate):
+            asked.append(candidate.runtime)
+            one.tell(candidate, measured(0.0, 5e5, 0.5))
+    assert set(asked) == {"a", "c"} and len(asked) == 12
+    (left,) = [trial for trial in one.trials if trial.runtime == "b"]
+    assert (left.state, left.reason) == ("dropped", "too slow")
