@@ -11,6 +11,12 @@ from featherweight.drops import drop, examples_needed, paired_bootstrap
 from featherweight.metrics import METRICS
 
 
+@pytest.mark.parametrize("wrong", range(1, 100))
+def test_a_drop_of_so_many_examples_is_the_fraction_that_a_user_writes(wrong: int) -> None:
+    assert drop(METRICS["accuracy"], 1.0, 1 - wrong / 100) == wrong / 100
+    assert drop(METRICS["accuracy"], 0.93, 0.93 - wrong / 1000) == wrong / 1000
+
+
 def test_examples_needed() -> None:
     # (0.006 - 0.0025) / (0.005 - 0.0025) = 1.4, and 1.4 ** 2 * 2000 = 3920.
     assert examples_needed(0.0025, (-0.001, 0.006), 0.005, 2000) == 3920

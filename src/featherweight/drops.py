@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from featherweight.metrics import Metric
 
 _CHUNK = 1 << 22  # weights that are held at once
+_DIGITS = 12  # 1 - 0.99 is 0.01, which a limit of 1 % admits; in binary it is a little more
 
 
 def drop(metric: Metric, baseline: float, value: float) -> float:
@@ -142,4 +143,4 @@ def _drops(metric: Metric, baseline: np.ndarray, value: np.ndarray) -> np.ndarra
         lost = baseline - value if metric.higher_is_better else value - baseline
         if not metric.bounded:
             lost = np.where(lost == 0, 0.0, lost / np.abs(baseline))
-    return np.asarray(lost)
+    return np.asarray(np.round(lost, _DIGITS))

@@ -16,8 +16,9 @@ from featherweight.engine import fit as fit_module
 from featherweight.engine.deadline import Bounded
 from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Scales, Weighed
-from featherweight.engine.fit import Fit, Question
+from featherweight.engine.fit import Fit
 from featherweight.engine.lanes import Lane
+from featherweight.engine.question import Question
 from featherweight.engine.run import Run
 from featherweight.engine.timing import Limits
 from featherweight.errors import (

@@ -13,10 +13,11 @@ from featherweight.api.handing import copy_files, deliver
 from featherweight.data import Data
 from featherweight.engine.effort import Plan, plan
 from featherweight.engine.environment import describe_device
-from featherweight.engine.fit import Fit, Question
+from featherweight.engine.fit import Fit
 from featherweight.engine.journal import Journal, asked
 from featherweight.engine.lanes import make_lanes
 from featherweight.engine.output import MARK, check_other_run, check_output, write_folder
+from featherweight.engine.question import Question
 from featherweight.engine.run import Run
 from featherweight.engine.samplers import SamplerName, known_sampler
 from featherweight.engine.sources import (

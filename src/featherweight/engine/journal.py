@@ -28,7 +28,7 @@ from featherweight.errors import OutputError
 from featherweight.recipe import Recipe
 
 if TYPE_CHECKING:
-    from featherweight.engine.fit import Question
+    from featherweight.engine.question import Question
     from featherweight.engine.run import Run
 
 KIND = "searches"

@@ -131,7 +131,7 @@ def _with_handicaps(lanes: list[Lane], limits: Limits, failures: dict[str, Feath
         rounds = measure_paced(
             entrants,
             first.scales.inputs(),
-            limits=limits,
+            limits=replace(limits, seconds=limits.seconds / 2, precision=_RESOLVED / 2),
             progress=first.run.progress,
             description="Comparing runtimes",
         )
