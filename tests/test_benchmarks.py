@@ -279,3 +279,5 @@ def test_volume_is_what_the_front_rules(benchmark) -> None:  # type: ignore[no-u
     assert search.volume(both, twin) == pytest.approx(0.5 * (0.25 + 0.0625))
     assert search.volume([seen(-0.1, 0.5, 0.5)], twin) == pytest.approx(0.25)
     assert search.volume([seen(0.5, 0.5, 1.0), seen(1.0, 0.1, 0.1)], twin) == 0
+    assert search.volume([seen(0.5, 0.25, 0.25)], twin, search.HALF) == pytest.approx(0.125)
+    assert search.volume([seen(0.5, 0.6, 0.1)], twin, search.HALF) == 0
