@@ -243,13 +243,15 @@ class Fit:
         due = now >= self.started + FROM * question.time_limit or self.search.left <= len(rounds)
         if question.plan is not None and rounds and due:
             self.pursued += 1
+            left = self.time.until - now
             opening = pursue(
                 self.search.trials,
-                rounds[0] * (self.time.until - now) - self.time.weighing_s,
+                rounds[0] * left - self.time.weighing_s,
                 question.budget,
                 question.prefer,
                 self.baseline,
                 confident=question.confident,
+                later_s=(1 - rounds[0]) * left,
             )
             if opening is not None:
                 self.search.open_with([opening])

@@ -5,11 +5,12 @@ the share of multiply-accumulates that stays and of the epochs that follow::
 
     drop(a, e) = d (a0 / a)^b (e0 / e)^g
 
-with d what was measured at a0 and e0. The exponents are those of the shipped networks between a half and a
-quarter of the multiply-accumulates, and between 30,000 and 500,000 examples seen. The share is chosen whose
-drop is predicted to keep the limit with something to spare. A network that must become smaller yet is pruned
-on as it was trained, and trained again, so that its epochs add up (step by step: Han et al. 2015,
-arXiv:1506.02626); one that was made too small begins anew. A second round corrects what the first one showed.
+with d what was measured at a0 and e0. What all trials of a runtime say at (a, e) is averaged, the near ones
+counting most, since no power law holds from a network that lost nothing to one that loses as much as it may.
+The smallest share is chosen whose drop is predicted to keep the limit with something to spare, when all that
+is left of the time has gone into its training. A network that must become smaller yet is pruned on as it was
+trained, and trained again, so that its epochs add up (step by step: Han et al. 2015, arXiv:1506.02626); one
+that was made too small begins anew. A second round corrects what the first one showed.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ from featherweight.engine.verdict import excess, score, violations
 from featherweight.outcome import Budget, Measurement, Preference, Trial
 from featherweight.recipe import Recipe
 
-ROUNDS = (0.65, 1.0)  # of the time that is left, for each round
+ROUNDS = (0.6, 1.0)  # of the time that is left, for each round
 FROM = 0.35  # of the time, after which the rounds begin
-_OF_SHARE, _OF_EPOCHS = 1.0, 0.35  # b and g
-_OF_SCORE = 1.5  # how latency x bytes falls with the share of multiply-accumulates; other preferences less
+_OF_SHARE, _OF_EPOCHS = 2.0, 0.5  # b and g
+_NEAR_SHARE, _NEAR_EPOCHS = 0.02, 0.5  # squared distances of logarithms from which on a trial counts less
+_OF_SCORE = 1.25  # how latency x bytes falls with the share of multiply-accumulates; other preferences less
 _AIM = 0.8  # of the limit
 _FLOOR = 0.1  # of the limit: smaller drops are noise
 _GAIN = 0.97  # of the best score so far, at most
-_SURE = 0.85  # of the time that is planned with
+_SURE = 0.92  # of the time that is planned with
 _LONGER = 1.5  # than the short training; else it is none
 _SMALLEST, _LARGEST = 0.3, 0.9  # shares, as methods take them
 _EVEN = 0.97  # of the multiply-accumulates: pruning so little is not worth a step
 _SMALLER = frozenset({"prune", "shrink", "factorize"})
 _PRUNED_ON = frozenset({"prune", "shrink"})  # what may be pruned on
 
+_SHARES = tuple(math.exp(math.log(0.05) * (1 - index / 300)) for index in range(301))  # up to all
 Steps = list[tuple[str, dict[str, Any]]]
 
 
@@ -79,11 +82,6 @@ class Shortly:
         beside = trial.seconds - trial.training_s - math.fsum(one.seconds for one in trial.predicted)
         return last * max(seconds - beside, 0.0) / trial.training_s
 
-    def share_for(self, epochs: float, limit: float, confident: bool) -> float:
-        """Which share loses so much after so many epochs, all trainings together."""
-        lost = max(_drop(self.seen, confident), _FLOOR * limit) * (self.epochs / epochs) ** _OF_EPOCHS
-        return float(self.share * (lost / limit) ** (1 / _OF_SHARE))
-
     def anew(self, share: float, epochs: float) -> Opening | None:
         """The same from the start with another share and other epochs; None where the step cannot."""
         steps = self.steps
@@ -114,6 +112,36 @@ class Shortly:
         return Opening(self.trial.runtime, self.trial.way, recipe=recipe)
 
 
+@dataclass(frozen=True)
+class Law:
+    """What networks lose, from all that were made smaller and trained for one runtime.
+
+    Attributes:
+        seen: They.
+        limit: Of the drop.
+        confident: The upper end of a drop's interval counts.
+    """
+
+    seen: Sequence[Shortly]
+    limit: float
+    confident: bool
+
+    def drop(self, share: float, epochs: float) -> float:
+        """Expected of a network of this share after so many epochs."""
+        told = weights = 0.0
+        for one in self.seen:
+            smaller, longer = math.log(one.share / share), math.log(epochs / one.epochs)
+            lost = math.log(max(_drop(one.seen, self.confident), _FLOOR * self.limit))
+            weight = 1 / ((_NEAR_SHARE + smaller**2) ** 2 * (_NEAR_EPOCHS + longer**2))
+            told += weight * (lost + _OF_SHARE * smaller - _OF_EPOCHS * longer)
+            weights += weight
+        return math.exp(told / weights)
+
+    def share(self, epochs: float) -> float:
+        """The smallest that keeps the limit, with something to spare, after so many epochs."""
+        return next((one for one in _SHARES if self.drop(one, epochs) <= _AIM * self.limit), math.inf)
+
+
 def pursue(
     trials: Sequence[Trial],
     seconds: float,
@@ -122,6 +150,7 @@ def pursue(
     baseline: Measurement,
     *,
     confident: bool = False,
+    later_s: float = 0.0,
 ) -> Opening | None:
     """What to make in so many seconds; None: nothing that would be better than what there is.
 
@@ -132,18 +161,22 @@ def pursue(
         prefer: What is best within them.
         baseline: The original's figures.
         confident: Hold the upper end of the drop's interval against its limit.
+        later_s: Seconds in which it will be trained on afterwards.
     """
     limit = budget.quality_drop
     if not limit or prefer == "quality":
         return None
     best = _best_score(trials, budget, prefer, baseline, confident)
     found: list[tuple[float, Opening]] = []
-    for one in _longest(trials):
-        epochs = one.epochs_in(_SURE * seconds)
-        if epochs < _LONGER * _first_epochs(one, trials):
+    everyone = list(filter(None, map(_shortly, trials)))
+    for one in _longest(everyone):
+        epochs, later = one.epochs_in(_SURE * seconds), one.epochs_in(_SURE * later_s) if later_s else 0.0
+        if epochs < _LONGER * _first_epochs(one, everyone):
             continue
-        alone = one.share_for(epochs, _AIM * limit, confident)
-        on = one.share_for(epochs + one.epochs, _AIM * limit, confident)
+        law = Law([other for other in everyone if other.trial.runtime == one.trial.runtime], limit, confident)
+        alone, on = law.share(epochs + later), law.share(epochs + later + one.epochs)
+        if one.share < on and law.drop(one.share, epochs + later + one.epochs) <= limit:
+            on = one.share  # there is less to spare, and it was trained already
         for share, opening in ((on, one.pruned_on(on, epochs)), (alone, one.anew(alone, epochs))):
             expected = score(one.seen, prefer, baseline)[0] * (share / one.share) ** _OF_SCORE
             if opening is not None and expected < _GAIN * best:
@@ -165,20 +198,19 @@ def _best_score(
     return min((score(seen, prefer, baseline)[0] for seen in kept), default=float("inf"))
 
 
-def _longest(trials: Sequence[Trial]) -> list[Shortly]:
+def _longest(everyone: Sequence[Shortly]) -> list[Shortly]:
     """Of each way on each runtime the trial that trained longest; the last one of equals."""
     found: dict[tuple[str, str], Shortly] = {}
-    for one in filter(None, map(_shortly, trials)):
+    for one in everyone:
         place = one.trial.runtime, one.trial.way
         if place not in found or one.epochs >= found[place].epochs:
             found[place] = one
     return list(found.values())
 
 
-def _first_epochs(one: Shortly, trials: Sequence[Trial]) -> float:
+def _first_epochs(one: Shortly, everyone: Sequence[Shortly]) -> float:
     """Of the shortest training of a trial's way."""
-    same = [other for other in map(_shortly, trials) if other and other.trial.way == one.trial.way]
-    return min(other.epochs for other in same)
+    return min(other.epochs for other in everyone if other.trial.way == one.trial.way)
 
 
 def _shortly(trial: Trial) -> Shortly | None:
