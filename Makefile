@@ -67,12 +67,13 @@ bench-train: runtimes fashion
 	$(BIN)/python benchmarks/train.py $(QUICK)
 
 # What fit chooses by itself, beside the runtimes' own quantizers (70 minutes); the search beside chance (hours),
-# and one worker beside two.
+# one worker beside two, and what is left of searches that are stopped.
 bench-fit: runtimes fashion
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/search.py $(QUICK)
 	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/stopped.py
 
 # The training set of Fashion-MNIST, from Debian's package.
 fashion:
