@@ -503,9 +503,9 @@ class Search:
         return len(self._study.trials)
 
     def _next_opening(self) -> Opening | None:
-        """The next of the first candidates, on a runtime that may win."""
+        """The next of the first candidates: way after way, on the runtimes that may win, the best first."""
         while self._openings:
-            opening = self._openings.pop(0)
+            first = self._openings[0]
             able = contenders(
                 self.trials,
                 self.runtimes,
@@ -514,8 +514,15 @@ class Search:
                 prefer=self.prefer,
                 confident=self.confident,
             )
-            if opening.recipe or not opening.runtime or not able or opening.runtime in able:
-                return opening
+            if first.recipe or not able:
+                return self._openings.pop(0)
+            same = [one for one in self._openings if one.way == first.way and not one.recipe]
+            known = [one for one in same if one.runtime in able]
+            if known:
+                best = min(known, key=lambda one: able.index(one.runtime))
+                self._openings.remove(best)
+                return best
+            self._openings = [one for one in self._openings if one not in same]
         return None
 
     def _candidate(self, explore: bool) -> Candidate:
