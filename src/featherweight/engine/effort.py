@@ -26,7 +26,7 @@ from featherweight.data import Data
 from featherweight.engine.environment import describe
 from featherweight.engine.run import Run
 from featherweight.engine.store import digest
-from featherweight.engine.template import EARLY, Amounts, Shape, early, shape_of, ways
+from featherweight.engine.template import EARLY, HALVES, Amounts, Shape, early, shape_of, ways
 from featherweight.examples import Examples
 from featherweight.graph import trace
 from featherweight.holes import Choice
@@ -37,7 +37,7 @@ from featherweight.tools.costs import node_macs
 from featherweight.tools.simulate import Replay
 
 _FROM: Mapping[Level, float] = {"quick": 0.0, "standard": 61.0, "thorough": 900.0}  # seconds
-_TRIALS: Mapping[Level, int] = {"quick": 3, "standard": 8, "thorough": 16}
+_TRIALS: Mapping[Level, int] = {"quick": 4, "standard": 9, "thorough": 17}
 _STANDS_FOR: Mapping[Level, str] = {"quick": "nearest", "standard": "gptq", "thorough": "blocks"}
 _READY = 0.5  # share of the time in which the strongest way must be ready
 _TIGHT = 0.25  # share of the time from which on a quicker way goes first, so that an answer stands early
@@ -258,7 +258,7 @@ def planned(
         tried = {EARLY: early(shape), **tried}
         predicted[EARLY] = pace.of(tried[EARLY])
     elif predicted[next(iter(tried))] > _TIGHT * time_s:  # the quickest of all
-        quickest = min(predicted, key=lambda name: predicted[name])
+        quickest = min((name for name in predicted if name != HALVES), key=lambda name: predicted[name])
         tried = {quickest: tried[quickest], **tried}
     return Plan(
         level=level,

@@ -99,6 +99,7 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
     integers = (fold, dynamic, gptq) if shape.of_matrices else (fold, equalize, static, gptq)
     found: dict[str, tuple[Step, ...]] = {
         "nearest": (fold, static, Step("correct_bias", few)),
+        HALVES: (fold, Step("cast")),
         "gptq": (fold, equalize, static, gptq),
         "gptq, not equalized": (fold, static, gptq),
         "blocks": (fold, equalize, static, blocks),
@@ -121,6 +122,7 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
 
 
 EARLY = "plain"  # the way that is there before all others
+HALVES = "halves"  # loses next to nothing: the answer where integers lose too much
 
 
 def early(shape: Shape) -> Recipe:
@@ -145,12 +147,21 @@ def _order(level: Level, shape: Shape, amounts: Amounts) -> list[str]:
     """The ways of a level for which the network, the data and the time have what they need."""
     smaller = sorted(_SMALLER, key="factorized".__ne__) if shape.of_matrices else [*_SMALLER]
     if level == "quick":
-        order = ["nearest", "dynamic, nearest", "weights, nearest"]
+        order = ["nearest", "dynamic, nearest", "weights, nearest", HALVES]
     elif level == "standard":
-        order = ["gptq", "dynamic", "weights, 4 bits", "weights", "gptq, not equalized"]
+        order = ["gptq", "dynamic", "weights, 4 bits", "weights", HALVES, "gptq, not equalized"]
         order += [*(smaller[:3] if amounts.epochs else ()), "blocks", "nearest"]
     else:
-        order = ["gptq", "dynamic", "weights, 4 bits", "weights", *smaller, "tuned", "tuned, 4 bits"]
+        order = [
+            "gptq",
+            "dynamic",
+            "weights, 4 bits",
+            "weights",
+            "halves",
+            *smaller,
+            "tuned",
+            "tuned, 4 bits",
+        ]
         order += ["blocks", "mixed", "gptq, not equalized", "nearest", "sparse"]
     left_out = {
         *(() if shape.of_matrices else _ON_MATRICES),
