@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from featherweight.outcome import Result
 from featherweight.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -86,3 +87,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
     missing = [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "fits").glob("*.json")), ids=lambda file: file.stem)
+def test_results_of_the_fits_can_be_read(file: Path) -> None:
+    result = Result.model_validate_json(file.read_text(encoding="utf-8"))
+    (chosen,) = [trial for trial in result.trials if trial.chosen]
+    assert chosen.recipe == result.recipe
+    told = (ROOT / "docs" / "fits.md").read_text(encoding="utf-8")
+    assert f"fits/{file.name}" in told
+    assert f"{100 * (result.chosen.quality_drop or 0.0):.2f}" in told
+    assert f"{result.chosen.latency_ratio:.3f}" in told
