@@ -127,7 +127,7 @@ class Telling:
                 "runtime torch simulates formats: the quality is that of the formats, but bytes and latency "
                 "are those of float PyTorch"
             )
-        tried = self.search.limit - self.search.left
+        tried = sum(trial.state != "dropped" for trial in self.standing.trials)
         if self.interrupted:
             said.append(f"the search was interrupted after {tried} trials")
         elif self.search.ended == "time":
