@@ -75,6 +75,7 @@ def run(
             stderr=file,
             env=environment,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells ignore it
         )
     signalled = None
     try:
