@@ -75,7 +75,6 @@ def run(
             stderr=file,
             env=environment,
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background shells ignore it
         )
     signalled = None
     try:
@@ -217,6 +216,7 @@ def main() -> None:
     parser.add_argument("--times", nargs="*", type=float, default=[30.0, 60.0, 300.0], help="limits, seconds")
     parser.add_argument("--at", type=float, default=15.0, help="seconds into the first trials to stop (15)")
     args = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
     shown = Shown()
     tell_load(shown)
     rows: list[Json] = []
