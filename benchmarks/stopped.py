@@ -35,6 +35,7 @@ _LATE, _INTERRUPTED_S = 1.1, 30.0  # times the limit; seconds until the best so 
 _GRACE_S = 600.0
 _BOARD = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
 _SAID = "trial "
+CASES = ("limits", "interrupted", "killed", "node")
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,15 @@ def node_lost(at: float) -> Json:
 
     cluster = Cluster()
     try:
-        cluster.add_node(**_BOARD, include_dashboard=False)
+        head = {"resources": {"board": 1}, "include_dashboard": False}
+        cluster.add_node(**_BOARD, **head, _system_config={"worker_niceness": 0})
         other = cluster.add_node(**_BOARD)
         with tempfile.TemporaryDirectory(prefix="featherweight-bench-") as folder:
-            options = ("--cluster", cluster.address, "--workers", "2", "--trials", "8", "--time", "9m")
+            where = ("--cluster", cluster.address, "--workers", "2", "--device", "ray:board")
             ran = run(
                 Path(folder),
-                *options,
+                *where,
+                *("--trials", "8", "--time", "9m"),
                 stop_at=at,
                 how=lambda pid: cluster.remove_node(other, allow_graceful=False),
             )
@@ -215,18 +218,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--times", nargs="*", type=float, default=[30.0, 60.0, 300.0], help="limits, seconds")
     parser.add_argument("--at", type=float, default=15.0, help="seconds into the first trials to stop (15)")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="cases (all)")
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
     shown = Shown()
     tell_load(shown)
     rows: list[Json] = []
-    cases: list[Callable[[], Json | list[Json]]] = [
-        *(lambda seconds=seconds: limited(seconds) for seconds in args.times),
-        lambda: interrupted(args.at),
-        lambda: killed(args.at),
-        lambda: node_lost(args.at),
-    ]
-    for case in cases:
+    cases: dict[str, list[Callable[[], Json | list[Json]]]] = {
+        "limits": [lambda seconds=seconds: limited(seconds) for seconds in args.times],
+        "interrupted": [lambda: interrupted(args.at)],
+        "killed": [lambda: killed(args.at)],
+        "node": [lambda: node_lost(args.at)],
+    }
+    for case in (case for name in CASES if name in args.only for case in cases[name]):
         made = case()
         for one in made if isinstance(made, list) else [made]:
             rows.append(one)
