@@ -154,7 +154,7 @@ def node_lost(at: float) -> Json:
             ran = run(
                 Path(folder),
                 *where,
-                *("--trials", "8", "--time", "9m"),
+                *("--trials", "8", "--time", "2m"),
                 stop_at=at,
                 how=lambda pid: cluster.remove_node(other, allow_graceful=False),
             )
