@@ -479,9 +479,11 @@ def bars_of(rows: Sequence[Json], networks: Sequence[str]) -> list[Bar]:
             own, chance, fixed = (mean(rows, network, kind, what) for kind in ("ours", "random", FIXED))
             ratio = own / chance if chance else float("inf")
             told = f"volume up to {words} at least {_BEYOND_CHANCE:g} x random's"
-            bars.append(Bar(network, told, f"{ratio:.3f}", ratio >= _BEYOND_CHANCE))
+            kept = ratio >= _BEYOND_CHANCE if own or chance else None  # nobody reached the box at all
+            bars.append(Bar(network, told, f"{ratio:.3f}" if chance else f"{own:.4f} to 0", kept))
             told = f"volume up to {words} above the fixed recipe's"
-            bars.append(Bar(network, told, f"{own:.4f} to {fixed:.4f}", own > fixed))
+            kept = own > fixed if own or fixed else None
+            bars.append(Bar(network, told, f"{own:.4f} to {fixed:.4f}", kept))
         spent = mean(rows, network, "ours", "search_s")
         share = spent / (spent + mean(rows, network, "ours", "work_s"))
         bars.append(
