@@ -20,6 +20,7 @@ from featherweight.engine.fit import Fit
 from featherweight.engine.lanes import Lane
 from featherweight.engine.question import Question
 from featherweight.engine.run import Run
+from featherweight.engine.search import Candidate
 from featherweight.engine.timing import Limits
 from featherweight.errors import (
     DataError,
@@ -30,7 +31,7 @@ from featherweight.errors import (
     TargetError,
 )
 from featherweight.method import Method, Silent
-from featherweight.outcome import Budget, Environment, Latency, Measurement
+from featherweight.outcome import Budget, Environment, Latency, Measurement, Trial
 from featherweight.recipe import Choice, Recipe, Step
 
 RANGES = ("mse", "percentile", "minmax")
@@ -404,6 +405,19 @@ class TestWays:
     def test_of_the_first_answer_start_whatever_they_take(self) -> None:
         world = World(both(mse=seen()))
         assert world.fit(searched(planned(mse=1e6))).answer().result.chosen.sha256 == "mse"
+
+    @pytest.mark.parametrize(
+        ("question", "left_out"), [(asked(), False), (searched(planned(mse=0.1)), True)], ids=["own", "any"]
+    )
+    def test_of_a_slow_runtime_are_left_out_unless_the_recipe_is_the_users(
+        self, question: Question, left_out: bool
+    ) -> None:
+        fit = World(both(mse=seen())).fit(question)
+        fit.handicaps = {"fast": 1.0, "slow": 9.0}
+        tried = Trial(number=0, runtime="fast", recipe={}, state="measured", measurement=seen())
+        fit.search.trials.append(tried)
+        slow = cast(Candidate, SimpleNamespace(runtime="slow"))
+        assert (fit._outpaced(slow) is not None) == left_out
 
     def test_slower_than_predicted_are_learned_from(self) -> None:
         """The first one takes a hundred times what was predicted, so the second one would not be ready."""

@@ -214,7 +214,7 @@ class Fit:
         """Try candidates until there is none; the error that stopped the last one that failed."""
         last = None
         while (candidate := self._next()) is not None:
-            too_slow = outpaced(candidate.runtime, self.search.trials, self.handicaps, self.question.prefer)
+            too_slow = self._outpaced(candidate)
             if too_slow is not None:
                 self.run.progress.note(f"runtime {candidate.runtime} is not tried: {too_slow}")
                 self.search.leave_out(candidate, too_slow)
@@ -227,6 +227,12 @@ class Fit:
             else:
                 self.search.rule_out(candidate, late=True)
         return last
+
+    def _outpaced(self, candidate: Candidate) -> str | None:
+        """Why a candidate's runtime is not tried; a user's own recipe is, however slow the runtime is."""
+        if self.question.plan is None:
+            return None
+        return outpaced(candidate.runtime, self.search.trials, self.handicaps, self.question.prefer)
 
     def _unpriced(self, candidate: Candidate) -> bool:
         """Whether a way plans seconds of layers on a runtime that tells none."""
