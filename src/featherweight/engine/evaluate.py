@@ -83,10 +83,10 @@ class Scales:
             self.environment.cpu, self.environment.flags, self.environment.cores, self.environment.versions
         )
         self.twin = run.lower(run.original)
-        self.scored_twin: Artifact = self.twin if reference is None else reference.scored_twin
-        self.twin_scored: Scored = self._scored_twin() if reference is None else reference.twin_scored
+        self._standard: Artifact = self.twin if reference is None else reference._standard
+        self.twin_scored: Scored = self._score_original() if reference is None else reference.twin_scored
 
-    def _scored_twin(self) -> Scored:
+    def _score_original(self) -> Scored:
         try:
             return self._score(self.twin, None)
         except CallRefused as error:
@@ -313,7 +313,7 @@ class Scales:
         key = digest(
             "scores",
             artifact.sha256,
-            None if original is None else self.scored_twin.sha256,
+            None if original is None else self._standard.sha256,
             run.data.fingerprint,
             run.data.metric.name,
             scoring_code(run.data),

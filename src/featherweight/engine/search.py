@@ -9,7 +9,6 @@ sampler learns of it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import random
@@ -18,18 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 from featherweight.engine.contenders import contenders
 from featherweight.engine.draws import Draw, Point, Tried, parameter, random_value, suggest
 from featherweight.engine.importances import importances
 from featherweight.engine.samplers import SamplerName, chosen_sampler, make_sampler
-from featherweight.engine.study import database, forget, hold, release
+from featherweight.engine.study import backend, database, forget, hold, hold_journal, release
 from featherweight.engine.verdict import (
     Verdict,
     choose,
@@ -238,7 +236,7 @@ class Search:
         self._asked = self._idle = 0  # candidates, and those of them of which nothing was made
         self._numbers: set[int] = set()
         self._repeated = self.out_of_time = False
-        self._lock = _hold(storage) if isinstance(storage, Path) else None
+        self._lock = hold_journal(storage) if isinstance(storage, Path) else None
         self._in_database = isinstance(storage, str)
         self._study = self._open(storage, seed, anew)
         known = self._take_up()
@@ -469,7 +467,7 @@ class Search:
             hold(study)
             return study
         try:
-            journal = None if storage is None else JournalStorage(_backend(storage))
+            journal = None if storage is None else JournalStorage(backend(storage))
             return optuna.create_study(
                 storage=journal,
                 study_name=name,
@@ -570,36 +568,3 @@ class Search:
         broken = {item.axis: excess(item) for item in violations(self.budget, measurement, self.confident)}
         limited = [axis for axis in AXES if axis != "quality_drop" and getattr(self.budget, axis) is not None]
         return [min(broken.get(axis, 0.0), _WORST) for axis in limited]
-
-
-class _Held(JournalFileSymlinkLock):
-    """The process holds the whole journal (see :func:`_hold`), so single writes need no lock of their own.
-
-    Optuna's own lock would outlive a killed process and stop the next one for half a minute.
-    """
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        return None
-
-
-def _hold(path: Path) -> IO[bytes]:
-    """Lock the journal until it is closed or the process dies, and cut off a line torn by a kill."""
-    file = path.open("a+b")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise OutputError(
-            f"another process is searching with the journal '{path}'", fix="wait until it has ended"
-        ) from error
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
-    return file
-
-
-def _backend(path: Path) -> JournalFileBackend:
-    return JournalFileBackend(str(path), lock_obj=_Held(str(path)))

@@ -1,4 +1,4 @@
-"""Where a search's study lives when it is no file of ours: a database that Optuna knows, by its URL.
+"""Where a search's study lives: a journal of ours, or a database that Optuna knows, by its URL.
 
 The database has what the journal has, a row for each trial that was told, so other programs can watch the
 search. One process works on a study.
@@ -6,12 +6,16 @@ search. One process works on a study.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import time
 from contextlib import suppress
+from pathlib import Path
+from typing import IO
 
 import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -95,3 +99,37 @@ def _check_free(study: optuna.Study) -> None:
             f"another process ({holder['process']}) is searching with this study",
             fix="wait until it has ended, or name another database",
         )
+
+
+class _Held(JournalFileSymlinkLock):
+    """The process holds the whole journal (:func:`hold_journal`), so single writes need no lock of their own.
+
+    Optuna's own lock would outlive a killed process and stop the next one for half a minute.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return None
+
+
+def hold_journal(path: Path) -> IO[bytes]:
+    """Lock the journal until it is closed or the process dies, and cut off a line torn by a kill."""
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OutputError(
+            f"another process is searching with the journal '{path}'", fix="wait until it has ended"
+        ) from error
+    file.seek(0)
+    content = file.read()
+    file.truncate(content.rfind(b"\n") + 1)
+    return file
+
+
+def backend(path: Path) -> JournalFileBackend:
+    """What Optuna writes a held journal with."""
+    return JournalFileBackend(str(path), lock_obj=_Held(str(path)))
