@@ -89,6 +89,11 @@ def quantized(name: str, runtime: str = "onnxruntime") -> Model:
 KINDS: Mapping[str, Callable[[str, str], Model]] = {"float": lambda name, _: model(name), "int8": quantized}
 
 
+def typical_decibels(signal: np.ndarray | Tensor, other: np.ndarray | Tensor) -> float:
+    """The same of the median example: a value on the edge of two integers may fall to either side in one."""
+    return float(np.median([decibels(one, two) for one, two in zip(signal, other, strict=True)]))
+
+
 def decibels(signal: np.ndarray | Tensor, other: np.ndarray | Tensor) -> float:
     """Signal-to-noise ratio of a tensor against another one."""
     one, two = (torch.as_tensor(np.asarray(x)).double() for x in (signal, other))

@@ -88,7 +88,7 @@ class IntQuant:
         granularity: What shares a scale.
         signed: Integers run from -2**(width-1), else from 0. The runtime decides.
         headroom: Bits of the integer left unused, where a kernel would saturate
-            (``reduce_range`` on x86 without VNNI).
+            (``reduce_range`` on x86 without VNNI), or so that files pack smaller.
         readers: Operators that read the integers, where a runtime rounds at its kernels' inputs and
             everything else reads the value as it was; None: everyone reads the integers.
     """
@@ -114,14 +114,19 @@ class IntQuant:
             raise ValueError("low is above high")
 
     @property
+    def used(self) -> int:
+        """Bits of an integer in use."""
+        return self.width - self.headroom
+
+    @property
     def quant_min(self) -> int:
         """Smallest integer in use; symmetric signed grids leave out the lowest one."""
-        return integers(self.width - self.headroom, self.symmetric, self.signed)[0]
+        return integers(self.used, self.symmetric, self.signed)[0]
 
     @property
     def quant_max(self) -> int:
         """Largest integer in use."""
-        return integers(self.width - self.headroom, self.symmetric, self.signed)[1]
+        return integers(self.used, self.symmetric, self.signed)[1]
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32) per tensor, channel or group.

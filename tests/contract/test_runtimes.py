@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from conftest import Lowered
 from featherweight.data import Data
 from featherweight.engine.jobs import Served
+from featherweight.engine.packing import packed
 from featherweight.errors import MissingRuntime, TargetError
 from featherweight.formats import IntQuant, PerChannel, PerTensor
 from featherweight.graph import trace
@@ -195,6 +196,32 @@ class TestSupports:
         assert decibels(wanted, seen) >= 30
         assert decibels(exact, seen) < 60  # it is no float model that was handed back
 
+    def test_unused_bits_change_the_levels_and_nothing_else(
+        self, runtime: Runtime, lowered_every: Callable[[str], Artifact], tmp_path: Path
+    ) -> None:
+        where = target(runtime.name)
+        x = every().entries["forward"].example_inputs[0]
+        narrow = Quantize(headroom=4).apply(every(), context(every(), Data.of(x_train=x.numpy()), where))
+        whole = every_quantized(runtime.name).formats
+        weights = [fmt for name in narrow.parameters for fmt in narrow.formats.get(name, ())]
+        grids = [fmt for fmt in weights if isinstance(fmt, IntQuant)]
+        assert set(narrow.formats) == set(whole)
+        assert grids
+        assert all(fmt.quant_max - fmt.quant_min < 16 and fmt.width == 8 for fmt in grids)
+        artifact, before = runtime.lower(narrow, where, tmp_path), lowered_every(runtime.name)
+        (seen,) = runtime.open(artifact, where)(x.numpy())
+        with torch.no_grad():
+            (wanted,) = simulate(narrow)(x)
+            exact = every().module(x)
+        assert decibels(wanted, seen) >= 25
+        assert decibels(exact, seen) < 40
+        stored, held = runtime.stored(artifact), runtime.stored(before)
+        assert {name: (one.dtype, one.bytes) for name, one in stored.items()} == {
+            name: (one.dtype, one.bytes) for name, one in held.items()
+        }
+        if runtime.name not in SIMULATED:
+            assert packed(artifact) < packed(before)
+
     @pytest.mark.parametrize("role", ["weight", "activation"])
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("per_channel", [True, False])
@@ -304,6 +331,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import numpy as np
 from featherweight.engine.jobs import Served
+from featherweight.engine.packing import packed
 from featherweight.plugins import find_runtime
 from golden import inputs, model, target
 engine = find_runtime({runtime!r})

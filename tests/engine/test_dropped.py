@@ -85,7 +85,7 @@ def test_rejected_and_predicted_ones_say_why() -> None:
 def test_what_keeps_every_limit_is_compared_with_the_chosen_one() -> None:
     (group,) = groups(trial(0, seen()), trial(1, seen(size=600)))
     assert group.reason == BEHIND
-    assert group.example == "latency ratio x bytes ratio 0.300, of the chosen one 0.150"
+    assert group.example == "latency ratio x size ratio 0.300, of the chosen one 0.150"
     (group,) = groups(trial(0, seen()), trial(1, seen(drop=0.004)), prefer="quality")
     assert group.example == "quality drop 0.4 %, of the chosen one 0.1 %"
 

@@ -11,7 +11,7 @@ from featherweight.engine.pursuit import pursue
 from featherweight.engine.search import Opening
 from featherweight.outcome import Budget, Measurement, Prediction, Trial
 
-BASELINE = Measurement(quality=0.9, quality_drop=0.0, bytes=1000, latency_ratio=1.0)
+BASELINE = Measurement(quality=0.9, quality_drop=0.0, bytes=1000, packed_bytes=1000, latency_ratio=1.0)
 LIMIT = Budget(quality_drop=0.005)
 
 
@@ -46,6 +46,27 @@ def steps(opening: Opening | None) -> list[tuple[str, dict[str, Any]]]:
     assert opening is not None and opening.recipe is not None
     told = opening.recipe.to_dict()["steps"]
     return [(name, values or {}) for step in told for name, values in step.items()]
+
+
+def narrow(one: Trial, number: int, drop: float, unused: int) -> Trial:
+    """The same network in fewer levels: nothing was trained for it."""
+    assert one.measurement is not None
+    stored = {"quantize": {"activations": "int8", "headroom": unused}}
+    recipe = {"version": 1, "steps": [*one.recipe["steps"][:-1], stored]}
+    size = round((one.measurement.packed_bytes or one.measurement.bytes or 0) * (1 - unused / 8))
+    seen = one.measurement.model_copy(update={"quality_drop": drop, "packed_bytes": size})
+    told = {"number": number, "recipe": recipe, "measurement": seen, "seconds": 9.0, "training_s": 0.0}
+    return one.model_copy(update=told)
+
+
+def test_what_was_stored_in_fewer_levels_goes_on_from_its_training() -> None:
+    whole = smaller(1, 0.5, 1.0, 0.003, training_s=70.0)
+    better, worse = narrow(whole, 2, 0.0032, 2), narrow(whole, 3, 0.03, 3)
+    made = steps(found(INTEGERS, whole, better, worse))
+    assert made[-1] == ("quantize", {"activations": "int8", "headroom": 2})
+    assert made[3][1]["epochs"] == pytest.approx((0.92 * 800 - 10) / 70, abs=0.01)
+    plain = steps(found(INTEGERS, whole))
+    assert 1 < made[2][1]["macs"] / plain[2][1]["macs"] < 1.1, "what lost too much says nothing"
 
 
 def test_what_may_be_smaller_is_pruned_on_as_it_was_trained() -> None:

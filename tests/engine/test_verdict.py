@@ -172,6 +172,13 @@ def test_scores() -> None:
     assert score(one, "quality", BASELINE) == (0.01, 0.125)
     assert score(seen(ratio=None), "balanced", BASELINE)[0] == math.inf
     assert score(one, "bytes", Measurement())[0] == math.inf
+    twin = BASELINE.model_copy(update={"packed_bytes": 900_000})
+    packed = one.model_copy(update={"packed_bytes": 56_250})
+    assert score(packed, "balanced", twin) == (0.5 * 0.125, 0.01), (
+        "a quarter stored and a sixteenth downloaded"
+    )
+    assert score(packed, "bytes", twin) == score(one, "bytes", twin) == (0.25, 0.5, 0.01)
+    assert score(packed, "balanced", BASELINE) == score(one, "balanced", twin) == (0.125, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +213,7 @@ def test_scores() -> None:
             seen(size=1_000_000, ratio=1.1),
             Budget(),
             "balanced",
-            "no gain over the original: latency ratio 1.10 x bytes ratio 1.00 is 1.10",
+            "no gain over the original: latency ratio 1.10 x size ratio 1.00 is 1.10",
         ),
         (seen(size=2_500_000, ratio=0.5), Budget(), "balanced", "is 1.25"),
         (

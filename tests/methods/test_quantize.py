@@ -229,6 +229,42 @@ class TestFormats:
         assert isinstance(fmt, IntQuant)
         assert fmt.headroom == 1
 
+    @pytest.mark.parametrize(("isa", "asked", "unused"), [("vnni", 2, 2), ("avx2", 2, 2), ("avx2", 0, 1)])
+    def test_unused_bits_are_those_asked_for_and_those_of_the_kernels(
+        self, isa: str, asked: int, unused: int
+    ) -> None:
+        net = folded("residual")
+        done = Quantize(headroom=asked).apply(net, context(net, data("residual"), target(isa=isa)))
+        whole = Quantize().apply(net, context(net, data("residual"), target(isa=isa)))
+        for name in weights(formats := {key: chain[-1] for key, chain in done.formats.items()}):
+            fmt = formats[name]
+            assert isinstance(fmt, IntQuant)
+            assert (fmt.headroom, fmt.width) == (unused, 8)
+            levels = fmt.quantize(net.parameters[name].detach())
+            assert levels.abs().max() == fmt.quant_max == 2 ** (7 - unused) - 1
+        for name in values(formats):
+            assert formats[name].headroom == 0  # type: ignore[attr-defined]
+        assert set(done.formats) == set(whole.formats)
+
+    def test_unused_bits_of_a_layer(self) -> None:
+        formats = quantize(folded("residual"), data("residual"), headroom=3, layers={"head": {"headroom": 0}})
+        unused = {name: formats[name].headroom for name in weights(formats)}
+        assert unused.pop("head.weight") == 0
+        assert set(unused.values()) == {3}
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {"headroom": 3, "weights": "int4"},
+            {"headroom": 1, "weights": "ternary"},
+            {"headroom": 2, "layers": {"head": {"weights": "int3"}}},
+            {"layers": {"head": {"weights": "binary", "headroom": 1}}},
+        ],
+    )
+    def test_two_bits_at_least_are_used(self, asked: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="two at least are needed"):
+            Quantize.model_validate(asked)
+
     def test_per_tensor(self) -> None:
         formats = quantize(
             folded("linear3d"), data("linear3d"), granularity="per_tensor", weight_range="minmax"

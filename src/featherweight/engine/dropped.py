@@ -20,7 +20,7 @@ _NAMES: Mapping[Axis, str] = {
     "memory_bytes": "memory",
 }
 _SCORES: Mapping[Preference, str] = {
-    "balanced": "latency ratio x bytes ratio",
+    "balanced": "latency ratio x size ratio",
     "latency": "latency ratio",
     "bytes": "bytes ratio",
     "quality": "quality drop",

@@ -29,6 +29,7 @@ from featherweight.engine.measure import (
     quality,
     score_artifact,
 )
+from featherweight.engine.packing import packed
 from featherweight.engine.run import Run
 from featherweight.engine.sources import scoring_code
 from featherweight.engine.store import digest
@@ -222,6 +223,11 @@ class Scales:
         key = self._key("kernels", weighed.artifact, dict(weighed.options))
         return [KernelRow(**row) for row in self._kept("kernels", key, compute)]
 
+    def packed(self, artifact: Artifact) -> int:
+        """What a download of an artifact takes."""
+        kept: list[int] = self._kept("packed", digest("packed", artifact.sha256), lambda: [packed(artifact)])
+        return kept[0]
+
     def measurement(self, weighed: Weighed, indices: np.ndarray | None = None) -> Measurement:
         """What was seen of an artifact, with the quality on these scored examples."""
         judged = self.quality(weighed, indices)
@@ -229,6 +235,7 @@ class Scales:
         return Measurement(
             **judged.fields(),
             bytes=weighed.artifact.bytes,
+            packed_bytes=self.packed(weighed.artifact),
             latency_s=timing.artifact,
             latency_ratio=timing.ratio,
             latency_ratio_ci95=timing.ratio_ci95,
@@ -252,6 +259,7 @@ class Scales:
             quality=metric.reduce(rows if indices is None else rows[indices]),
             quality_drop=0.0,
             bytes=self.twin.bytes,
+            packed_bytes=self.packed(self.twin),
             latency_s=timing.twin if timing else None,
             throughput=timing.twin_throughput if timing else None,
             peak_rss_bytes=memory.peak,

@@ -18,6 +18,7 @@ from featherweight.engine.measure import (
     quality,
     score_artifact,
 )
+from featherweight.engine.packing import packed
 from featherweight.errors import DataError, LoadError, RunnerError
 from featherweight.exchange.load import InputSpec
 from featherweight.method import Progress
@@ -131,6 +132,7 @@ def weigh_files(
     seen = Measurement(
         **fields,
         bytes=artifact.bytes,
+        packed_bytes=packed(artifact),
         latency_s=timing.artifact,
         latency_ratio=timing.ratio,
         latency_ratio_ci95=timing.ratio_ci95,
@@ -146,6 +148,7 @@ def weigh_files(
         before = Measurement(
             **baseline,
             bytes=twin.bytes,
+            packed_bytes=packed(twin),
             latency_s=timing.twin,
             throughput=timing.twin_throughput,
             energy_j=timing.twin_energy_j,

@@ -20,6 +20,7 @@ from featherweight.engine.evaluate import Weighed
 from featherweight.engine.hands import Hands
 from featherweight.engine.ladder import Climb, Ladder
 from featherweight.engine.lanes import Lane
+from featherweight.engine.narrowing import narrowed
 from featherweight.engine.pursuit import FROM, ROUNDS, pursue
 from featherweight.engine.question import Question
 from featherweight.engine.search import Candidate, Failure, Opening, Search
@@ -247,7 +248,10 @@ class Fit:
         """The next candidate; when a part of the time is over, one that is worth training for long."""
         question, now, rounds = self.question, time.monotonic(), ROUNDS[self.pursued :]
         due = now >= self.started + FROM * question.time_limit or self.search.left <= len(rounds)
-        if question.plan is not None and rounds and due:
+        spare = self._narrowed() if self.pursued and self.search.left > len(rounds) else None
+        if spare is not None:
+            self.search.open_with([spare])
+        elif question.plan is not None and rounds and due:
             self.pursued += 1
             left = self.time.until - now
             opening = pursue(
@@ -262,6 +266,20 @@ class Fit:
             if opening is not None:
                 self.search.open_with([opening])
         return self.search.ask()
+
+    def _narrowed(self) -> Opening | None:
+        """The best so far in fewer levels, once one knows what is worth training."""
+        question = self.question
+        if question.plan is None:
+            return None
+        return narrowed(
+            self.search.trials,
+            question.budget,
+            question.prefer,
+            self.baseline,
+            self.time.until - time.monotonic(),
+            confident=question.confident,
+        )
 
     def _fits(self, candidate: Candidate) -> bool:
         """Whether a candidate will be ready in time, as far as one knows; the first answer always is."""

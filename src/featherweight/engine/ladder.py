@@ -361,7 +361,8 @@ def hopeless(
         return None
     for trial, seen in measured:
         kept = not violations(budget, seen, confident)
-        if kept and score(seen, prefer, baseline)[0] <= score(best, prefer, baseline)[0]:
+        alike = seen.model_copy(update={"packed_bytes": None})  # which nothing foresees
+        if kept and score(alike, prefer, baseline)[0] <= score(best, prefer, baseline)[0]:
             return f"it cannot be better than trial {trial.number}, which keeps every limit"
     return None
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from featherweight.engine.narrowing import with_headroom
 from featherweight.engine.search import Opening
-from featherweight.engine.verdict import excess, score, violations
+from featherweight.engine.verdict import score, within
 from featherweight.outcome import Budget, Measurement, Preference, Trial
 from featherweight.recipe import Recipe
 
@@ -54,6 +55,7 @@ class Shortly:
         training: Last step that trained it.
         share: Of multiply-accumulates that all such steps leave.
         epochs: Of all trainings.
+        timed: The one of the same training that did it; others were stored in another way.
     """
 
     trial: Trial
@@ -61,6 +63,7 @@ class Shortly:
     training: int
     share: float
     epochs: float
+    timed: Trial
 
     @property
     def seen(self) -> Measurement:
@@ -75,7 +78,7 @@ class Shortly:
 
     def epochs_in(self, seconds: float) -> float:
         """For how many there is time, beside all else that was done for this trial."""
-        trial = self.trial
+        trial = self.timed
         last = float(self.steps[self.training][1]["epochs"])
         if not trial.training_s:  # where it trained is not known here
             return last * seconds / trial.seconds
@@ -166,9 +169,10 @@ def pursue(
     limit = budget.quality_drop
     if not limit or prefer == "quality":
         return None
-    best = _best_score(trials, budget, prefer, baseline, confident)
+    kept = [one.measurement for one in within(trials, budget, confident) if one.measurement is not None]
+    best = min((score(seen, prefer, baseline)[0] for seen in kept), default=math.inf)
     found: list[tuple[float, Opening]] = []
-    everyone = list(filter(None, map(_shortly, trials)))
+    everyone = _stored_best(list(filter(None, map(_shortly, trials))), limit, prefer, baseline, confident)
     for one in _longest(everyone):
         epochs, later = one.epochs_in(_SURE * seconds), one.epochs_in(_SURE * later_s) if later_s else 0.0
         if epochs < _LONGER * _first_epochs(one, everyone):
@@ -184,18 +188,22 @@ def pursue(
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _best_score(
-    trials: Sequence[Trial], budget: Budget, prefer: Preference, baseline: Measurement, confident: bool
-) -> float:
-    """Of the best that keeps every limit; infinite: none does."""
-    kept = [
-        trial.measurement
-        for trial in trials
-        if trial.state == "measured"
-        and trial.measurement is not None
-        and not sum(map(excess, violations(budget, trial.measurement, confident)))
+def _stored_best(
+    everyone: Sequence[Shortly], limit: float, prefer: Preference, baseline: Measurement, confident: bool
+) -> list[Shortly]:
+    """Of those that differ in unused bits alone the best that keeps the limit, else the nearest to it."""
+
+    def order(one: Shortly) -> tuple[float, ...]:
+        return max(_drop(one.seen, confident) - limit, 0.0), *score(one.seen, prefer, baseline)
+
+    groups: dict[str, list[Shortly]] = {}
+    for one in everyone:
+        recipe = with_headroom(one.trial.recipe, 0)
+        groups.setdefault(repr((one.trial.runtime, one.trial.way, recipe)), []).append(one)
+    return [
+        replace(min(group, key=order), timed=max(group, key=lambda one: one.trial.training_s or 0.0).trial)
+        for group in groups.values()
     ]
-    return min((score(seen, prefer, baseline)[0] for seen in kept), default=float("inf"))
 
 
 def _longest(everyone: Sequence[Shortly]) -> list[Shortly]:
@@ -225,7 +233,7 @@ def _shortly(trial: Trial) -> Shortly | None:
             training, epochs = index, epochs + float(parameters["epochs"])
     if amount < 0 or training < amount:
         return None
-    return Shortly(trial, amount, training, share, epochs)
+    return Shortly(trial, amount, training, share, epochs, trial)
 
 
 def _steps(trial: Trial) -> Steps:

@@ -99,6 +99,19 @@ def excess(violation: Violation) -> float:
     return max(by, _UNRESOLVED_EXCESS) if violation.reason == UNRESOLVED else by
 
 
+def size_ratio(measurement: Measurement, baseline: Measurement) -> float:
+    """What is stored and what is downloaded to the original's, in equal parts (their geometric mean).
+
+    What nothing packed counts by its bytes alone, and what has no bytes is infinite.
+    """
+    if measurement.bytes is None or not baseline.bytes:
+        return math.inf
+    stored = measurement.bytes / baseline.bytes
+    if measurement.packed_bytes is None or not baseline.packed_bytes:
+        return stored
+    return math.sqrt(stored * measurement.packed_bytes / baseline.packed_bytes)
+
+
 def score(measurement: Measurement, prefer: Preference, baseline: Measurement) -> tuple[float, ...]:
     """What the search makes small: compared from the left; a figure that is missing is infinite."""
     latency = _or_infinite(measurement.latency_ratio)
@@ -106,13 +119,25 @@ def score(measurement: Measurement, prefer: Preference, baseline: Measurement) -
     if measurement.bytes is not None and baseline.bytes:
         size = measurement.bytes / baseline.bytes
     drop = _or_infinite(measurement.quality_drop)
+    product = latency * size_ratio(measurement, baseline)
     orders: Mapping[Preference, tuple[float, ...]] = {
-        "balanced": (latency * size, drop),
+        "balanced": (product, drop),
         "latency": (latency, size, drop),
         "bytes": (size, latency, drop),
-        "quality": (drop, latency * size),
+        "quality": (drop, product),
     }
     return orders[prefer]
+
+
+def within(trials: Sequence[Trial], budget: Budget, confident: bool = False) -> list[Trial]:
+    """Those that were measured, may be an answer and keep every limit."""
+    return [
+        trial
+        for trial in trials
+        if trial.state == "measured"
+        and trial.measurement is not None
+        and not sum(map(excess, violations(budget, trial.measurement, confident)))
+    ]
 
 
 def rejection(
@@ -336,8 +361,8 @@ def _larger(measurement: Measurement, baseline: Measurement) -> Violation | None
 
 def _no_gain(measurement: Measurement, baseline: Measurement, product: float) -> Violation:
     ratio = measurement.latency_ratio or 0.0
-    size = (measurement.bytes or 0) / (baseline.bytes or 1)
-    text = f"latency ratio {ratio:.2f} x bytes ratio {size:.2f} is {product:.2f}"
+    size = size_ratio(measurement, baseline)
+    text = f"latency ratio {ratio:.2f} x size ratio {size:.2f} is {product:.2f}"
     axis: Axis = "latency_s" if ratio >= size else "bytes"
     return _against_twin(axis, measurement, baseline, f"no gain over the original: {text}")
 

@@ -315,7 +315,7 @@ def _is_coarse(model: Model) -> bool:
     chains = [model.formats.get(name, ()) for name in model.parameters]
     formats = [fmt for chain in chains for fmt in chain]
     return any(
-        isinstance(fmt, Ternary | Binary) or (isinstance(fmt, IntQuant) and fmt.width <= _COARSE)
+        isinstance(fmt, Ternary | Binary) or (isinstance(fmt, IntQuant) and fmt.used <= _COARSE)
         for fmt in formats
     )
 

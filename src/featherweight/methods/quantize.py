@@ -42,6 +42,7 @@ from featherweight.tools.ranges import Histogram, RangeRule, WeightRule, activat
 from featherweight.tools.refusals import nothing, stay_float
 from featherweight.tools.simulate import Replay, layer_errors, project
 
+MOST_UNUSED = 6  # bits of an eight-bit integer
 _ERROR_EXAMPLES = 32
 
 Formats = dict[str, tuple[TensorFormat, ...]]
@@ -56,6 +57,7 @@ class LayerFormat(BaseModel):
         granularity: What shares a weight's scale.
         group: Weights that share a scale, for ``per_group``.
         symmetric_weights: Zero in the middle of the grid.
+        headroom: Bits of each integer that the weights leave unused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +67,7 @@ class LayerFormat(BaseModel):
     granularity: Shared | None = None
     group: Annotated[int, Field(ge=2)] | None = None
     symmetric_weights: bool | None = None
+    headroom: Annotated[int, Field(ge=0, le=MOST_UNUSED)] | None = None
 
     @model_serializer
     def _data(self) -> dict[str, Any]:
@@ -81,6 +84,8 @@ class Quantize(Method, frozen=True, extra="forbid"):
         granularity: What shares a weight's scale.
         group: Weights that share a scale, for ``per_group``.
         symmetric_weights: Zero in the middle of the weights' grid.
+        headroom: Bits of each integer that the weights leave unused: the kernels and the size on the device
+            stay as they are, and the download shrinks (2 of int8: about a quarter of it).
         symmetric_activations: Zero in the middle of the activations' grid.
         range: How activation ranges are chosen: minmax, moving_average, percentile, kl, l1, mse, or by
             the error of the output of the layers that read them.
@@ -101,6 +106,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
     granularity: Shared = "per_channel"
     group: Annotated[int, Field(ge=2)] = 32
     symmetric_weights: bool = True
+    headroom: Annotated[int, Field(ge=0, le=MOST_UNUSED)] = 0
     symmetric_activations: bool = False
     range: RangeRule | Literal["output"] = "mse"
     weight_range: WeightRule = "gain"
@@ -118,6 +124,19 @@ class Quantize(Method, frozen=True, extra="forbid"):
                 f"layers asks for {own[0].activations} inputs, and activations is {self.activations}: "
                 "give activations: int8 or fewer bits"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_bits(self) -> Quantize:
+        own = [one for one in self.layers.values() if isinstance(one, LayerFormat)]
+        for one in (LayerFormat(), *own):
+            kind = one.weights or self.weights
+            unused = self.headroom if one.headroom is None else one.headroom
+            if unused and (not kind.startswith("int") or unused > int(kind.removeprefix("int")) - 2):
+                raise ValueError(
+                    f"headroom leaves {unused} bits of {kind} weights unused, and two at least are needed: "
+                    "give integers of more bits, or headroom: 0"
+                )
         return self
 
     @classmethod
@@ -192,6 +211,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
             symmetric,
             asked.granularity or self.granularity,
             asked.group or self.group,
+            self.headroom if asked.headroom is None else asked.headroom,
         )
 
     # ---- ranges

@@ -256,7 +256,7 @@ def realise(fmt: TensorFormat, role: str) -> TensorFormat:
                 f"ncnn has no kernels for {fmt.width}-bit activations {_shared(fmt)}",
                 fix="use int8 per tensor for activations",
             )
-        return replace(fmt, signed=True, symmetric=True, headroom=0, readers=STATIC)
+        return replace(fmt, signed=True, symmetric=True, readers=STATIC)
     if fmt.width not in (4, 6, 8):
         raise TargetError(
             f"ncnn stores no {fmt.width}-bit weights", fix="use int8, or int4 for weights alone"
@@ -273,7 +273,7 @@ def realise(fmt: TensorFormat, role: str) -> TensorFormat:
             f"ncnn has no weights in groups of {group.size} along axis {group.axis}",
             fix="use groups of 32, 64 or 128 along axis 1",
         )
-    return replace(fmt, signed=True, headroom=0)
+    return replace(fmt, signed=True)
 
 
 def _shared(fmt: IntQuant) -> str:

@@ -51,7 +51,7 @@ def blocks(fmt: IntQuant, runtime: str) -> IntQuant:
             f"{runtime} stores 2, 4 or 8 bits in groups of 16, 32, 64..., not {fmt.width} in {size}",
             fix="use weights: int4 and group: 32",
         )
-    fmt = replace(fmt, signed=fmt.symmetric, headroom=0)
+    fmt = replace(fmt, signed=fmt.symmetric)
     scale, zero_point = fmt.grid()
     if not isinstance(shared, PerGroup) or not _fits_half(scale.numpy()):
         return fmt

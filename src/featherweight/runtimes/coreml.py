@@ -95,7 +95,7 @@ class CoreML(Runtime):
                 fix="use activations: int8, per tensor",
             )
         positive = bool((fmt.low >= 0).all())
-        return replace(fmt, signed=not positive, symmetric=not positive, headroom=0)
+        return replace(fmt, signed=not positive, symmetric=not positive)
 
     def _weight(self, fmt: IntQuant) -> IntQuant:
         from featherweight.formats import PerGroup
@@ -105,7 +105,7 @@ class CoreML(Runtime):
                 f"{self.name} stores weights as 8 bits per tensor or channel, or as 4 bits, also per group",
                 fix="use weights: int8, or int4",
             )
-        return replace(fmt, signed=True, headroom=0)
+        return replace(fmt, signed=True)
 
     # ---- files
 

@@ -74,7 +74,7 @@ class ExecuTorch(Runtime):
         if refused is not None:
             raise TargetError(f"executorch {refused[0]}", fix=refused[1])
         grid: IntQuant = fmt  # type: ignore[assignment]
-        grid = replace(grid, signed=True, headroom=0, readers=None)
+        grid = replace(grid, signed=True, readers=None)
         return _bfloat_scales(grid) if role == "weight" else grid
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:

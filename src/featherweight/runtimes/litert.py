@@ -111,10 +111,10 @@ class LiteRT(Runtime):
                     fix="use granularity: per_tensor for activations",
                 )
             positive = fmt.symmetric and bool((fmt.low >= 0).all())
-            return replace(fmt, signed=True, symmetric=fmt.symmetric and not positive, headroom=0)
+            return replace(fmt, signed=True, symmetric=fmt.symmetric and not positive)
         if not fmt.symmetric:
             raise TargetError("litert has no kernels for asymmetric weights", fix="use symmetric weights")
-        return replace(fmt, signed=True, headroom=0)
+        return replace(fmt, signed=True)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.tools.sparsity import with_zeros

@@ -80,7 +80,7 @@ class Mnn(Runtime):
         ):
             raise TargetError("mnn has scales for output channels only", fix="use granularity: per_channel")
         positive = role == "activation" and fmt.symmetric and bool((fmt.low >= 0).all())
-        return replace(fmt, signed=True, headroom=0, symmetric=fmt.symmetric and not positive)
+        return replace(fmt, signed=True, symmetric=fmt.symmetric and not positive)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._mnn_lower import lower_entry

@@ -113,7 +113,7 @@ class OnnxRuntime(Runtime):
         if isinstance(fmt, Dynamic) and fmt.width == 8 and role == "activation":
             return replace(fmt, symmetric=fmt.per == "token", signed=False)
         if role == "weight" and isinstance(fmt, IntQuant) and _blocked(fmt):
-            return blocks(replace(fmt, headroom=0), self.name)
+            return blocks(fmt, self.name)
         if not isinstance(fmt, IntQuant) or _blocked(fmt) or fmt.width != 8:
             raise TargetError(
                 f"{self.name} cannot store {fmt.width} bits of this kind for a {role} here",
@@ -128,16 +128,16 @@ class OnnxRuntime(Runtime):
             positive = fmt.symmetric and bool(
                 (fmt.low >= 0).all()
             )  # behind ReLU all 256 steps are above zero
-            return replace(fmt, signed=False, symmetric=fmt.symmetric and not positive, headroom=0)
+            return replace(fmt, signed=False, symmetric=fmt.symmetric and not positive)
         if not fmt.symmetric:
             if isinstance(fmt.granularity, PerChannel):
                 raise TargetError(
                     f"{self.name} has no kernels for asymmetric weights per channel",
                     fix="use symmetric weights, or granularity: per_tensor",
                 )
-            return replace(fmt, signed=False, headroom=0)
-        headroom = 1 if target.resolved().isa in _SATURATING else 0
-        return replace(fmt, signed=True, headroom=headroom)
+            return replace(fmt, signed=False)
+        saturating = target.resolved().isa in _SATURATING
+        return replace(fmt, signed=True, headroom=max(fmt.headroom, int(saturating)))
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.exchange.export import to_onnx, write

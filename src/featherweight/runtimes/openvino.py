@@ -102,12 +102,12 @@ class OpenVino(Runtime):
                     fix="use granularity: per_tensor for activations",
                 )
             middle = fmt.symmetric and bool((fmt.low < 0).any())  # behind ReLU all steps are above zero
-            return replace(fmt, signed=middle, symmetric=middle, headroom=0)
+            return replace(fmt, signed=middle, symmetric=middle)
         if not fmt.symmetric:
-            return replace(fmt, signed=False, headroom=0)
+            return replace(fmt, signed=False)
         grouped = isinstance(fmt.granularity, PerGroup) or fmt.width == 4  # executed in float
         saturating = target.resolved().isa in _SATURATING and not grouped
-        return replace(fmt, signed=True, headroom=1 if saturating else 0)
+        return replace(fmt, signed=True, headroom=max(fmt.headroom, int(saturating)))
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.formats import Dynamic

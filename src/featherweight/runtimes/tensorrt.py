@@ -80,12 +80,12 @@ class TensorRt(Runtime):
                     "tensorrt has no kernels for activations per channel",
                     fix="use granularity: per_tensor for activations",
                 )
-            return replace(fmt, signed=True, symmetric=True, headroom=0)
+            return replace(fmt, signed=True, symmetric=True)
         if not fmt.symmetric:
             raise TargetError(
                 "tensorrt reads no zero point of a weight but 0", fix="use symmetric_weights: true"
             )
-        return replace(fmt, signed=True, headroom=0)
+        return replace(fmt, signed=True)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._tensorrt_rules import ENFORCED, check_rules

@@ -80,7 +80,9 @@ class Plan:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def weight_draft(kind: str, symmetric: bool, shared: Shared, group: int) -> TensorFormat | None:
+def weight_draft(
+    kind: str, symmetric: bool, shared: Shared, group: int, headroom: int = 0
+) -> TensorFormat | None:
     """The format that a recipe names, e.g. 'int4', 'ternary' or 'none', with a range yet to be found."""
     if kind == "none":
         return None
@@ -94,7 +96,8 @@ def weight_draft(kind: str, symmetric: bool, shared: Shared, group: int) -> Tens
         return Ternary(one, one / 2, granularity)
     if kind == "binary":
         return Binary(one, granularity)
-    return IntQuant(-one, one, int(kind.removeprefix("int")), symmetric, granularity)
+    width = int(kind.removeprefix("int"))
+    return IntQuant(-one, one, width, symmetric, granularity, headroom=headroom)
 
 
 def activation_draft(kind: str, symmetric: bool) -> TensorFormat | None:

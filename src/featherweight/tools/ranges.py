@@ -163,7 +163,7 @@ def _shrinks(width: int, widest: float = 1.0) -> Tensor:
 def _least_error(histogram: Histogram, fmt: IntQuant, power: int) -> tuple[float, float]:
     held = histogram.counts > 0
     values, counts = histogram.centers[held].float(), histogram.counts[held].float()
-    shrinks = _shrinks(fmt.width)
+    shrinks = _shrinks(fmt.used)
 
     def best(lows: Tensor, highs: Tensor) -> int:
         scale, zero_point = _grids(fmt, lows, highs)
@@ -207,7 +207,7 @@ def _least_divergence(histogram: Histogram, fmt: IntQuant) -> tuple[float, float
     if fmt.symmetric:
         low, high = (-max(-low, high) if low < 0 else 0.0), max(-low, high)
     best, chosen = math.inf, 1.0
-    for fraction in _shrinks(fmt.width).flip(0).tolist():  # the whole range first: ties keep it
+    for fraction in _shrinks(fmt.used).flip(0).tolist():  # the whole range first: ties keep it
         inside = (values >= low * fraction) & (values <= high * fraction)
         if not inside.any():
             break
@@ -338,7 +338,7 @@ def weight_range(weight: Tensor, fmt: IntQuant, rule: WeightRule, percentile: fl
         low, high = torch.from_numpy(ends).float().unbind()
         low, high = low.clamp(max=0), high.clamp(min=0)
     elif rule != "minmax":
-        gain = _GAIN if rule == "gain" and fmt.width <= _GAIN_BITS else 0.0
+        gain = _GAIN if rule == "gain" and fmt.used <= _GAIN_BITS else 0.0
         low, high = _least_error_rows(rows, fmt, low, high, 1 if rule == "l1" else 2, gain)
     return _shared(low, weight, fmt.granularity), _shared(high, weight, fmt.granularity)
 
@@ -352,7 +352,7 @@ def _least_error_rows(
     above, below = rows.topk(largest, dim=1).values, rows.topk(largest, dim=1, largest=False).values
     open_ = torch.arange(rows.shape[0])  # rows for which a smaller range may still be better
     energy = rows.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    for fraction in _shrinks(fmt.width, _WIDEST if gain else 1.0).flip(0):  # the widest first: ties keep it
+    for fraction in _shrinks(fmt.used, _WIDEST if gain else 1.0).flip(0):  # the widest first: ties keep it
         scale, zero_point = (
             grid[:, None] for grid in _grids(fmt, low[open_] * fraction, high[open_] * fraction)
         )
