@@ -132,6 +132,18 @@ class Measurement(_Record):
     params: int | None = None
     weight_bits: float | None = None
 
+    def size_ratio(self, baseline: Measurement) -> float | None:
+        """What is stored and what is downloaded to the original's, in equal parts (their geometric mean).
+
+        What nothing packed counts by its bytes alone; what has no bytes has no ratio.
+        """
+        if self.bytes is None or not baseline.bytes:
+            return None
+        stored = self.bytes / baseline.bytes
+        if self.packed_bytes is None or not baseline.packed_bytes:
+            return stored
+        return math.sqrt(stored * self.packed_bytes / baseline.packed_bytes)
+
     def value(self, axis: Axis) -> float | None:
         """The figure that a limit on this axis is held against."""
         if axis == "latency_s":

@@ -366,11 +366,11 @@ def _score(result: Result, trial: Trial) -> float | None:
         return None
     if result.prefer == "quality":
         return seen.quality_drop
-    smaller = quotient(seen.bytes, result.baseline.bytes)
     if result.prefer == "bytes":
-        return smaller
+        return quotient(seen.bytes, result.baseline.bytes)
     if result.prefer == "latency":
         return seen.latency_ratio
+    smaller = seen.size_ratio(result.baseline)
     return None if smaller is None or seen.latency_ratio is None else smaller * seen.latency_ratio
 
 

@@ -99,19 +99,6 @@ def excess(violation: Violation) -> float:
     return max(by, _UNRESOLVED_EXCESS) if violation.reason == UNRESOLVED else by
 
 
-def size_ratio(measurement: Measurement, baseline: Measurement) -> float:
-    """What is stored and what is downloaded to the original's, in equal parts (their geometric mean).
-
-    What nothing packed counts by its bytes alone, and what has no bytes is infinite.
-    """
-    if measurement.bytes is None or not baseline.bytes:
-        return math.inf
-    stored = measurement.bytes / baseline.bytes
-    if measurement.packed_bytes is None or not baseline.packed_bytes:
-        return stored
-    return math.sqrt(stored * measurement.packed_bytes / baseline.packed_bytes)
-
-
 def score(measurement: Measurement, prefer: Preference, baseline: Measurement) -> tuple[float, ...]:
     """What the search makes small: compared from the left; a figure that is missing is infinite."""
     latency = _or_infinite(measurement.latency_ratio)
@@ -119,7 +106,7 @@ def score(measurement: Measurement, prefer: Preference, baseline: Measurement) -
     if measurement.bytes is not None and baseline.bytes:
         size = measurement.bytes / baseline.bytes
     drop = _or_infinite(measurement.quality_drop)
-    product = latency * size_ratio(measurement, baseline)
+    product = latency * _or_infinite(measurement.size_ratio(baseline))
     orders: Mapping[Preference, tuple[float, ...]] = {
         "balanced": (product, drop),
         "latency": (latency, size, drop),
@@ -361,7 +348,7 @@ def _larger(measurement: Measurement, baseline: Measurement) -> Violation | None
 
 def _no_gain(measurement: Measurement, baseline: Measurement, product: float) -> Violation:
     ratio = measurement.latency_ratio or 0.0
-    size = size_ratio(measurement, baseline)
+    size = _or_infinite(measurement.size_ratio(baseline))
     text = f"latency ratio {ratio:.2f} x size ratio {size:.2f} is {product:.2f}"
     axis: Axis = "latency_s" if ratio >= size else "bytes"
     return _against_twin(axis, measurement, baseline, f"no gain over the original: {text}")
