@@ -449,6 +449,16 @@ class TestWays:
         assert [trial.state for trial in fitted.result.trials] == ["failed", "measured"]
         assert fitted.finished
 
+    @pytest.mark.parametrize(("drop", "unused"), [(0.001, [None, 2, 1]), (0.0049, [None])])
+    def test_that_have_quality_to_spare_are_stored_in_fewer_levels(
+        self, drop: float, unused: list[int | None]
+    ) -> None:
+        """Here all levels are even, so nothing is won by the first try, nor by the second."""
+        world = World(both(mse=seen(drop)))
+        fitted = world.fit(replace(searched(planned(mse=0.1)), trials=3)).answer()
+        told = [trial.recipe["steps"][0]["quantize"].get("headroom") for trial in fitted.result.trials]
+        assert told == unused
+
     def test_interrupted_hand_back_the_best_so_far(self) -> None:
         world = World(both(mse=seen(), percentile=KeyboardInterrupt()))
         fitted = world.fit(searched(planned(mse=0.1, percentile=0.1))).answer()

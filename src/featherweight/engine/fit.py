@@ -245,15 +245,28 @@ class Fit:
         return planned and not lane.run.costs.known
 
     def _next(self) -> Candidate | None:
-        """The next candidate; when a part of the time is over, one that is worth training for long."""
-        question, now, rounds = self.question, time.monotonic(), ROUNDS[self.pursued :]
-        due = now >= self.started + FROM * question.time_limit or self.search.left <= len(rounds)
-        spare = self._narrowed() if self.pursued and self.search.left > len(rounds) else None
-        if spare is not None:
-            self.search.open_with([spare])
-        elif question.plan is not None and rounds and due:
-            self.pursued += 1
+        """The next candidate; when a part of the time is over, one beside the search space first."""
+        if self.question.plan is not None:
+            opening = self._beside()
+            if opening is not None:
+                self.search.open_with([opening])
+        return self.search.ask()
+
+    def _beside(self) -> Opening | None:
+        """What is worth training for long, or the best so far in fewer levels; None: it is not yet time."""
+        question = self.question
+        while True:
+            now, rounds = time.monotonic(), ROUNDS[self.pursued :]
             left = self.time.until - now
+            if self.pursued and self.search.left > len(rounds):
+                so_far = self.search.trials, question.budget, question.prefer, self.baseline
+                opening = narrowed(*so_far, left, confident=question.confident)
+                if opening is not None:
+                    return opening
+            due = now >= self.started + FROM * question.time_limit or self.search.left <= len(rounds)
+            if not rounds or not due:
+                return None
+            self.pursued += 1
             opening = pursue(
                 self.search.trials,
                 rounds[0] * left - self.time.weighing_s,
@@ -264,22 +277,7 @@ class Fit:
                 later_s=(1 - rounds[0]) * left,
             )
             if opening is not None:
-                self.search.open_with([opening])
-        return self.search.ask()
-
-    def _narrowed(self) -> Opening | None:
-        """The best so far in fewer levels, once one knows what is worth training."""
-        question = self.question
-        if question.plan is None:
-            return None
-        return narrowed(
-            self.search.trials,
-            question.budget,
-            question.prefer,
-            self.baseline,
-            self.time.until - time.monotonic(),
-            confident=question.confident,
-        )
+                return opening
 
     def _fits(self, candidate: Candidate) -> bool:
         """Whether a candidate will be ready in time, as far as one knows; the first answer always is."""

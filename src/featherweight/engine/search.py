@@ -263,7 +263,7 @@ class Search:
     @property
     def ended(self) -> Ended | None:
         """Why no further candidate will come; None: one will."""
-        if self.tried.exhausted:
+        if self.tried.exhausted and not self._openings:
             return "time" if self.out_of_time else "exhausted"
         if self.left <= 0 or self._idle >= _IDLE * self.limit:
             return "trials"
@@ -280,9 +280,9 @@ class Search:
 
     def ask(self) -> Candidate | None:
         """The next candidate; None when the search has ended."""
-        if self.ended:
-            return None
         for proposal in range(_PROPOSALS + 1):
+            if self.ended:
+                return None
             last = proposal == _PROPOSALS
             candidate = self._candidate(explore=last or (self._repeated and not self.recipe.has_holes))
             if not self.recipe.has_holes:  # one recipe, or a template whose caller fills it
