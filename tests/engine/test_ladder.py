@@ -20,7 +20,7 @@ from featherweight.engine.store import Store
 from featherweight.methods.finetune import Finetune
 from featherweight.methods.quantize import Quantize
 from featherweight.methods.rounding import Rounding
-from featherweight.outcome import Budget, Latency, Measurement, Prediction, Trial
+from featherweight.outcome import Budget, Latency, Measurement, Prediction, Preference, Trial
 from featherweight.recipe import Recipe
 from featherweight.tools.simulate import as_run, simulate
 from golden import data, model, target
@@ -78,6 +78,23 @@ class TestHopeless:
             "it is no better than trial 1 on any axis"
         )
         assert self.judged(seen(0.02, 310, 0.4), seen(0.01, 300, 0.5)) is None
+
+    def test_what_is_better_by_next_to_nothing(self) -> None:
+        """A twentieth of the limit, of the size and of the latency; no drop is foreseen to be below zero."""
+        limit, kept = Budget(quality_drop=0.02), pairs(seen(0.001, 300, 0.5))
+
+        def said(best: Measurement, prefer: Preference = "quality") -> str | None:
+            return hopeless(best, kept, BASELINE, limit, prefer)
+
+        assert said(seen(0.0001, 290, 0.48)) == "it is no better than trial 0 on any axis"
+        assert said(seen(-0.01, 290, 0.48)) is not None
+        assert said(seen(0.0001, 280, 0.48)) is None
+        assert said(seen(0.0001, 290, 0.47)) is None
+        assert said(seen(0.0001, 290, 0.48), "bytes") is None, "what is preferred counts whole"
+        assert said(seen(0.0001, 290, 0.48), "latency") is None
+        assert hopeless(seen(0.0001, 290, 0.48), kept, BASELINE, Budget(), "quality") is None
+        far = pairs(seen(0.0201, 300, 0.5))
+        assert hopeless(seen(0.0199, 300, 0.5), far, BASELINE, limit, "quality") is None, "it keeps the limit"
 
     def test_what_is_preferred_less_than_one_that_keeps_every_limit(self) -> None:
         limit = Budget(quality_drop=0.01)

@@ -37,6 +37,7 @@ _FEWEST = 64
 _SIMULATED_S = 5.0  # that the simulation of a candidate may take
 _PASSES = 3.0  # float forward passes that a simulated one takes
 _AS_GOOD = 0.97  # of the size and latency of one that costs the same by shapes and formats, at best
+_EVEN = 0.05  # of a limit, of a size and of a latency: what is less is nobody's gain
 _RUNGS: tuple[Rung, ...] = ("cost", "simulated", "recovered")
 # Spreads of errors that are expected before any was seen: logarithms of factors, and differences of drops.
 _BYTES, _PRICED, _BY_MACS = 0.03, 0.2, 0.7
@@ -355,7 +356,7 @@ def hopeless(
     if worse is not None:
         return f"it is {worse} at best"
     for trial, seen in measured:
-        if _beats(seen, best):
+        if _beats(seen, best, budget, prefer):
             return f"it is no better than trial {trial.number} on any axis"
     if budget.quality_drop is None or prefer == "quality" or None in (best.bytes, best.latency_ratio):
         return None
@@ -376,14 +377,24 @@ def _accepted(trials: Sequence[Trial]) -> list[tuple[Trial, Measurement]]:
     ]
 
 
-def _beats(seen: Measurement, best: Measurement) -> bool:
-    """Whether a measured artifact is at least as good on every axis, and better on one."""
-    pairs = [
-        (getattr(seen, axis), getattr(best, axis)) for axis in ("quality_drop", "bytes", "latency_ratio")
-    ]
-    if any(one is None or other is None for one, other in pairs):
+def _beats(seen: Measurement, best: Measurement, budget: Budget, prefer: Preference) -> bool:
+    """Whether a measured artifact is at least as good on every axis, and better on one.
+
+    Where it keeps the limit of the drop, a candidate must be better by a part of it, or by a part of what it
+    costs, to be of use (epsilon dominance: Laumanns et al. 2002, doi:10.1162/106365602760234108); but for the
+    axis that is preferred. No candidate is foreseen to be better than the original.
+    """
+    limit = budget.quality_drop
+    drops = seen.quality_drop, best.quality_drop
+    sizes, ratios = (seen.bytes, best.bytes), (seen.latency_ratio, best.latency_ratio)
+    if None in (*drops, *sizes, *ratios):
         return False
-    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
+    found = np.array([drops, sizes, ratios], float)
+    if limit and drops[0] is not None and drops[0] <= limit:
+        slack = 1 + _EVEN * np.array([prefer != "bytes", prefer != "latency"])
+        found[0, 1] = max(found[0, 1], 0.0) + _EVEN * limit
+        found[1:, 1] *= slack
+    return bool((found[:, 0] <= found[:, 1]).all() and (found[:, 0] < found[:, 1]).any())
 
 
 def _cost(found: Forecast, handicap: float, seconds: float) -> Prediction:
