@@ -93,6 +93,11 @@ class TestHopeless:
         assert said(seen(0.0001, 290, 0.48), "bytes") is None, "what is preferred counts whole"
         assert said(seen(0.0001, 290, 0.48), "latency") is None
         assert hopeless(seen(0.0001, 290, 0.48), kept, BASELINE, Budget(), "quality") is None
+        smaller = Budget(quality_drop=0.02, bytes=295)
+        near = hopeless(seen(0.0001, 290, 0.48), kept, BASELINE, smaller, "quality")
+        assert near is None, "it keeps a limit that the measured one breaks"
+        wide = seen(0.001, 300, 0.5).model_copy(update={"quality_drop_ci95": (-0.02, 0.03)})
+        assert hopeless(seen(0.0, 290, 0.48), pairs(wide), BASELINE, limit, "quality", confident=True) is None
         far = pairs(seen(0.0201, 300, 0.5))
         assert hopeless(seen(0.0199, 300, 0.5), far, BASELINE, limit, "quality") is None, "it keeps the limit"
 

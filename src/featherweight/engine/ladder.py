@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -355,15 +356,20 @@ def hopeless(
     worse = rejection(best, baseline, budget, prefer)
     if worse is not None:
         return f"it is {worse} at best"
+    kept = [pair for pair in measured if not violations(budget, pair[1], confident)]
     for trial, seen in measured:
-        if _beats(seen, best, budget, prefer):
+        if _beats(seen, best):
             return f"it is no better than trial {trial.number} on any axis"
-    if budget.quality_drop is None or prefer == "quality" or None in (best.bytes, best.latency_ratio):
+    if budget.quality_drop is None:
         return None
-    for trial, seen in measured:
-        kept = not violations(budget, seen, confident)
+    for trial, seen in kept:
+        if _as_good(seen, best, budget.quality_drop, prefer):
+            return f"it is no better than trial {trial.number} on any axis"
+    if prefer == "quality" or None in (best.bytes, best.latency_ratio):
+        return None
+    for trial, seen in kept:
         alike = seen.model_copy(update={"packed_bytes": None})  # which nothing foresees
-        if kept and score(alike, prefer, baseline)[0] <= score(best, prefer, baseline)[0]:
+        if score(alike, prefer, baseline)[0] <= score(best, prefer, baseline)[0]:
             return f"it cannot be better than trial {trial.number}, which keeps every limit"
     return None
 
@@ -377,24 +383,36 @@ def _accepted(trials: Sequence[Trial]) -> list[tuple[Trial, Measurement]]:
     ]
 
 
-def _beats(seen: Measurement, best: Measurement, budget: Budget, prefer: Preference) -> bool:
-    """Whether a measured artifact is at least as good on every axis, and better on one.
-
-    Where it keeps the limit of the drop, a candidate must be better by a part of it, or by a part of what it
-    costs, to be of use (epsilon dominance: Laumanns et al. 2002, doi:10.1162/106365602760234108); but for the
-    axis that is preferred. No candidate is foreseen to be better than the original.
-    """
-    limit = budget.quality_drop
-    drops = seen.quality_drop, best.quality_drop
-    sizes, ratios = (seen.bytes, best.bytes), (seen.latency_ratio, best.latency_ratio)
-    if None in (*drops, *sizes, *ratios):
+def _beats(seen: Measurement, best: Measurement) -> bool:
+    """Whether a measured artifact is at least as good on every axis, and better on one."""
+    pairs = _pairs(seen, best)
+    if any(one is None or other is None for one, other in pairs):
         return False
-    found = np.array([drops, sizes, ratios], float)
-    if limit and drops[0] is not None and drops[0] <= limit:
-        slack = 1 + _EVEN * np.array([prefer != "bytes", prefer != "latency"])
-        found[0, 1] = max(found[0, 1], 0.0) + _EVEN * limit
-        found[1:, 1] *= slack
-    return bool((found[:, 0] <= found[:, 1]).all() and (found[:, 0] < found[:, 1]).any())
+    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
+
+
+def _as_good(seen: Measurement, best: Measurement, limit: float, prefer: Preference) -> bool:
+    """Whether a candidate is better by next to nothing than a measured artifact that keeps every limit.
+
+    That is by less than a part of the limit and of what the artifact costs (epsilon dominance: Laumanns
+    et al. 2002, doi:10.1162/106365602760234108), but for the axis that is preferred. No candidate is foreseen
+    to be better than the original.
+    """
+    pairs = _pairs(seen, best)
+    if any(one is None or other is None for one, other in pairs):
+        return False
+    (drop, lost), (size, smaller), (ratio, faster) = pairs
+    bytes_even = 1.0 if prefer == "bytes" else 1 + _EVEN
+    latency_even = 1.0 if prefer == "latency" else 1 + _EVEN
+    return bool(
+        drop <= max(lost, 0.0) + _EVEN * limit
+        and size < smaller * bytes_even
+        and ratio < faster * latency_even
+    )
+
+
+def _pairs(seen: Measurement, best: Measurement) -> list[tuple[Any, Any]]:
+    return [(getattr(seen, axis), getattr(best, axis)) for axis in ("quality_drop", "bytes", "latency_ratio")]
 
 
 def _cost(found: Forecast, handicap: float, seconds: float) -> Prediction:
