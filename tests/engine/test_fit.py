@@ -459,6 +459,23 @@ class TestWays:
         told = [trial.recipe["steps"][0]["quantize"].get("headroom") for trial in fitted.result.trials]
         assert told == unused
 
+    def test_in_fewer_levels_are_made_once_though_others_ask_meanwhile(self) -> None:
+        fit = World(both(mse=seen())).fit(replace(searched(planned(mse=0.1)), trials=9))
+        fit.search.trials.append(
+            Trial(
+                number=0,
+                way="mse",
+                recipe={"version": 1, "steps": [{"quantize": {"range": "mse"}}]},
+                state="measured",
+                measurement=seen(),
+            )
+        )
+        fit.pursued = 1
+        first = fit._beside()
+        assert first is not None and first.recipe is not None
+        assert first.recipe.to_dict()["steps"][0]["quantize"]["headroom"] == 2
+        assert fit._beside() is None, "a worker makes it already"
+
     def test_interrupted_hand_back_the_best_so_far(self) -> None:
         world = World(both(mse=seen(), percentile=KeyboardInterrupt()))
         fitted = world.fit(searched(planned(mse=0.1, percentile=0.1))).answer()

@@ -125,6 +125,7 @@ class Fit:
         self.ladder = self._ladder() if question.ladder and question.searches else None
         self.climbs: dict[int, Climb] = {}
         self.pursued = 0  # rounds of longer training
+        self.narrowed: list[Opening] = []  # in fewer levels, whether or not they are measured yet
         self.begun: set[tuple[str, str, int]] = set()  # runtimes, ways and steps whose analysis was heard
         self.resumed = len(self.search.trials)
         if self.resumed:
@@ -259,9 +260,16 @@ class Fit:
             now, rounds = time.monotonic(), ROUNDS[self.pursued :]
             left = self.time.until - now
             if self.pursued and self.search.left > len(rounds):
-                so_far = self.search.trials, question.budget, question.prefer, self.baseline
-                opening = narrowed(*so_far, left, confident=question.confident)
-                if opening is not None:
+                opening = narrowed(
+                    self.search.trials,
+                    question.budget,
+                    question.prefer,
+                    self.baseline,
+                    left,
+                    confident=question.confident,
+                )
+                if opening is not None and opening not in self.narrowed:
+                    self.narrowed.append(opening)
                     return opening
             due = now >= self.started + FROM * question.time_limit or self.search.left <= len(rounds)
             if not rounds or not due:

@@ -22,6 +22,7 @@ from typing import Any
 
 from featherweight.engine.narrowing import with_headroom
 from featherweight.engine.search import Opening
+from featherweight.engine.store import digest
 from featherweight.engine.verdict import score, within
 from featherweight.outcome import Budget, Measurement, Preference, Trial
 from featherweight.recipe import Recipe
@@ -199,9 +200,9 @@ def _stored_best(
     groups: dict[str, list[Shortly]] = {}
     for one in everyone:
         recipe = with_headroom(one.trial.recipe, 0)
-        groups.setdefault(repr((one.trial.runtime, one.trial.way, recipe)), []).append(one)
+        groups.setdefault(digest(one.trial.runtime, one.trial.way, recipe), []).append(one)
     return [
-        replace(min(group, key=order), timed=max(group, key=lambda one: one.trial.training_s or 0.0).trial)
+        replace(min(group, key=order), timed=max(group, key=lambda one: one.trial.training_s).trial)
         for group in groups.values()
     ]
 
