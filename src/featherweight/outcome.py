@@ -151,6 +151,26 @@ class Measurement(_Record):
         return getattr(self, axis)  # type: ignore[no-any-return]
 
 
+def score(measurement: Measurement, prefer: Preference, baseline: Measurement) -> tuple[float, ...]:
+    """What a search makes small: compared from the left; a figure that is missing is infinite."""
+    latency = or_infinite(measurement.latency_ratio)
+    size = or_infinite(measurement.bytes) / baseline.bytes if baseline.bytes else math.inf
+    drop = or_infinite(measurement.quality_drop)
+    product = latency * or_infinite(measurement.size_ratio(baseline))
+    orders: dict[Preference, tuple[float, ...]] = {
+        "balanced": (product, drop),
+        "latency": (latency, size, drop),
+        "bytes": (size, latency, drop),
+        "quality": (drop, product),
+    }
+    return orders[prefer]
+
+
+def or_infinite(value: float | None) -> float:
+    """A figure that is missing is worse than any other."""
+    return math.inf if value is None or math.isnan(value) else float(value)
+
+
 class Chosen(Measurement):
     """The measurement of what is handed back, which file it is, and with which options it was measured."""
 

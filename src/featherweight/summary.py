@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from featherweight.outcome import (
     Result,
     RuntimeRow,
     Trial,
+    score,
 )
 
 _TOLD = 4  # relaxations in a sentence
@@ -361,17 +363,10 @@ def choice(result: Result) -> list[str]:
 
 def _score(result: Result, trial: Trial) -> float | None:
     """What the search minimises among the artifacts within the budget."""
-    seen = trial.measurement
-    if seen is None:
+    if trial.measurement is None:
         return None
-    if result.prefer == "quality":
-        return seen.quality_drop
-    if result.prefer == "bytes":
-        return quotient(seen.bytes, result.baseline.bytes)
-    if result.prefer == "latency":
-        return seen.latency_ratio
-    smaller = seen.size_ratio(result.baseline)
-    return None if smaller is None or seen.latency_ratio is None else smaller * seen.latency_ratio
+    found = score(trial.measurement, result.prefer, result.baseline)[0]
+    return found if math.isfinite(found) else None
 
 
 def _written(result: Result, score: float) -> str:

@@ -24,7 +24,9 @@ from featherweight.outcome import (
     Relaxation,
     Trial,
     Violation,
+    or_infinite,
 )
+from featherweight.outcome import score as score
 
 ABOVE = "above the limit"
 UNRESOLVED = "unresolved"
@@ -97,23 +99,6 @@ def excess(violation: Violation) -> float:
         return math.inf
     by = (violation.value - violation.limit) / max(violation.limit, _SMALLEST_LIMIT[violation.axis])
     return max(by, _UNRESOLVED_EXCESS) if violation.reason == UNRESOLVED else by
-
-
-def score(measurement: Measurement, prefer: Preference, baseline: Measurement) -> tuple[float, ...]:
-    """What the search makes small: compared from the left; a figure that is missing is infinite."""
-    latency = _or_infinite(measurement.latency_ratio)
-    size = math.inf
-    if measurement.bytes is not None and baseline.bytes:
-        size = measurement.bytes / baseline.bytes
-    drop = _or_infinite(measurement.quality_drop)
-    product = latency * _or_infinite(measurement.size_ratio(baseline))
-    orders: Mapping[Preference, tuple[float, ...]] = {
-        "balanced": (product, drop),
-        "latency": (latency, size, drop),
-        "bytes": (size, latency, drop),
-        "quality": (drop, product),
-    }
-    return orders[prefer]
 
 
 def within(trials: Sequence[Trial], budget: Budget, confident: bool = False) -> list[Trial]:
@@ -282,9 +267,9 @@ def pareto_front(measurements: Sequence[Measurement]) -> list[int]:
     by_ratio = all(seen.latency_ratio is not None for seen in measurements)
     points = [
         (
-            _or_infinite(seen.quality_drop),
-            _or_infinite(seen.bytes),
-            _or_infinite(seen.latency_ratio if by_ratio else seen.value("latency_s")),
+            or_infinite(seen.quality_drop),
+            or_infinite(seen.bytes),
+            or_infinite(seen.latency_ratio if by_ratio else seen.value("latency_s")),
         )
         for seen in measurements
     ]
@@ -297,10 +282,6 @@ def pareto_front(measurements: Sequence[Measurement]) -> list[int]:
 
 def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None or math.isnan(value) else float(value)
 
 
 def _worse(
@@ -348,7 +329,7 @@ def _larger(measurement: Measurement, baseline: Measurement) -> Violation | None
 
 def _no_gain(measurement: Measurement, baseline: Measurement, product: float) -> Violation:
     ratio = measurement.latency_ratio or 0.0
-    size = _or_infinite(measurement.size_ratio(baseline))
+    size = or_infinite(measurement.size_ratio(baseline))
     text = f"latency ratio {ratio:.2f} x size ratio {size:.2f} is {product:.2f}"
     axis: Axis = "latency_s" if ratio >= size else "bytes"
     return _against_twin(axis, measurement, baseline, f"no gain over the original: {text}")
