@@ -222,6 +222,24 @@ class TestSupports:
         if runtime.name not in SIMULATED:
             assert packed(artifact) < packed(before)
 
+    def test_unused_bits_of_weights_alone(self, runtime: Runtime, tmp_path: Path) -> None:
+        where = target(runtime.name)
+        x = every().entries["forward"].example_inputs[0]
+        examples = Data.of(x_train=x.numpy())
+        artifacts = []
+        for unused in (0, 4):
+            asked = Quantize(activations="none", headroom=unused)
+            done = asked.apply(every(), context(every(), examples, where))
+            folder = tmp_path / str(unused)
+            folder.mkdir()
+            artifacts.append(runtime.lower(done, where, folder))
+            (seen,) = runtime.open(artifacts[-1], where)(x.numpy())
+            with torch.no_grad():
+                (wanted,) = simulate(done)(x)
+            assert decibels(wanted, seen) >= 30
+        if runtime.name not in SIMULATED:
+            assert packed(artifacts[1]) < packed(artifacts[0])
+
     @pytest.mark.parametrize("role", ["weight", "activation"])
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("per_channel", [True, False])

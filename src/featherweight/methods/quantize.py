@@ -85,7 +85,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
         group: Weights that share a scale, for ``per_group``.
         symmetric_weights: Zero in the middle of the weights' grid.
         headroom: Bits of each integer that the weights leave unused: the kernels and the size on the device
-            stay as they are, and the download shrinks (2 of int8: about a quarter of it).
+            stay as they are, and the download shrinks (2 of int8: about a fifth of it).
         symmetric_activations: Zero in the middle of the activations' grid.
         range: How activation ranges are chosen: minmax, moving_average, percentile, kl, l1, mse, or by
             the error of the output of the layers that read them.
