@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from featherweight.api import apply as apply
     from featherweight.api import fit as fit
     from featherweight.api import inspect as inspect
+    from featherweight.api import load as load
     from featherweight.api import lower as lower
     from featherweight.api import measure as measure
+    from featherweight.api import pack as pack
+    from featherweight.api import unpack as unpack
+    from featherweight.api import verify as verify
     from featherweight.data import Data as Data
     from featherweight.errors import FeatherweightError as FeatherweightError
     from featherweight.exchange.load import load_model as load_model
@@ -63,11 +67,15 @@ _HOMES = {
     "apply": "api",
     "fit": "api",
     "inspect": "api",
+    "load": "api",
     "load_model": "exchange.load",
     "lower": "api",
     "measure": "api",
+    "pack": "api",
     "simulate": "tools.simulate",
     "simulated": "tools.simulated",
+    "unpack": "api",
+    "verify": "api",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - one list, from the table above

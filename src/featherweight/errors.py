@@ -14,6 +14,7 @@ prints it without a traceback and leaves with its ``exit_code``.
     │   ├── PluginError      no method, runtime or metric of that name
     │   ├── TargetError      a runtime cannot store or run what is asked
     │   ├── MissingRuntime   a runtime's package is not installed
+    │   ├── BundleError      a bundle or a key is damaged, lacks a part, or is not what it says
     │   └── OutputError      the output folder cannot be used
     ├── MachineError         exit 1: the disk is full, a file cannot be written
     └── RunnerError          exit 1: a measuring process crashed, hung or answered nonsense
@@ -85,6 +86,10 @@ class TargetError(UserError):
 
 class MissingRuntime(UserError):
     """A runtime's package is not installed; the fix names the pip line."""
+
+
+class BundleError(UserError):
+    """A bundle or a key is damaged, lacks a part, or is not what it says."""
 
 
 class OutputError(UserError):

@@ -94,13 +94,7 @@ class Artifact:
     @property
     def sha256(self) -> str:
         """Digest of the file; of several: over names and digests, in the order of their names."""
-        if len(self.files) == 1:
-            return hashlib.sha256((self.folder / self.files[0]).read_bytes()).hexdigest()
-        digest = hashlib.sha256()
-        for name in sorted(self.files):
-            digest.update(name.encode() + b"\0")
-            digest.update(hashlib.sha256((self.folder / name).read_bytes()).digest())
-        return digest.hexdigest()
+        return digest_of({n: hashlib.sha256((self.folder / n).read_bytes()).digest() for n in self.files})
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the folder, which moves."""
@@ -114,6 +108,16 @@ class Artifact:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], folder: Path) -> Artifact:
         return cls(data["runtime"], folder, tuple(data["files"]), data["entries"], data["details"])
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """Digest of an artifact from those of its files, in hexadecimal; see :attr:`Artifact.sha256`."""
+    if len(files) == 1:
+        return next(iter(files.values())).hex()
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name])
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,15 @@ class Signature:
     inputs: tuple[tuple[str, str, tuple[int, ...]], ...]
     outputs: tuple[str, ...]
     entry: str = "forward"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the entry, by which it is found."""
+        return {"inputs": [[*one] for one in self.inputs], "outputs": list(self.outputs)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], entry: str) -> Signature:
+        inputs = tuple((name, dtype, tuple(shape)) for name, dtype, shape in data["inputs"])
+        return cls(inputs, tuple(data["outputs"]), entry)
 
 
 @dataclass(frozen=True)

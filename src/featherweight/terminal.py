@@ -190,6 +190,52 @@ def print_measurement(told: dict[str, Any], as_json: bool) -> None:
         )
 
 
+def print_packed(told: dict[str, Any], as_json: bool) -> None:
+    """What each file takes in a bundle, what the whole takes, and what an update saves."""
+    from featherweight import figures
+
+    if as_json:
+        print_json(told)
+        return
+    rows = [
+        [
+            file["path"],
+            f"{file['bytes']:,}",
+            f"{file['coded']:,}",
+            f"{file['entropy']:,.0f}" if file["streams"] else figures.MISSING,
+            figures.percent(file["coded"] / file["bytes"]) if file["bytes"] else figures.MISSING,
+        ]
+        for file in told["files"]
+    ]
+    print_table(["file", "bytes", "coded", "entropy", "share"], rows)
+    size, unpacked = told["bytes"], told["unpacked_bytes"]
+    print_text(f"{told['out']}: {size:,} bytes, {figures.percent(size / unpacked)} of {unpacked:,}")
+    if "alone_bytes" in told:
+        print_text(
+            f"An update for {told['base']}: {figures.percent(size / told['alone_bytes'])} of the "
+            f"{told['alone_bytes']:,} bytes that it takes without it"
+        )
+    print_text(f"Identity: {told['identity']}")
+    print_text("Not signed" if told["key"] is None else f"Signed with key {told['key']}")
+
+
+def print_verified(told: dict[str, Any], as_json: bool) -> None:
+    """What was checked of a bundle, and who vouches for it."""
+    if as_json:
+        print_json(told)
+        return
+    print_text(f"Identity: {told['identity']}")
+    print_text(f"Signature: {told['signature']}")
+    print_text(f"Digests: right, of all that is stored and of {told['files']} files")
+    for runtime, seen in told["artifacts"].items():
+        what = (
+            "what was measured" if seen["measured"] else "what artifact.json tells of; nothing was measured"
+        )
+        print_text(f"Artifact for {runtime}: {what}")
+        print_text(f"Probe of {runtime}: {seen['parity']}")
+    print_text("Right" if told["vouched"] else "Nothing is damaged, but nobody vouches for it")
+
+
 def print_inspected(told: dict[str, Any], as_json: bool) -> None:
     """Layers, totals of each entry, and what runtimes refuse."""
     if as_json:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from featherweight.api.looking import measure as measure
     from featherweight.api.making import apply as apply
     from featherweight.api.making import lower as lower
+    from featherweight.api.packing import pack as pack
     from featherweight.api.reporting import report as report
+    from featherweight.api.unpacking import load as load
+    from featherweight.api.unpacking import unpack as unpack
+    from featherweight.api.unpacking import verify as verify
     from featherweight.engine.catalog import doctor as doctor
     from featherweight.engine.catalog import methods as methods
     from featherweight.engine.catalog import runtimes as runtimes
@@ -26,7 +30,9 @@ _HOMES = {
     **dict.fromkeys(("demo", "fit"), "api.fitting"),
     **dict.fromkeys(("compare", "inspect", "measure"), "api.looking"),
     **dict.fromkeys(("apply", "lower"), "api.making"),
+    "pack": "api.packing",
     "report": "api.reporting",
+    **dict.fromkeys(("load", "unpack", "verify"), "api.unpacking"),
     **dict.fromkeys(("doctor", "methods", "runtimes"), "engine.catalog"),
 }
 

@@ -52,7 +52,9 @@ def write_artifact(
     programs = bundle.loaders(run.runtime, artifact, target, entries[name], origin, name=name)
     for file, text in programs.items():
         (folder / file).write_text(text, encoding="utf-8")
-    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    calls = {one: bundle.signature(entry, one).to_json() for one, entry in entries.items()}
+    told = {**about, "signatures": calls}
+    (folder / ABOUT).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, names: Iterable[str | Path], folder: Path) -> None:

@@ -218,7 +218,27 @@ Study = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the run that --out holds.")]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        metavar="OLD.fw",
+        show_default=False,
+        help="Write an update for those who have this bundle: only what is new is stored.",
+    ),
+]
+UpdatedBase = Annotated[
+    Path | None,
+    typer.Option(
+        "--base", metavar="OLD.fw", show_default=False, help="Of an update, the bundle that it is for."
+    ),
+]
+ForceFile = Annotated[bool, typer.Option("--force", help="Replace the bundle that is there.")]
+ForceFolder = Annotated[
+    bool, typer.Option("--force", help="Replace a folder that fit, lower or unpack wrote.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors; the result is in --out.")]
+Silent = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 NoBars = Annotated[bool, typer.Option("--quiet", help="No progress bars and no remarks.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, errors too.")]
 Pickle = Annotated[

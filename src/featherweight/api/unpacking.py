@@ -1,0 +1,151 @@
+"""``unpack``, ``load`` and ``verify``: a bundle's files, its session, and whether all is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import featherweight_loader as loader
+from featherweight.engine.output import check_output, held_run, write_folder
+from featherweight.errors import BundleError, OutputError
+
+if TYPE_CHECKING:
+    from featherweight_loader.sessions import Session
+
+_KINDS = ("artifact", "document")  # probes are for those who verify the bundle
+
+
+def unpack(
+    file: str | Path, folder: str | Path, *, base: str | Path | None = None, force: bool = False
+) -> dict[str, Any]:
+    """Write the files of a bundle into a folder, as they were before they were packed.
+
+    Args:
+        file: The bundle.
+        folder: Where to; new, or empty.
+        base: The bundle that it was packed against.
+        force: Replace a folder that ``fit``, ``lower`` or ``unpack`` wrote.
+
+    Returns:
+        What was written.
+
+    Raises:
+        BundleError: The bundle is damaged, or its base is missing.
+        OutputError: The folder holds files; nothing was written.
+    """
+    place, bundle = Path(folder), read_bundle(file, base)
+    files = [path for path, file in bundle.files.items() if file.kind in _KINDS]
+    _check_folder(place, set(files), force)
+
+    def write(fresh: Path) -> None:
+        with told_by_loader():
+            bundle.unpack(fresh, kinds=_KINDS)
+
+    write_folder(place, write)
+    return {"out": str(place), "files": files, "identity": bundle.identity}
+
+
+def load(
+    file: str | Path, *, runtime: str | None = None, threads: int = 1, base: str | Path | None = None
+) -> Session:
+    """Open the artifact of a bundle in its runtime.
+
+    Args:
+        file: The bundle.
+        runtime: Which one, where the bundle holds several.
+        threads: Cores that it may use.
+        base: The bundle that it was packed against.
+
+    Returns:
+        A session: called with arrays, it returns arrays.
+
+    Raises:
+        BundleError: The bundle is damaged, lacks what is asked for, or its runtime is not installed.
+    """
+    _check_files(file, base)
+    with told_by_loader():
+        return loader.load(file, runtime=runtime, threads=threads, base=base)
+
+
+def verify(
+    file: str | Path, *, key: str | Path | None = None, base: str | Path | None = None
+) -> dict[str, Any]:
+    """Whether a bundle is what was signed and what was measured, and still answers as it did.
+
+    Checked are the signature, the digests of all that is stored and of every file, that the artifact is
+    the one of ``result.json`` and ``artifact.json``, and what it answers to its probe, in a process of
+    its own.
+
+    Args:
+        file: The bundle.
+        key: Public Ed25519 key in PEM; without it nobody vouches for the bundle.
+        base: The bundle that it was packed against.
+
+    Returns:
+        What was checked, in words; ``vouched`` tells whether the key's owner stands for it.
+
+    Raises:
+        BundleError: Something is wrong.
+    """
+    from featherweight.api.probing import parity  # what a session of `load` does not need
+    from featherweight.bundles import probes, verifying
+
+    bundle = read_bundle(file, base)
+    vouched = verifying.check_signature(bundle, key)
+    with told_by_loader():
+        bundle.check()
+    artifacts: dict[str, dict[str, Any]] = {}
+    for part in verifying.parts(bundle):
+        probe, says = probes.place(part.runtime), "no probe was kept"
+        if probe in bundle.files:
+            with told_by_loader():
+                says = parity(part, probes.Probe.parse(bundle.data(probe)), bundle.unpack)
+        artifacts[part.runtime] = {"sha256": part.sha256, "measured": bool(part.measured), "parity": says}
+    return {
+        "file": str(file),
+        "identity": bundle.identity,
+        "signature": vouched,
+        "vouched": key is not None,
+        "files": len(bundle.files),
+        "artifacts": artifacts,
+    }
+
+
+@contextmanager
+def told_by_loader() -> Iterator[None]:
+    """What the loader raises becomes one of our errors."""
+    try:
+        yield
+    except loader.BundleError as error:
+        raise BundleError(error.what, where=error.where, fix=error.fix) from error
+
+
+def read_bundle(file: str | Path, base: str | Path | None) -> loader.Bundle:
+    """A bundle, and its base where it has one.
+
+    Raises:
+        BundleError: A file is none, or damaged.
+    """
+    _check_files(file, base)
+    with told_by_loader():
+        return loader.read(file, base=base)
+
+
+def _check_files(file: str | Path, base: str | Path | None) -> None:
+    for path, what in ((file, "bundle"), (base, "base")):
+        if path is not None and not Path(path).is_file():
+            why = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+            raise BundleError(f"the {what} '{path}' {why}", fix="name a file that featherweight pack wrote")
+
+
+def _check_folder(place: Path, names: set[str], force: bool) -> None:
+    """Refuse a folder with files, but with ``force`` not one that holds only what would be written."""
+    if force and place.is_dir():
+        held = {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()}
+        if held <= names:
+            return
+    check_output(place)
+    if held_run(place) is not None and not force:
+        raise OutputError(f"'{place}' holds files", fix="name another folder, or add --force to replace it")
