@@ -1,0 +1,94 @@
+"""Bytes of a section: a run of the range coder, or what zstd and LZMA make of the rest."""
+
+from __future__ import annotations
+
+import lzma
+from collections.abc import Iterable
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from featherweight.bundles.tables import Array, Table
+
+RAW, ZSTD, LZMA, CODES, PREFIXED = 0, 1, 2, 3, 4
+
+# Contexts of literals and positions for LZMA: text, plain bytes, and words of 2 and 4 bytes.
+_PROPERTIES = ((3, 0, 2), (4, 0, 0), (0, 0, 0), (0, 2, 2), (1, 1, 1))
+_FEW = 4 << 20  # above this many bytes only the first of them is tried
+
+
+def coded(runs: Iterable[tuple[Table, Array]], modulus: Iterable[int]) -> bytes:
+    """One run of the range coder over all symbols, in order.
+
+    Args:
+        runs: Symbols with the table of each array of them.
+        modulus: For each array the number of symbols where they are of a ring, else 0.
+    """
+    import constriction
+
+    encoder = constriction.stream.queue.RangeEncoder()
+    for (table, symbols), ring in zip(runs, modulus, strict=True):
+        if len(table.codes) == 1 or not len(symbols):
+            continue
+        index = symbols.astype(np.int32) - np.int32(table.lo)
+        if ring:
+            index %= ring
+        model = constriction.stream.model.Categorical(table.frequencies, perfect=False)
+        encoder.encode(index, model)
+    words: NDArray[np.uint32] = encoder.get_compressed()
+    return words.astype("<u4").tobytes()
+
+
+def packed(data: bytes) -> tuple[int, bytes]:
+    """The codec and the bytes of the smallest of raw, zstd and LZMA."""
+    if not data:
+        return RAW, data
+    best = (RAW, data)
+    for made in (*lzma_streams(data), (ZSTD, zstandard.ZstdCompressor(level=19).compress(data))):
+        if len(made[1]) < len(best[1]):
+            best = made
+    return best
+
+
+def lzma_streams(data: bytes) -> Iterable[tuple[int, bytes]]:
+    """The data as LZMA with each setting that is worth a try."""
+    for lc, lp, pb in _PROPERTIES if len(data) <= _FEW else _PROPERTIES[:1]:
+        filters = [
+            {
+                "id": lzma.FILTER_LZMA1,
+                "preset": 9 | lzma.PRESET_EXTREME,
+                "lc": lc,
+                "lp": lp,
+                "pb": pb,
+                "dict_size": max(4096, len(data)),
+            }
+        ]
+        stream = lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters)
+        yield LZMA, bytes([(pb * 5 + lp) * 9 + lc]) + _ended(stream, filters, len(data))
+
+
+def _ended(stream: bytes, filters: list[dict[str, int]], size: int) -> bytes:
+    """The stream without its end marker, which a reader does not need.
+
+    One byte more stays than liblzma asks for, since a decoder may read a byte ahead.
+    """
+    for cut in range(10, 0, -1):
+        if len(stream) <= cut + 5:
+            continue
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=filters)
+        if size > 1 << 16 and cut not in (4, 5):  # decoding again costs time, a byte more does not
+            continue
+        if len(decoder.decompress(stream[: len(stream) - cut], max_length=size)) == size:
+            return stream[: len(stream) - cut + 1]
+    return stream
+
+
+def prefixed(data: bytes, prefix: bytes) -> bytes:
+    """One zstd frame that refers to the files of a base."""
+    log = min(27, max(10, (len(data) + len(prefix)).bit_length()))
+    settings = zstandard.ZstdCompressionParameters.from_level(
+        19, window_log=log, source_size=len(data), dict_size=len(prefix), enable_ldm=len(prefix) > 1 << 20
+    )
+    words = zstandard.ZstdCompressionDict(prefix, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+    return zstandard.ZstdCompressor(dict_data=words, compression_params=settings).compress(data)
