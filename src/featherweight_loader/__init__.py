@@ -22,11 +22,10 @@ from featherweight_loader.errors import (
     TooLarge,
 )
 from featherweight_loader.head import File, Section
+from featherweight_loader.sessions import Session, open_session
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from featherweight_loader.sessions import Session
 
 __version__ = "0.1.0"
 
@@ -39,6 +38,7 @@ __all__ = [
     "MissingPart",
     "NewerBundle",
     "Section",
+    "Session",
     "TooLarge",
     "load",
     "read",
@@ -68,7 +68,5 @@ def load(
     Raises:
         BundleError: As :func:`read`; :class:`MissingPart` where there is no such artifact or no package.
     """
-    from featherweight_loader.sessions import open_session
-
     bundle = source if isinstance(source, Bundle) else read(source, base=base, max_bytes=max_bytes)
     return open_session(bundle, runtime, threads)

@@ -162,7 +162,7 @@ class Bundle:
             scratch = place.with_name(f".{secrets.token_hex(8)}.unpacking")
             scratch.mkdir()
             try:
-                self._write(wanted, scratch)
+                self.write([self._head.files[index].path for index in wanted], scratch)
                 if place.exists():
                     place.rmdir()
                 scratch.rename(place)
@@ -173,11 +173,13 @@ class Bundle:
             raise BundleError(f"cannot write '{folder}': {error}") from error
         return [place / self._head.files[index].path for index in wanted]
 
-    def _write(self, wanted: list[int], folder: Path) -> None:
-        for index, data in zip(wanted, self._decoded(wanted), strict=True):
-            path = folder / self._head.files[index].path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as file:
+    def write(self, paths: Sequence[str], folder: Path) -> None:
+        """Write some files below a folder that is there; :meth:`unpack` writes all of them or nothing."""
+        wanted = [self._index[path] for path in paths]
+        for path, data in zip(paths, self._decoded(wanted), strict=True):
+            place = folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("xb") as file:
                 file.write(data)
 
     def check(self) -> None:
