@@ -12,7 +12,7 @@ Uniform affine quantization (Jacob et al. 2018, arXiv:1712.05877)::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -33,6 +33,8 @@ from featherweight.granularity import Granularity as Granularity
 from featherweight.granularity import PerChannel as PerChannel
 from featherweight.granularity import PerGroup as PerGroup
 from featherweight.granularity import PerTensor as PerTensor
+from featherweight.palette import Palette as Palette
+from featherweight.palette import decode_palette, encode_palette
 from featherweight.signs import Binary as Binary
 from featherweight.signs import Ternary as Ternary
 from featherweight.sparse import Sparse as Sparse
@@ -282,10 +284,17 @@ class Dynamic:
         return self
 
 
+def floats_alone(chain: Iterable[object]) -> bool:
+    """Whether what formats make is stored as floats yet: zeros put in, or the values of a palette."""
+    return all(isinstance(fmt, Sparse | Palette) for fmt in chain)
+
+
 def encode(fmt: TensorFormat) -> dict[str, Any]:
     """A format as JSON data; floats keep all their bits."""
     if isinstance(fmt, Sparse):
         return encode_sparse(fmt)
+    if isinstance(fmt, Palette):
+        return encode_palette(fmt)
     if not isinstance(fmt, IntQuant | FloatCast | Ternary | Binary | Dynamic):
         raise TypeError(f"{type(fmt).__name__} has no JSON form")
     data: dict[str, Any] = {"kind": type(fmt).__name__}
@@ -305,6 +314,8 @@ def decode(data: Mapping[str, Any]) -> TensorFormat:
     """The format that :func:`encode` wrote."""
     if data["kind"] == Sparse.__name__:
         return decode_sparse(data)
+    if data["kind"] == Palette.__name__:
+        return decode_palette(data)
     kinds: tuple[type[TensorFormat], ...] = (IntQuant, FloatCast, Ternary, Binary, Dynamic)
     named = {kind.__name__: kind for kind in kinds}
     if data["kind"] not in named:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from featherweight.errors import RecipeError
-from featherweight.formats import FloatCast, zeros_alone
+from featherweight.formats import FloatCast, floats_alone
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method
 from featherweight.model import Model
@@ -27,7 +27,7 @@ class Cast(Method, frozen=True, extra="forbid"):
     def apply(self, model: Model, context: Context) -> Model:
         fmt = FloatCast(self.weights)
         chosen: dict[str, None] = {}
-        held = {name for name, chain in model.formats.items() if not zeros_alone(chain)}
+        held = {name for name, chain in model.formats.items() if not floats_alone(chain)}
         for entry in model.entries:
             graph = trace(model, entry)
             for node in graph:  # what a layer that stays as it is reads stays as it is for every reader

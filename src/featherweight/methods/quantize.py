@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from featherweight.errors import DataError, RecipeError, TargetError
-from featherweight.formats import Binary, IntQuant, TensorFormat, zeros_alone
+from featherweight.formats import Binary, IntQuant, Palette, TensorFormat, floats_alone
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
@@ -181,7 +181,7 @@ class Quantize(Method, frozen=True, extra="forbid"):
         out = {node.layer for node in nodes if not self.where.selects(node.layer, node.layer_type)} | spared
         out |= {node.layer for node in nodes if own[node.name] == "float"}
         held = {name for node in nodes if node.layer in out for name in node.parameters.values()}
-        held |= {name for name, chain in model.formats.items() if not zeros_alone(chain)}
+        held |= {name for name, chain in model.formats.items() if not floats_alone(chain)}
 
         def weight(node: Node) -> TensorFormat | None:
             return self._draft(own[node.name])
@@ -235,20 +235,30 @@ class Quantize(Method, frozen=True, extra="forbid"):
     def _stored(self, model: Model, plan: Plan, context: Context) -> Formats:
         formats: Formats = {}
         for name, draft in plan.weights.items():
-            before = model.formats.get(name, ())  # zeros, which the ranges are of and which stay zeros
+            before = model.formats.get(name, ())  # zeros and palettes, which the ranges are of
             weight = project(model.module.get_parameter(name).detach(), before)
             if not torch.isfinite(weight).all():
                 raise DataError(
                     f"'{name}' holds NaN or infinite weights", fix="train or load the model again"
                 )
             grid = _realised(draft, "weight", context, name)
-            if before and isinstance(grid, Binary):
-                raise RecipeError(
-                    f"binary weights have no zero, and '{name}' is sparse",
-                    fix="take ternary weights, or exclude its layer under where",
-                )
+            self._check_beside(before, grid, name)
             formats[name] = (*before, weight_format(weight, grid, self.weight_range, self.percentile))
         return formats
+
+    def _check_beside(self, before: tuple[TensorFormat, ...], grid: TensorFormat, name: str) -> None:
+        """Weights with zeros or palettes take no format that would undo them."""
+        palette = any(isinstance(fmt, Palette) for fmt in before)
+        if palette and not isinstance(grid, IntQuant):
+            raise RecipeError(
+                f"{type(grid).__name__.lower()} weights are a palette of their own, and '{name}' has one",
+                fix="take integers behind cluster, or exclude its layer under where",
+            )
+        if before and isinstance(grid, Binary):
+            raise RecipeError(
+                f"binary weights have no zero, and '{name}' is sparse",
+                fix="take ternary weights, or exclude its layer under where",
+            )
 
     def _seen(
         self, model: Model, entry: str, plan: Plan, context: Context, notes: dict[str, None]

@@ -113,9 +113,9 @@ class CoreML(Runtime):
         import torch
 
         from featherweight.exchange.pt2e import quantized_program
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         half = self._half(model)
         plain = model.evolve(
             formats={name: chain for name, chain in model.formats.items() if name not in half}

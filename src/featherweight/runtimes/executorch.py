@@ -80,9 +80,9 @@ class ExecuTorch(Runtime):
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.exchange.pt2e import quantized_program
         from featherweight.runtimes._executorch_graph import delegable
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         files: dict[str, str] = {}
         tensors: dict[str, Mapping[str, str]] = {}
         batched: dict[str, Json] = {}

@@ -117,9 +117,9 @@ class LiteRT(Runtime):
         return replace(fmt, signed=True)
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         files: dict[str, str] = {}
         details: dict[str, Any] = {}
         for entry in model.entries:

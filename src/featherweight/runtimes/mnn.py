@@ -84,9 +84,9 @@ class Mnn(Runtime):
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._mnn_lower import lower_entry
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         files: dict[str, str] = {}
         details: dict[str, dict[str, Any]] = {}
         for entry in model.entries:

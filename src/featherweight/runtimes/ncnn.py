@@ -67,9 +67,9 @@ class Ncnn(Runtime):
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._ncnn_lower import lower
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        return lower(self, with_zeros(model), target, out)
+        return lower(self, in_floats(model), target, out)
 
     def open(self, artifact: Artifact, target: Target) -> Session:
         from featherweight.runtimes._ncnn_session import Session as Opened

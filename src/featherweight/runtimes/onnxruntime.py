@@ -143,9 +143,9 @@ class OnnxRuntime(Runtime):
         from featherweight.exchange.export import to_onnx, write
         from featherweight.graph import trace
         from featherweight.runtimes._ort_kinds import Kinds
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         files: dict[str, str] = {}
         values: dict[str, dict[str, str]] = {}
         written: list[str] = []

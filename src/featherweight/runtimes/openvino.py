@@ -111,9 +111,9 @@ class OpenVino(Runtime):
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.formats import Dynamic
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         files: dict[str, str] = {}
         values: dict[str, dict[str, str]] = {}
         for entry in model.entries:

@@ -90,9 +90,9 @@ class TensorRt(Runtime):
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
         from featherweight.runtimes._tensorrt_rules import ENFORCED, check_rules
         from featherweight.runtimes._tensorrt_sparse import check_sparse
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         files: dict[str, str] = {}
         written: list[str] = []
         values: dict[str, Mapping[str, str]] = {}

@@ -45,9 +45,9 @@ class Torch(Runtime):
         import torch
 
         from featherweight.exchange.opaque import opaque_layers
-        from featherweight.tools.sparsity import with_zeros
+        from featherweight.tools.palettes import in_floats
 
-        model = with_zeros(model)
+        model = in_floats(model)
         if opaque := opaque_layers(model.module):
             raise TargetError(
                 f"torch cannot run '{next(iter(opaque))}', which only ONNX Runtime has a kernel for",

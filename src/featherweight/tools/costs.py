@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from featherweight.formats import TensorFormat
+from featherweight.formats import TensorFormat, floats_alone
 from featherweight.graph import Graph, Node, trace
 from featherweight.model import Model
 
@@ -68,8 +68,11 @@ def node_macs(graph: Graph, node: Node) -> int:
 
 
 def stored_bytes(elements: int, formats: tuple[TensorFormat, ...]) -> int:
-    """Bytes of a parameter as its last format stores it; float32 without one."""
-    return formats[-1].stored_bytes(elements) if formats else 4 * elements
+    """Bytes of a parameter as its last format stores it; float32 without one, and where values are shared.
+
+    A palette's codes are bits of a packed download: what a runtime reads holds the values as floats.
+    """
+    return 4 * elements if floats_alone(formats) else formats[-1].stored_bytes(elements)
 
 
 def layer_costs(model: Model, entry: str = "forward") -> list[LayerCost]:

@@ -8,6 +8,10 @@ LSQ says (Esser et al. 2020, arXiv:1902.08153, section 2.2)::
 
 N elements share the step (of one example, for an activation), Qp is the largest multiple of it. Ranges that
 are not symmetric have a parameter for either end; an end at zero stays there.
+
+Centroids of a palette have the parameters r = c / u in units near their root mean square u, with the factor
+1 / u²: plain gradient descent moves them by the sum of what moves their members (Han et al. 2016,
+arXiv:1510.00149). Tensors that share a codebook share the parameter.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary
+from featherweight.formats import Binary, IntQuant, Palette, TensorFormat, Ternary
 from featherweight.straight_through import scaled_gradient
 
 _LEAST = 1e-2  # of the first step, below which none falls
@@ -39,12 +43,14 @@ class Learned(nn.Module):
         super().__init__()
         self.base = fmt
         self.relative = isinstance(fmt, IntQuant | Ternary | Binary)
+        self.codebook = fmt.codebook if isinstance(fmt, Palette) and not fixed else ""
         first = {} if fixed else _first(fmt)
         for name, value in first.items():
-            begin = torch.ones_like(value) if self.relative else value.detach().clone()
+            unit = _unit(fmt, value.detach())
+            begin = torch.ones_like(value) if self.relative else value.detach() / unit
             self.register_parameter(name, nn.Parameter(begin))
-            self.register_buffer(f"first_{name}", value.detach().clone(), persistent=False)
-        if first and self.relative:
+            self.register_buffer(f"first_{name}", unit.clone(), persistent=False)
+        if first and (self.relative or isinstance(fmt, Palette)):
             self.register_buffer("factor", _factor(fmt, elements), persistent=False)
         self._names = tuple(first)
         self._state, self._numbers = (_state(fmt), _numbers(fmt)) if hasattr(fmt, "advanced") else ((), ())
@@ -67,10 +73,12 @@ class Learned(nn.Module):
 
     def _value(self, name: str) -> Tensor:
         value: Tensor = getattr(self, name)
+        unit = self.get_buffer(f"first_{name}")
+        if isinstance(self.base, Palette):
+            return scaled_gradient(value, self.get_buffer("factor")) * unit
         if not self.relative:
             return value
-        ratio = scaled_gradient(value, self.get_buffer("factor")).clamp(min=_LEAST)
-        return ratio * self.get_buffer(f"first_{name}")
+        return scaled_gradient(value, self.get_buffer("factor")).clamp(min=_LEAST) * unit
 
     def get_extra_state(self) -> Tensor:
         """Where a schedule stands: the format's numbers, for ``state_dict``."""
@@ -129,6 +137,14 @@ def _first(fmt: TensorFormat) -> dict[str, Tensor]:
     return {name: end for name, end in ends.items() if end.any()}
 
 
+def _unit(fmt: TensorFormat, value: Tensor) -> Tensor:
+    """What a parameter is multiplied by."""
+    if isinstance(fmt, Palette):
+        size = value.square().mean().sqrt().clamp(min=1e-12)
+        return torch.exp2(torch.log2(size).round())  # a power of two, by which dividing loses nothing
+    return value if isinstance(fmt, IntQuant | Ternary | Binary) else torch.ones_like(value)
+
+
 def _with(fmt: TensorFormat, values: Mapping[str, Tensor], relative: bool) -> TensorFormat:
     if not isinstance(fmt, IntQuant):
         return fmt.with_learned(values)
@@ -140,6 +156,8 @@ def _with(fmt: TensorFormat, values: Mapping[str, Tensor], relative: bool) -> Te
 
 def _factor(fmt: TensorFormat, elements: int) -> Tensor:
     """The gradient's scale of a relative step."""
+    if isinstance(fmt, Palette):
+        return 1 / _unit(fmt, fmt.centroids.detach()).square()
     if isinstance(fmt, IntQuant):
         step = fmt.grid()[0]
         most = fmt.quant_max - fmt.quant_min

@@ -72,6 +72,7 @@ class Simulated(nn.Module):
         self.formats = nn.ModuleDict(
             {key: Learned(fmt, *self._plan.learning(key)) for key, fmt in self._plan.formats.items()}
         )
+        self._share_codebooks()
         self.norms = nn.ModuleList()
         if normalize:
             self._normalize(normalize)
@@ -111,6 +112,13 @@ class Simulated(nn.Module):
         having: list[Any] = [one for one in map(self._learned, self.formats) if hasattr(one.base, "penalty")]
         found = [extra for one in having if (extra := one.current().penalty()) is not None]
         return torch.stack(found).sum() if found else None
+
+    def _share_codebooks(self) -> None:
+        """Centroids that several tensors share are one parameter."""
+        first: dict[str, Learned] = {}
+        for one in map(self._learned, self.formats):
+            if one.codebook:
+                one.centroids = first.setdefault(one.codebook, one).centroids
 
     def _learned(self, key: str) -> Learned:
         one = self.formats[key]
