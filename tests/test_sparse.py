@@ -190,6 +190,15 @@ class TestSparse:
         grown = torch.where(fmt.mask, x, 10 * x)
         assert fmt.advanced(grown, 0.2).mask[~fmt.mask].any()
 
+    def test_what_does_not_regrow_has_no_gradient(self) -> None:
+        x = random(4, 6).requires_grad_()
+        slope = random(4, 6, seed=3)
+        for regrow in (True, False):
+            fmt = Sparse(largest(x.detach().abs(), 0.5), 0.5, final=False, regrow=regrow)
+            (found,) = torch.autograd.grad((fmt.project(x) * slope).sum(), x)
+            torch.testing.assert_close(found, slope if regrow else slope * fmt.mask)
+            assert decode(json.loads(json.dumps(encode(fmt)))).regrow is regrow  # type: ignore[union-attr]
+
     def test_gates_that_closed_are_zeros(self) -> None:
         scores = torch.full((4, 6), 0.1)
         scores[0] = -1.0

@@ -43,6 +43,7 @@ class Sparse:
         rate: Of the penalty for each gate that is open.
         final: The mask does not change any more.
         at: The share of the training that the mask is of.
+        regrow: Values ranked by magnitude or by scores learn while they are zero, and may come back.
     """
 
     mask: Tensor
@@ -55,6 +56,7 @@ class Sparse:
     rate: float = 0.0
     final: bool = True
     at: float = -1.0
+    regrow: bool = True
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool:
@@ -72,7 +74,7 @@ class Sparse:
         return 32
 
     def project(self, x: Tensor) -> Tensor:
-        """Zeros put in. Where the mask may change yet, values that are zero now have a gradient too."""
+        """Zeros put in. Where the mask may change yet, values that are zero may have a gradient too."""
         if x.shape != self.mask.shape:
             raise ValueError(f"a mask of {tuple(self.mask.shape)} is no mask of {tuple(x.shape)}")
         mask = self.mask.to(x.device)
@@ -85,7 +87,7 @@ class Sparse:
         if self.by == "movement":
             assert self.scores is not None
             return x * straight_through(mask.to(x.dtype), self.scores.to(x.dtype))
-        return straight_through((x * mask).detach(), x)
+        return straight_through((x * mask).detach(), x) if self.regrow else x * mask
 
     def penalty(self) -> Tensor | None:
         """What open gates add to the loss: the rate times their expected number."""

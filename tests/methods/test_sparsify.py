@@ -214,6 +214,7 @@ class TestTraining:
         [
             {},
             {"schedule": "none"},
+            {"regrow": False},
             {"criterion": "gradient"},
             {"criterion": "movement"},
             {"pattern": "2:4"},

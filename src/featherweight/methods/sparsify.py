@@ -56,6 +56,8 @@ class Sparsify(Method, frozen=True, extra="forbid"):
         schedule: Whether finetune begins dense and reaches the sparsity on a ``cubic`` curve, or the mask
             stays as it is (``none``).
         end: Share of the finetune after which the mask stays.
+        regrow: While the sparsity rises, weights that are zero learn too and may come back. Adam moves them
+            as far as those that matter, so with adamw ``false`` is better; movement and gates always regrow.
         regularisation: ``l0``: finetune learns gates under a penalty for those that are open.
         penalty: What they add to the loss when all are open.
         limit: Largest share of zeros of one layer, for ``global``.
@@ -72,6 +74,7 @@ class Sparsify(Method, frozen=True, extra="forbid"):
     pattern: str = "none"
     schedule: Literal["none", "cubic"] = "cubic"
     end: Annotated[float, Field(gt=0, le=1)] = 0.7
+    regrow: bool = True
     regularisation: Literal["none", "l0"] = "none"
     penalty: Annotated[float, Field(gt=0)] = 1.0
     limit: Fraction = 0.98
@@ -187,7 +190,17 @@ class Sparsify(Method, frozen=True, extra="forbid"):
         elif self.criterion == "gradient" and self.schedule == "cubic":
             by, learned = "scores", score.float()
         final = self.schedule == "none" and by != "movement"
-        return Sparse(mask, sparsity, self.pattern, self.schedule, self.end, by, learned, final=final)
+        return Sparse(
+            mask,
+            sparsity,
+            self.pattern,
+            self.schedule,
+            self.end,
+            by,
+            learned,
+            final=final,
+            regrow=self.regrow,
+        )
 
     def _tell(self, formats: Mapping[str, tuple[Any, ...]], left: list[str], context: Context) -> None:
         if left:
