@@ -241,7 +241,7 @@ class _Used:
         )
         count = read.count("pieces", _PIECES - self._pieces)
         self._pieces += count
-        at, left, rests, raws = read.at, file.bytes, 0, 0
+        at, left, rests, raws, coded = read.at, file.bytes, 0, 0, False
         for _ in range(count):
             gap = read.varint()
             piece = read_piece(read, len(self._head.tables))
@@ -250,8 +250,11 @@ class _Used:
             left -= gap + piece.bytes
             rests += gap
             raws += piece.raw_bytes
+            coded = coded or piece.coded
             if left < 0:
                 raise DamagedBundle("its pieces are larger than the file", where=file.path)
+        if coded != (codes >= 0):
+            raise DamagedBundle("codes without coded pieces, or the reverse", where=file.path)
         return Layout(
             rest=(rest, self._take(rest, rests + left, file)),
             raw=(raw, self._take(raw, raws, file)),
@@ -287,6 +290,5 @@ class _Used:
     def check_whole(self) -> None:
         """Refuse bytes that no file uses."""
         for index, section in enumerate(self._head.sections):
-            unused = not self._role[index] if section.codec == CODES else self._at[index] != section.raw
-            if unused and section.raw:
+            if not self._role[index] or (section.codec != CODES and self._at[index] != section.raw):
                 raise DamagedBundle(f"no file uses section {index} up", where="the head")

@@ -9,7 +9,9 @@ from featherweight_loader.errors import DamagedBundle
 
 _LONGEST = 255
 _FORBIDDEN = re.compile('[\\x00-\\x1f\\x7f-\\x9f\\\\:*?"<>|]')
-_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE | re.ASCII
+)
 
 
 def check_path(path: str) -> None:
@@ -42,13 +44,13 @@ def check_apart(paths: Iterable[str]) -> None:
     """Refuse paths that would overwrite one another.
 
     Raises:
-        DamagedBundle: Two are equal when case is ignored, or one is the folder of another.
+        DamagedBundle: Two are equal when the case of A to Z is ignored, or one is the folder of another.
     """
-    files: set[str] = set()
-    folders: set[str] = set()
+    files: set[bytes] = set()
+    folders: set[bytes] = set()
     for path in paths:
-        key = path.casefold()
-        above = [key[:place] for place, letter in enumerate(key) if letter == "/"]
+        key = path.encode("utf-8").lower()  # of bytes: A to Z alone
+        above = [key[: match.start()] for match in re.finditer(b"/", key)]
         if key in files or key in folders or not files.isdisjoint(above):
             raise DamagedBundle("two paths in the bundle collide", where=repr(path))
         files.add(key)

@@ -60,6 +60,11 @@ class Piece:
         """Of the planes that are stored."""
         return self.n * sum(plane is None for plane in self.planes)
 
+    @property
+    def coded(self) -> bool:
+        """Whether any plane is in the codes."""
+        return any(plane is not None for plane in self.planes)
+
 
 def read_piece(read: Reader, tables: int) -> Piece:
     """The next piece of a head that has so many tables.

@@ -1339,7 +1339,9 @@ static fw_status put_together(fw_bundle *b, const file *f, queue *q, uint8_t *ou
         out += p.bytes;
     }
     if (out < end) memcpy(out, rest, (size_t)(end - out));
-    return words && codes.at != codes.end ? FW_BAD_CODES : FW_OK;
+    /* all words are read, and the point is as near as an encoder puts it; nothing coded: the range is untouched */
+    if (words && codes.at != codes.end) return FW_BAD_CODES;
+    return words && codes.range != UINT64_MAX && codes.ahead >= ((uint64_t)1 << 33) - 1 ? FW_BAD_CODES : FW_OK;
 }
 
 fw_status fw_read(fw_bundle *b, size_t index, uint8_t *out, size_t size)
