@@ -230,6 +230,7 @@ def make(folder: Path) -> None:
     _arrays(folder)
     _images(folder)
     _onnx(folder)
+    _bundles(folder)
     for name in ("held", "mine", "no-result", "bad-result"):
         (folder / name).mkdir()
     (folder / "held" / "result.json").write_text('{"run": "0123"}')
@@ -298,6 +299,45 @@ def _images(folder: Path) -> None:
     content = (folder / "photos" / "cat" / "1.png").read_bytes()
     (folder / "torn" / "cat" / "1.png").write_bytes(content[: len(content) // 2])
     (folder / "nothing").mkdir()
+
+
+def _bundles(folder: Path) -> None:
+    """A folder as lower writes it, bundles of it that are right, torn and changed, and keys."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from featherweight.api import pack
+    from featherweight.bundles.write import Member, write_bundle
+
+    for name in ("key", "other"):
+        key = Ed25519PrivateKey.from_private_bytes(name[:1].encode() * 32)
+        form, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+        (folder / f"{name}.pem").write_bytes(
+            key.private_bytes(form, serialization.PrivateFormat.PKCS8, plain)
+        )
+        public = key.public_key().public_bytes(form, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pub").write_bytes(public)
+    told = {
+        "runtime": "onnxruntime",
+        "files": ["model.onnx"],
+        "entries": {"forward": "model.onnx"},
+        "details": {},
+        "target": {"runtime": "onnxruntime", "isa": "", "threads": 1, "device": "local", "options": {}},
+    }
+    for name in ("lowered", "twice", "lost"):
+        (folder / name).mkdir()
+        (folder / name / "artifact.json").write_text(json.dumps(told))
+        if name != "lost":
+            (folder / name / "model.onnx").write_bytes(np.random.default_rng(0).bytes(20_000))
+    pack(folder / "lowered", folder / "right.fw")
+    pack(folder / "lowered", folder / "signed.fw", sign=folder / "key.pem")
+    pack(folder / "lowered", folder / "update.fw", base=folder / "right.fw")
+    data = bytearray((folder / "signed.fw").read_bytes())
+    (folder / "torn.fw").write_bytes(data[:-9000])
+    data[len(data) // 2] ^= 1
+    (folder / "changed.fw").write_bytes(data)
+    (folder / "newer.fw").write_bytes(bytes(data[:8]) + b"\x09" + bytes(data[9:]))
+    write_bundle(folder / "strange.fw", [Member("notes.txt", b"no artifact", "document")])
 
 
 def _onnx(folder: Path) -> None:
@@ -579,6 +619,43 @@ CASES = [
     Case("metric, no data", "measure matmul.onnx --input 4 --metric accuracy", ("accuracy", "--data")),
     Case("agreement, no twin", "measure matmul.onnx --data four.npz --metric agreement", ("--twin",)),
     Case("inspect nothing", "inspect nothing.onnx --input 4", ("no model 'nothing.onnx'",)),
+    # ---- bundles
+    Case("pack nothing", "pack out.fw", ("no folder was named", "pack DIR")),
+    Case("pack what is missing", "pack gone out.fw", ("'gone' does not exist", "fit or lower")),
+    Case("pack a folder of pictures", "pack photos out.fw", ("'photos' holds no artifact.json",)),
+    Case("pack a file", "pack right.fw out.fw", ("'right.fw' is no folder",)),
+    Case("pack half a folder", "pack lost out.fw", ("'lost' lacks 'model.onnx'", "copy the folder whole")),
+    Case("pack without a bundle's name", "pack lowered", ("'lowered' is a folder", "pack DIR model.fw")),
+    Case("pack one runtime twice", "pack lowered twice out.fw", ("two folders", "onnxruntime")),
+    Case("pack over a bundle", "pack lowered right.fw", ("'right.fw' is there already", "--force")),
+    Case("pack over a file", "pack lowered notes.txt --force", ("'notes.txt' is no bundle",)),
+    Case("pack to nowhere", "pack lowered a/out.fw", ("no folder 'a'", "mkdir -p a")),
+    Case("pack with no key", "pack lowered out.fw --sign k.pem", ("'k.pem' does not exist", "openssl")),
+    Case("pack with a public key", "pack lowered out.fw --sign key.pub", ("is a public key",)),
+    Case("pack with a strange key", "pack lowered out.fw --sign notes.txt", ("is no key in PEM",)),
+    Case("pack with no licence", "pack lowered out.fw --license L", ("no licence 'L'", "--license FILE")),
+    Case("pack for no base", "pack lowered out.fw --base old.fw", ("the base 'old.fw' does not exist",)),
+    Case("pack for a damaged base", "pack lowered out.fw --base torn.fw", ("are missing", "torn.fw")),
+    Case("unpack nothing", "unpack nothing.fw un", ("the bundle 'nothing.fw' does not exist",)),
+    Case("unpack a text", "unpack notes.txt un", ("notes.txt",)),
+    Case("unpack a torn bundle", "unpack torn.fw un", ("are missing", "torn.fw")),
+    Case("unpack a changed bundle", "unpack changed.fw un", ("another digest",)),
+    Case("unpack an update", "unpack update.fw un", ("is an update", "base")),
+    Case("unpack over own files", "unpack right.fw mine", ("did not write",)),
+    Case("unpack over own files, --force", "unpack right.fw mine --force", ("did not write",)),
+    Case("unpack over a run", "unpack right.fw held", ("'held' holds files", "--force")),
+    Case("unpack to nowhere", "unpack right.fw a/un", ("no folder 'a'",)),
+    Case("verify nothing", "verify nothing.fw", ("the bundle 'nothing.fw' does not exist",)),
+    Case("verify a folder", "verify lowered", ("the bundle 'lowered' is a folder",)),
+    Case("verify an empty file", "verify empty.onnx", ("empty.onnx",)),
+    Case("verify a newer bundle", "verify newer.fw", ("version",)),
+    Case("verify a changed bundle", "verify changed.fw --key key.pub", ("another digest",)),
+    Case("verify with another key", "verify signed.fw --key other.pub", ("with another key", "--key")),
+    Case("verify with a private key", "verify signed.fw --key key.pem", ("is a private key", "-pubout")),
+    Case("verify what is not signed", "verify right.fw --key key.pub", ("is not signed", "--key")),
+    Case("verify an update", "verify update.fw", ("is an update", "base")),
+    Case("verify with another base", "verify update.fw --base signed.fw.", ("the base 'signed.fw.' does",)),
+    Case("verify what is no model", "verify strange.fw", ("no artifact.json",)),
     Case("report of nothing", "report no-result", ("holds no result.json", "fit")),
     Case("report of another", "report bad-result", ("no result of this version", "--force")),
 ]

@@ -29,7 +29,8 @@ from featherweight.plugins import find_runtime
 from sample_results import full_result, missed_result
 
 COMMANDS = (
-    *("fit", "apply", "lower", "measure", "inspect", "report", "methods", "runtimes", "doctor", "demo"),
+    *("fit", "apply", "lower", "measure", "inspect", "pack", "unpack", "verify", "report"),
+    *("methods", "runtimes", "doctor", "demo"),
 )
 NET = '''"""A network of two layers that talks."""
 import torch

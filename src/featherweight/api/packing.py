@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import featherweight_loader as loader
 from featherweight.api.probing import probe_of
-from featherweight.api.unpacking import read_bundle
+from featherweight.api.unpacking import read_base, read_bundle, told_by_loader
 from featherweight.bundles import probes
 from featherweight.bundles.signing import Envelope, private_key
 from featherweight.bundles.statement import statement
@@ -70,6 +70,8 @@ def pack(
     """
     place, key = Path(out), None if sign is None else private_key(sign)
     _check_place(place, force)
+    if base is not None:
+        read_base(base)
     given = [folders] if isinstance(folders, str | Path) else list(folders)
     members, notes = _members([Path(folder) for folder in given], license)
     if progress is not None:
@@ -79,7 +81,7 @@ def pack(
     fresh, alone = unfinished / "whole", unfinished / "alone"
     saves = {}
     try:
-        with told_as_machine_error(f"'{place}'"):
+        with told_as_machine_error(f"'{place}'"), told_by_loader(place):
             sweep(place.parent, f".{place.name}.partial-*")
             unfinished.mkdir()
             packed = write_bundle(

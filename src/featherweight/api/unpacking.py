@@ -40,7 +40,7 @@ def unpack(
     _check_folder(place, set(files), force)
 
     def write(fresh: Path) -> None:
-        with told_by_loader():
+        with told_by_loader(file):
             bundle.unpack(fresh, kinds=_KINDS)
 
     write_folder(place, write)
@@ -64,8 +64,9 @@ def load(
     Raises:
         BundleError: The bundle is damaged, lacks what is asked for, or its runtime is not installed.
     """
-    _check_files(file, base)
-    with told_by_loader():
+    for path, what in ((file, "bundle"), (base, "base")):
+        _check_file(path, what)
+    with told_by_loader(file):
         return loader.load(file, runtime=runtime, threads=threads, base=base)
 
 
@@ -94,13 +95,13 @@ def verify(
 
     bundle = read_bundle(file, base)
     vouched = verifying.check_signature(bundle, key)
-    with told_by_loader():
+    with told_by_loader(file):
         bundle.check()
     artifacts: dict[str, dict[str, Any]] = {}
     for part in verifying.parts(bundle):
         probe, says = probes.place(part.runtime), "no probe was kept"
         if probe in bundle.files:
-            with told_by_loader():
+            with told_by_loader(file):
                 says = parity(part, probes.Probe.parse(bundle.data(probe)), bundle.unpack)
         artifacts[part.runtime] = {"sha256": part.sha256, "measured": bool(part.measured), "parity": says}
     return {
@@ -114,12 +115,14 @@ def verify(
 
 
 @contextmanager
-def told_by_loader() -> Iterator[None]:
-    """What the loader raises becomes one of our errors."""
+def told_by_loader(file: str | Path) -> Iterator[None]:
+    """What the loader raises of a file becomes one of our errors."""
     try:
         yield
     except loader.BundleError as error:
-        raise BundleError(error.what, where=error.where, fix=error.fix) from error
+        where = str(file) if error.where is None else f"{error.where} of {file}"
+        fix = error.fix or "fetch the file again from who made it"
+        raise BundleError(error.what, where=where, fix=fix) from error
 
 
 def read_bundle(file: str | Path, base: str | Path | None) -> loader.Bundle:
@@ -128,16 +131,27 @@ def read_bundle(file: str | Path, base: str | Path | None) -> loader.Bundle:
     Raises:
         BundleError: A file is none, or damaged.
     """
-    _check_files(file, base)
-    with told_by_loader():
-        return loader.read(file, base=base)
+    old = None if base is None else read_base(base)
+    _check_file(file, "bundle")
+    with told_by_loader(file):
+        return loader.read(file, base=old)
 
 
-def _check_files(file: str | Path, base: str | Path | None) -> None:
-    for path, what in ((file, "bundle"), (base, "base")):
-        if path is not None and not Path(path).is_file():
-            why = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
-            raise BundleError(f"the {what} '{path}' {why}", fix="name a file that featherweight pack wrote")
+def read_base(file: str | Path) -> loader.Bundle:
+    """The bundle that an update is for.
+
+    Raises:
+        BundleError: It is none, or damaged.
+    """
+    _check_file(file, "base")
+    with told_by_loader(file):
+        return loader.read(file)
+
+
+def _check_file(path: str | Path | None, what: str) -> None:
+    if path is not None and not Path(path).is_file():
+        why = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
+        raise BundleError(f"the {what} '{path}' {why}", fix="name a file that featherweight pack wrote")
 
 
 def _check_folder(place: Path, names: set[str], force: bool) -> None:

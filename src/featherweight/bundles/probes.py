@@ -240,8 +240,8 @@ def decibels(seen: np.ndarray, wanted: np.ndarray) -> float:
         seen[~finite], wanted[~finite], equal_nan=True
     ):
         return -math.inf
-    signal, noise = wanted[finite].astype(np.float64), (seen - wanted)[finite].astype(np.float64)
-    power, error = float(np.square(signal).sum()), float(np.square(noise).sum())
+    signal, answer = wanted[finite].astype(np.float64), seen[finite].astype(np.float64)
+    power, error = float(np.square(signal).sum()), float(np.square(answer - signal).sum())
     if not error:
         return math.inf
     return 10 * math.log10(power / error) if power else -math.inf
