@@ -15,6 +15,7 @@ RAW, ZSTD, LZMA, CODES, PREFIXED = 0, 1, 2, 3, 4
 
 # Contexts of literals and positions for LZMA: text, plain bytes, and words of 2 and 4 bytes.
 _PROPERTIES = ((3, 0, 2), (4, 0, 0), (0, 0, 0), (0, 2, 2), (1, 1, 1))
+_HARD = 0.98  # bytes of which zstd leaves this share are not worth every try
 _FEW = 4 << 20  # above this many bytes only the first of them is tried
 
 
@@ -44,28 +45,28 @@ def packed(data: bytes) -> tuple[int, bytes]:
     """The codec and the bytes of the smallest of raw, zstd and LZMA."""
     if not data:
         return RAW, data
-    best = (RAW, data)
-    for made in (*lzma_streams(data), (ZSTD, zstandard.ZstdCompressor(level=19).compress(data))):
-        if len(made[1]) < len(best[1]):
-            best = made
-    return best
-
-
-def lzma_streams(data: bytes) -> Iterable[tuple[int, bytes]]:
-    """The data as LZMA with each setting that is worth a try."""
-    for lc, lp, pb in _PROPERTIES if len(data) <= _FEW else _PROPERTIES[:1]:
-        filters = [
-            {
-                "id": lzma.FILTER_LZMA1,
-                "preset": 9 | lzma.PRESET_EXTREME,
-                "lc": lc,
-                "lp": lp,
-                "pb": pb,
-                "dict_size": max(4096, len(data)),
-            }
+    quick = len(zstandard.ZstdCompressor(level=3).compress(data))
+    if len(data) > 1 << 14 and quick > _HARD * len(data):
+        made = [
+            (LZMA, _lzma(data, _PROPERTIES[2], 1)),
+            (ZSTD, zstandard.ZstdCompressor(level=9).compress(data)),
         ]
-        stream = lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters)
-        yield LZMA, bytes([(pb * 5 + lp) * 9 + lc]) + _ended(stream, filters, len(data))
+    else:
+        tried = _PROPERTIES if len(data) <= _FEW else _PROPERTIES[:1]
+        best = min(tried, key=lambda one: len(_lzma(data, one, 6))) if len(tried) > 1 else tried[0]
+        made = [
+            (LZMA, _lzma(data, best, 9 | lzma.PRESET_EXTREME)),
+            (ZSTD, zstandard.ZstdCompressor(level=19).compress(data)),
+        ]
+    return min([(RAW, data), *made], key=lambda one: len(one[1]))
+
+
+def _lzma(data: bytes, properties: tuple[int, int, int], preset: int) -> bytes:
+    lc, lp, pb = properties
+    told = {"id": lzma.FILTER_LZMA1, "preset": preset, "lc": lc, "lp": lp, "pb": pb}
+    filters = [{**told, "dict_size": max(4096, len(data))}]
+    stream = lzma.compress(data, format=lzma.FORMAT_RAW, filters=filters)
+    return bytes([(pb * 5 + lp) * 9 + lc]) + _ended(stream, filters, len(data))
 
 
 def _ended(stream: bytes, filters: list[dict[str, int]], size: int) -> bytes:

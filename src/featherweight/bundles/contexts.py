@@ -1,8 +1,8 @@
 """Contexts of a plane: its rows and columns in classes, each pair of which has statistics of its own.
 
 A pruned layer has rows and columns of very different density (a neuron that is nearly dead, a pixel at the
-border), and rows of integers differ in spread. Classes are found by turns: the best columns for the rows as they
-are, then the best rows for these columns (Dhillon et al., "Information-theoretic co-clustering", 2003).
+border), and rows of integers differ in spread. Classes are found by turns: the best columns for the rows as
+they are, then the best rows for these columns (Dhillon et al., "Information-theoretic co-clustering", 2003).
 """
 
 from __future__ import annotations

@@ -19,10 +19,17 @@ _SAVED = 160.0  # bits that a piece has to save: the rest loses what stood befor
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A file and its pieces, in order; what lies between them is the rest."""
+    """A file and its pieces, in order; what lies between them is the rest.
+
+    Attributes:
+        data: The file.
+        pieces: What is coded or stored apart.
+        whole: About the bytes that LZMA makes of all of it.
+    """
 
     data: Array
     pieces: tuple[Piece, ...]
+    whole: int = 0
 
     def rest(self) -> bytes:
         """All bytes that belong to no piece."""
@@ -59,7 +66,7 @@ def planned(data: bytes, named: Sequence[Span], path: str, base: Mapping[str, by
             continue
         pieces.append(piece)
         at = piece.stop
-    return Plan(view, tuple(pieces))
+    return Plan(view, tuple(pieces), rest.total)
 
 
 def _behind(span: Span, at: int) -> Span:

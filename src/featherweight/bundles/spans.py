@@ -1,8 +1,8 @@
 """Finds arrays in bytes of an unknown format by their statistics alone.
 
-Blocks that are coded more cheaply together than apart become one span, the best pair first; of the tree of spans
-that this makes, those are kept that are cheaper coded than left to LZMA (the rule of minimum description length). So
-no format has to be known.
+Blocks that are coded more cheaply together than apart become one span, the best pairs first; of the tree of
+spans that this makes, those are kept that are cheaper coded than left to LZMA (the rule of minimum
+description length). So no format has to be known.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from featherweight.bundles.tables import Array, entropy, stored
 _BLOCKS = 12000  # of a file at most, so that the counts of all blocks stay below 50 MB
 _SMALLEST = 256
 _LAG = 4370  # bytes that liblzma reads ahead of what it has written
+_KINDS = 64  # values of the largest palette that is looked for
 _SPAN = 96.0  # bits of a piece in the head
 
 
@@ -38,7 +39,11 @@ class Span:
 
 
 class Rest:
-    """What LZMA makes of every part of a file, in bits, in the context of all that stands before it."""
+    """What LZMA makes of every part of a file, in bits, in the context of all that stands before it.
+
+    Attributes:
+        total: Bytes that it makes of all.
+    """
 
     def __init__(self, data: bytes) -> None:
         step = max(_SMALLEST, len(data) >> 14)
@@ -57,6 +62,7 @@ class Rest:
         if len(data) > places[-1]:
             places.append(len(data))
             sums.append(total)
+        self.total = total
         self._places, self._sums = np.array(places), np.array(sums, dtype=np.float64)
 
     def bits(self, start: Array | int, stop: Array | int) -> Array:
@@ -106,9 +112,17 @@ def _costs(counts: Array) -> tuple[Array, Array]:
     whole = counts.sum(axis=1).reshape(-1, 16, 16)
     halves = whole.sum(axis=1) + whole.sum(axis=2)
     costs.append(entropy(halves) + stored(halves))
+    costs += [_palette(one, width) for one, width in zip(planes[1:], (16, 32), strict=True)]
     all_ = np.stack(costs, axis=1)
     index = all_.argmin(axis=1)
-    return all_.min(axis=1) + _SPAN, np.array([8, 16, 32, 4])[index]
+    return all_.min(axis=1) + _SPAN, np.array([8, 16, 32, 4, 16, 32])[index]
+
+
+def _palette(planes: Array, width: int) -> Array:
+    """The least that codes of a palette can take: the byte that tells most, and as many values as it has."""
+    kinds = (planes > 0).sum(axis=2).max(axis=1)
+    codes = (entropy(planes) + stored(planes)).max(axis=1)
+    return np.asarray(np.where(kinds <= _KINDS, codes + kinds * width, np.inf))
 
 
 @dataclass(eq=False)
@@ -125,32 +139,48 @@ def _tree(counts: Array, edges: Array, rest: Rest) -> list[Span]:
     nodes = [_Node(float(bits), ()) for bits in apart]
     for i, node in enumerate(nodes):
         _keep(node, costs[i], int(widths[i]), int(starts[i]), int(stops[i]), apart[i])
-    gains = _gains(counts, costs)
+    gains = _gains(counts, costs, np.arange(len(counts) - 1))
     while len(nodes) > 1 and gains.max() > 0:
-        left = np.concatenate([[-np.inf], gains[:-1]])
-        right = np.concatenate([gains[1:], [-np.inf]])
-        take = np.flatnonzero((gains > 0) & (gains > left) & (gains >= right))
+        take = _pairs(gains)
         counts[take] += counts[take + 1]
         stops = stops.copy()
         stops[take] = stops[take + 1]
         kept = np.ones(len(nodes), dtype=bool)
         kept[take + 1] = False
         costs[take], widths[take] = _costs(counts[take])
-        for i in take:
+        for i in take.tolist():
             both = _Node(nodes[i].bits + nodes[i + 1].bits, nodes[i].spans + nodes[i + 1].spans)
             left_out = float(rest.bits(int(starts[i]), int(stops[i])))
             _keep(both, costs[i], int(widths[i]), int(starts[i]), int(stops[i]), left_out)
             nodes[i] = both
         nodes = [node for node, keep in zip(nodes, kept, strict=True) if keep]
-        counts, costs, widths, starts, stops = (one[kept] for one in (counts, costs, widths, starts, stops))
-        gains = _gains(counts, costs)
+        changed = np.zeros(len(kept), dtype=bool)
+        changed[take] = True
+        counts, costs, widths, starts, stops, changed, gains = (
+            one[kept] for one in (counts, costs, widths, starts, stops, changed, np.append(gains, 0.0))
+        )
+        gains = gains[:-1]
+        again = np.flatnonzero(changed[:-1] | changed[1:])
+        gains[again] = _gains(counts, costs, again)
     return [span for node in nodes for span in node.spans]
 
 
-def _gains(counts: Array, costs: Array) -> Array:
-    if len(counts) < 2:
-        return np.array([-np.inf])
-    return np.asarray(costs[:-1] + costs[1:] - _costs(counts[:-1] + counts[1:])[0])
+def _gains(counts: Array, costs: Array, which: Array) -> Array:
+    """Bits that are saved where a block and the next one become one."""
+    return np.asarray(costs[which] + costs[which + 1] - _costs(counts[which] + counts[which + 1])[0])
+
+
+def _pairs(gains: Array) -> Array:
+    """Which blocks are merged with the next one: the better half of those that gain, none twice."""
+    good = np.flatnonzero(gains > 0)
+    order = good[np.argsort(-gains[good], kind="stable")][: len(good) // 2 + 1]
+    free = np.ones(len(gains) + 1, dtype=bool)
+    taken = []
+    for i in order.tolist():
+        if free[i] and free[i + 1]:
+            free[i] = free[i + 1] = False
+            taken.append(i)
+    return np.array(sorted(taken))
 
 
 def _keep(node: _Node, coded: float, width: int, start: int, stop: int, rest: float) -> None:

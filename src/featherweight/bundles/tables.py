@@ -1,7 +1,7 @@
 """Frequency tables of a bundle: how a count is stored, what a table costs, and which streams share one.
 
-A table is stored as one byte a symbol, four bits of which are a mantissa (docs/fw-format.md, "Tables"). Tables lie
-in the head, so a small stream may be coded more cheaply by a larger one's table than by its own.
+A table is stored as one byte a symbol, four bits of which are a mantissa (docs/fw-format.md, "Tables").
+Tables lie in the head, so a small stream may be coded more cheaply by a larger one's table than by its own.
 """
 
 from __future__ import annotations

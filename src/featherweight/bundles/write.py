@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -27,6 +27,7 @@ MAGIC = b"\x89FWB\r\n\x1a\n"
 VERSION = 1
 _KINDS = {"artifact": 0, "document": 1, "probe": 2}
 _SECTION = 44  # bytes of one more section in the head
+_SURE = 0.97  # coded to this share of what LZMA makes of it, a file is not packed whole to compare
 _TOGETHER = 1 << 20  # bytes of the rests of small artifacts that are packed as one
 
 
@@ -111,7 +112,7 @@ def write_bundle(
         check_path(member.path)
     check_apart(member.path for member in members)
     known = _Base.read(base) if base is not None else _Base()
-    bundle = _Bundle(known)
+    bundle = _Bundle(known, {one.path: one.read for one in members if one.kind == "artifact"})
     for member in (progress or Silent()).track(members, "packing", len(members)):
         bundle.add(member)
     head, body, files, documents = bundle.finished()
@@ -175,8 +176,10 @@ class _File:
 @dataclass(eq=False)
 class _Bundle:
     base: _Base
+    readers: Mapping[str, Callable[[], bytes]]
     files: list[_File] = field(default_factory=list)
     sections: list[tuple[int, bytes, int]] = field(default_factory=list)
+    packed: dict[bytes, tuple[int, bytes]] = field(default_factory=dict)
 
     def add(self, member: Member) -> None:
         """Take one file apart."""
@@ -186,7 +189,7 @@ class _Bundle:
             if other.copy is None and (other.digest, other.size) == (one.digest, one.size):
                 one.copy = index
         if one.copy is None:
-            arrays = named(data, member.path, member.runtime) if member.kind == "artifact" else ()
+            arrays = named(member.path, data, self.readers) if member.kind == "artifact" else ()
             artifacts = self.base.artifacts if member.kind == "artifact" else {}
             plan = planned(data, arrays, member.path, artifacts) if member.kind == "artifact" else None
             one.plan = plan
@@ -198,9 +201,11 @@ class _Bundle:
     def _pays(self, one: _File, data: bytes) -> bool:
         """Whether coding makes the file smaller than packing it whole does."""
         assert one.plan is not None
-        bits = sum(piece.bits for piece in one.plan.pieces)
-        sections = _SECTION * (1 + bool(one.raw) + bool(one.rest))
-        return len(coder.packed(one.rest)[1]) + bits / 8 + sections < len(coder.packed(data)[1]) + _SECTION
+        coded = sum(piece.bits for piece in one.plan.pieces) / 8 + _SECTION * bool(one.raw)
+        coded += len(self._packed(one.rest)[1]) + _SECTION * bool(one.rest)
+        if coded < _SURE * one.plan.whole:
+            return True
+        return coded < len(self._packed(data)[1])
 
     def finished(self) -> tuple[bytes, list[bytes], tuple[Coded, ...], int]:
         """The head, the sections, what became of each file, and the bytes of documents."""
@@ -244,7 +249,7 @@ class _Bundle:
         raw = [one for one in artifacts if one.raw]
         self._shared(raw, 1, [one.raw for one in raw])
         for one in artifacts:
-            if one.codes:
+            if one.streams:  # also where constants alone take no words: the format asks for a section
                 self._section([one], 2, [one.codes], coder.CODES, one.codes)
 
     def _shared(self, files: list[_File], role: int, parts: list[bytes]) -> None:
@@ -254,13 +259,21 @@ class _Bundle:
         alone = [self._packed(part) for part in parts]
         if len(files) > 1 and sum(map(len, parts)) <= _TOGETHER:
             together = self._packed(b"".join(parts))
-            if len(together[1]) < sum(len(packed) + _SECTION for _, packed in alone) - _SECTION:
-                self._section(files, role, parts, *together)
+            if len(together[1]) < sum(len(packed) + _SECTION for _, packed, _ in alone) - _SECTION:
+                self._section(files, role, parts, *together[:2])
                 return
         for one, part, packed in zip(files, parts, alone, strict=True):
-            self._section([one], role, [part], *packed)
+            self._section([one], role, [part], *packed[:2])
 
-    def _packed(self, data: bytes) -> tuple[int, bytes]:
+    def _packed(self, data: bytes) -> tuple[int, bytes, int]:
+        """Codec and bytes; what was packed once is not packed again."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self.packed:
+            self.packed[digest] = self._smallest(data)
+        codec, packed = self.packed[digest]
+        return codec, packed, len(data)
+
+    def _smallest(self, data: bytes) -> tuple[int, bytes]:
         best = coder.packed(data)
         if self.base.artifacts:
             update = coder.prefixed(data, b"".join(self.base.artifacts.values()))
@@ -273,7 +286,7 @@ class _Bundle:
         self.sections.append((codec, packed, size))
         for one, part in zip(files, parts, strict=True):
             one.sections[role] = len(self.sections)
-            one.shares += len(packed) * len(part) / size
+            one.shares += len(packed) * len(part) / max(size, 1)
 
     def _coded(self, one: _File) -> Coded:
         streams = one.streams
