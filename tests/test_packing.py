@@ -325,6 +325,15 @@ class TestLoad:
             with pytest.raises(BundleError, match="does not exist"):
                 call(tmp_path / "nothing.fw")
 
+    def test_opens_what_the_toolkit_alone_can(self, made: Made, tmp_path: Path) -> None:
+        net = f"{made.home / 'private_net.py'}:net"
+        fw.lower(net, inputs=["3x8x8"], out=tmp_path / "lowered", runtime="torch")
+        fw.pack(tmp_path / "lowered", tmp_path / "a.fw")
+        session = fw.load(tmp_path / "a.fw")
+        (seen,) = session(INPUTS[:1])
+        (wanted,) = fw.load(made.signed)(INPUTS[:1])
+        assert np.abs(seen - wanted).max() < 0.1 * np.abs(wanted).max()
+
     def test_imports_no_torch(self, made: Made, tmp_path: Path) -> None:
         code = (
             "import sys\n"

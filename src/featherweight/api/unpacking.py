@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ from featherweight.engine.output import check_output, held_run, write_folder
 from featherweight.errors import BundleError, OutputError
 
 if TYPE_CHECKING:
-    from featherweight_loader.sessions import Session
+    from featherweight.runtime import Session
 
 _KINDS = ("artifact", "document")  # probes are for those who verify the bundle
 
@@ -50,7 +53,7 @@ def unpack(
 def load(
     file: str | Path, *, runtime: str | None = None, threads: int = 1, base: str | Path | None = None
 ) -> Session:
-    """Open the artifact of a bundle in its runtime.
+    """Open the artifact of a bundle in its runtime, with :mod:`featherweight_loader` where that can.
 
     Args:
         file: The bundle.
@@ -64,10 +67,15 @@ def load(
     Raises:
         BundleError: The bundle is damaged, lacks what is asked for, or its runtime is not installed.
     """
-    for path, what in ((file, "bundle"), (base, "base")):
-        _check_file(path, what)
+    bundle = read_bundle(file, base)
     with told_by_loader(file):
-        return loader.load(file, runtime=runtime, threads=threads, base=base)
+        try:
+            return loader.load(bundle, runtime=runtime, threads=threads)
+        except loader.MissingPart:
+            session = _by_toolkit(bundle, runtime, threads)
+            if session is None:
+                raise
+            return session
 
 
 def verify(
@@ -146,6 +154,26 @@ def read_base(file: str | Path) -> loader.Bundle:
     _check_file(file, "base")
     with told_by_loader(file):
         return loader.read(file)
+
+
+def _by_toolkit(bundle: loader.Bundle, runtime: str | None, threads: int) -> Session | None:
+    """A session of a runtime that only the toolkit opens: torch, one for browsers, one of another package."""
+    from featherweight.bundles.verifying import parts
+    from featherweight.plugins import find_runtime
+
+    for part in parts(bundle):
+        opener = find_runtime(part.runtime)
+        if runtime in (None, part.runtime) and not opener.unmeasured and opener.installed():
+            place = Path(tempfile.mkdtemp(prefix="featherweight-"))
+            try:
+                bundle.unpack(place, kinds=_KINDS)
+                session = opener.open(part.artifact(place), part.target(threads))
+            except BaseException:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+            weakref.finalize(session, shutil.rmtree, place, ignore_errors=True)
+            return session
+    return None
 
 
 def _check_file(path: str | Path | None, what: str) -> None:

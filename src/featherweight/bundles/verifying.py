@@ -52,10 +52,11 @@ class Part:
         """It, in a folder that the bundle was unpacked into."""
         return Artifact.from_json(self.about, folder / self.folder)
 
-    def target(self) -> Target:
-        """How it is opened here, on one core."""
+    def target(self, threads: int = 1) -> Target:
+        """How it is opened here, on so many cores."""
         told = self.about["target"]
-        return Target(str(told["runtime"]), isa=str(told.get("isa", "")), options=dict(told["options"]))
+        isa, options = str(told.get("isa", "")), dict(told.get("options", {}))
+        return Target(str(told["runtime"]), isa=isa, threads=threads, options=options)
 
 
 def check_signature(bundle: Bundle, key: str | Path | None) -> str:
