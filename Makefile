@@ -10,7 +10,7 @@ EXTRAS ?= onnxruntime,keras,transformers
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml,ray
 
-.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train bench-fit fashion clean
+.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train bench-fit bench-size fashion clean
 
 setup: $(STAMP)
 
@@ -65,6 +65,11 @@ bench-prune: runtimes fashion
 bench-train: runtimes fashion
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/train.py $(QUICK)
+
+# How small downloads get; hours on two cores, and it goes on.
+bench-size: setup fashion
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/size.py $(QUICK)
 
 # What fit chooses by itself, beside the runtimes' own quantizers (70 minutes); the search beside chance (hours),
 # one worker beside two, and what is left of searches that are stopped.

@@ -13,7 +13,7 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 COMMANDS = ("int8", "quantize", "quantize_time", "calibration_memory", "startup")
 NEEDS = dict.fromkeys(
-    ("fit", "int8", "peers", "quantize", "quantize_int8", "runtimes", "runtime_peers"), "onnxruntime"
+    ("fit", "int8", "peers", "quantize", "quantize_int8", "runtimes", "runtime_peers", "size"), "onnxruntime"
 )
 
 
@@ -281,3 +281,60 @@ def test_volume_is_what_the_front_rules(benchmark) -> None:  # type: ignore[no-u
     assert search.volume([seen(0.5, 0.5, 1.0), seen(1.0, 0.1, 0.1)], twin) == 0
     assert search.volume([seen(0.5, 0.25, 0.25)], twin, search.HALF) == pytest.approx(0.125)
     assert search.volume([seen(0.5, 0.6, 0.1)], twin, search.HALF) == 0
+
+
+# ---- downloads
+
+
+@pytest.mark.parametrize("name", ["lenet_300_100", "lenet_5"])
+def test_lenets_are_those_of_the_paper(benchmark, name: str) -> None:  # type: ignore[no-untyped-def]
+    import torch
+
+    lenets = benchmark("lenets")
+    module = getattr(lenets, name)()
+    assert sum(parameter.numel() for parameter in module.parameters()) == lenets.PARAMETERS[name]
+    assert module(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_every_plan_of_the_sizes_is_a_recipe(benchmark) -> None:  # type: ignore[no-untyped-def]
+    size = benchmark("size")
+    assert tuple(size.plans()) == size.NETWORKS
+    for network, plan in size.plans().items():
+        whole, part = (size.Job(network, 0, 100, 10, share) for share in (1.0, 0.5))
+        for steps in (plan.trained, plan.recipe):
+            assert len(list(whole.recipe(steps).methods())) == len(steps)
+        epochs = [
+            [step.parameters["epochs"] for step in job.recipe(plan.recipe).steps if step.method == "finetune"]
+            for job in (whole, part)
+        ]
+        assert epochs[1] == [share / 2 for share in epochs[0]]
+
+
+def test_sizes_are_told_by_the_mean_of_seeds(benchmark) -> None:  # type: ignore[no-untyped-def]
+    size = benchmark("size")
+    same = {"network": "lenet_5", "examples": 100, "fp32": 91.0, "measure": "accuracy", "raw": 6300}
+    rows = [
+        {**same, "seed": 0, "after": 91.1, "coded": 100, "zstd": 120, "xz": 119},
+        {**same, "seed": 1, "after": 90.7, "coded": 110, "zstd": 120, "xz": 109},
+    ]
+    assert [bar.kept for bar in size.bars_of(rows)] == [True, True, False]
+    assert [line[1] for line in size.cells(rows)] == ["0", "1", "mean"]
+    assert size.cells(rows)[2][4:8] == ["0.10", "6300", "105", "60.0"]
+    one = [{**rows[0], "network": size.EFFICIENTNET, "measure": "agreement", "fp32": 100.0, "after": 94.0}]
+    assert [bar.kept for bar in size.bars_of(one)] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_a_lenet_is_trained_compressed_and_packed(benchmark, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("onnxruntime")
+    from featherweight.data import Data
+
+    size = benchmark("size")
+    shipped = np.load(size.EXAMPLES / "data.npz")
+    x, y = shipped["x"], shipped["y"]
+    few = Data.of(x=x[:32], y=y[:32], x_train=x[32:1056], y_train=y[32:1056], calibration=x[:32])
+    monkeypatch.setattr(size, "images", lambda examples, scored: few)
+    row = size.row_of(size.Job("lenet_300_100", 0, 1024, 32, 0.03), tmp_path)
+    assert row["coded"] < min(row["zstd"], row["xz"]) < row["artifact"]
+    assert row["raw"] > 50 * row["coded"]
+    assert 0 <= row["after"] <= 100
