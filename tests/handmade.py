@@ -157,6 +157,7 @@ class Codes:
         array = np.asarray(values, np.int64)
         if lo is None:
             lo = int(array.min()) if array.size else 0
+            lo = lo % modulus if modulus else lo
         symbols = (array - lo) % modulus if modulus else array - lo
         counts = np.bincount(symbols, minlength=1)
         table = self.bundle.table(lo, [min(int(count), 255) for count in counts] if array.size else [1])
@@ -199,7 +200,7 @@ class Codes:
         coded = [int(value != common) for value in values] if common is not None else list(values)
         for context in range(many):
             own = [value for value, of in zip(coded, contexts, strict=True) if of == context]
-            told += varint(self.push(own, None if common is not None else modulus, lo))
+            told += varint(self.push(own, None, 0) if common is not None else self.push(own, modulus, lo))
         if common is not None:
             others = [value for value in values if value != common]
             told += varint(common) + varint(self.push(others, modulus, lo))

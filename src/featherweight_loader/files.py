@@ -101,7 +101,9 @@ class Maker:
             out[:] = values[codes].reshape(-1)
             return
         limit = min(1 << piece.bits, 256)
-        planes = out.reshape(piece.n, -1) if piece.bits >= 8 else np.empty((piece.n, 1), np.uint8)
+        planes = (
+            out.reshape(piece.n, piece.bits // 8) if piece.bits >= 8 else np.empty((piece.n, 1), np.uint8)
+        )
         used = 0
         for place, coding in enumerate(piece.planes):
             if coding is None:
@@ -127,11 +129,11 @@ class Maker:
             raise DamagedBundle(f"the base's '{path}' is too short for a piece", where=f"byte {offset}")
         found = np.frombuffer(data, np.uint8, piece.bytes, offset)
         if piece.bits < 8:
-            return _unpacked(found, piece.bits).reshape(-1, 1)
+            return _unpacked(found, piece.bits)[:, None]
         if piece.rotated:
             words = found.view(_WORDS[piece.bits])
             found = (words << 1 | words >> piece.bits - 1).view(np.uint8)
-        return found.reshape(piece.n, -1)
+        return found.reshape(piece.n, piece.bits // 8)
 
     def _base_file(self, path: str) -> bytes:
         if path not in self._base_files:

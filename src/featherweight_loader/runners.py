@@ -245,6 +245,8 @@ class ExecuTorch:
             entry: self._bindings._load_for_executorch(os.fspath(self._place / file))
             for entry, file in self._files.items()
         }
+        for module in self._modules.values():
+            module.method_meta("forward")  # a file that is none is found now, not at the first call
 
     def run(self, inputs: Sequence[np.ndarray], entry: str) -> tuple[np.ndarray, ...]:
         """One call, example by example."""
