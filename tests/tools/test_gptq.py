@@ -12,21 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary
+from featherweight.formats import Binary, IntQuant, Palette, TensorFormat, Ternary
 from featherweight.granularity import PerChannel, PerGroup, PerTensor
 from featherweight.graph import Node, trace
 from featherweight.model import Model
 from featherweight.tools.columns import Statistics, is_product
 from featherweight.tools.gptq import (
-    Levels,
     Settings,
     best_weights,
     damped,
     errors,
     gptq,
-    levels_of,
     round_rows,
 )
+from featherweight.tools.levels import Levels, levels_of
 from featherweight.tools.simulate import project
 from featherweight.tools.walk import walk
 from golden import folded, inputs, model_of
@@ -114,6 +113,9 @@ FORMATS: dict[str, TensorFormat] = {
     "group": IntQuant(-torch.ones(6, 3), torch.ones(6, 3), 4, True, PerGroup(1, 4), signed=True),
     "ternary": Ternary(torch.full((6,), 0.5), torch.full((6,), 0.2)),
     "binary": Binary(torch.full((6,), 0.5)),
+    "palette": Palette(torch.tensor([-1.0, -0.2, 0.3, 1.4]), zero=True),
+    "palettes": Palette(torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), group=2),
+    "scaled": Palette(torch.tensor([-1.0, 0.4]), axis=1, scale=torch.linspace(0.1, 2, 10)),
 }
 
 
@@ -126,8 +128,21 @@ def test_levels_are_what_the_format_stores(name: str) -> None:
     nearest = levels.nearest(weight.double()).float()
     assert torch.equal(fmt.project(fmt.project(weight)), fmt.project(weight))
     torch.testing.assert_close(fmt.project(nearest), nearest)
-    if isinstance(fmt, IntQuant):
+    if isinstance(fmt, IntQuant | Palette):
         torch.testing.assert_close(nearest, fmt.project(weight))
+
+
+@pytest.mark.parametrize("name", ["channel", "palette", "palettes", "scaled"])
+def test_levels_of_a_column_and_of_zeros(name: str) -> None:
+    weight = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).double()
+    levels = levels_of(FORMATS[name], weight)
+    assert levels is not None
+    whole = levels.nearest(weight)
+    for column in range(10):
+        assert torch.equal(levels.nearest(weight[:, column], column), whole[:, column])
+    kept = weight > 0
+    assert torch.equal(levels.masked(kept).nearest(weight) * kept, whole * kept)
+    assert levels.masked(kept).nearest(weight)[~kept].abs().max() < 1e-20
 
 
 # ---- networks

@@ -21,6 +21,7 @@ from featherweight.formats import (
     Dynamic,
     FloatCast,
     IntQuant,
+    Palette,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -45,6 +46,7 @@ FORMATS: dict[str, TensorFormat] = {
     "int8 asymmetric": IntQuant(-torch.ones(1), torch.ones(1), 8, False, PerChannel()),
     "ternary": Ternary(torch.ones(1), torch.ones(1) / 2),
     "binary": Binary(torch.ones(1)),
+    "palette": Palette(torch.tensor([-0.4, -0.1, 0.1, 0.3]), zero=True),
     "float16": FloatCast("float16"),
     "bfloat16": FloatCast("bfloat16"),
 }

@@ -5,7 +5,8 @@ The values are k-means centroids, and each weight becomes the nearest::
     argmin_c  sum_i min_j (w_i - c_j)²
 
 Weight sharing as in Deep Compression (Han et al. 2016, arXiv:1510.00149): of a layer, of a group of its
-channels, or of several layers. Weights stay float until they are stored: finetune trains the values by the
+channels, or of several layers; with bits of each layer's own chosen as mixed_precision chooses integers
+(tools/palette_bits.py). Weights stay float until they are stored: finetune trains the values by the
 sum of what their members would be changed by, and codes follow the weights. No runtime here computes with
 palettes: they shrink the download, once a file is packed, and neither memory nor latency.
 """
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from featherweight.errors import RecipeError
 from featherweight.formats import Palette
-from featherweight.method import Context, Kind, Method
+from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.palette import MOST_COLORS
 from featherweight.tools.kmeans import Init
+from featherweight.tools.palette_bits import chosen_palettes
 from featherweight.tools.palettes import (
     Fit,
     own_palette,
@@ -34,6 +36,7 @@ from featherweight.tools.palettes import (
     weights_to_share,
 )
 
+_OFFERED = (2, 3, 4, 5, 6, 8)  # bits, for auto
 _NAMED = 3  # weights that a note names
 
 
@@ -41,8 +44,10 @@ class Cluster(Method, frozen=True, extra="forbid"):
     """Weights share a few values, found by k-means; biases and norms stay as they are. Fine-tune afterwards.
 
     Attributes:
-        bits: Of a code: a palette has two to this power values.
-        colors: Values of a palette instead of bits, zero included.
+        bits: Of a code: a palette has two to this power values; auto: of each layer its own, chosen by what
+            the outputs lose.
+        mean_bits: For auto: most stored bits of a weight in the mean, codebooks included.
+        colors: Values of a palette, zero included, instead of what bits says.
         granularity: Who shares a palette: ``per_tensor``; ``per_group`` of channels; ``shared``: all layers
             that ``where`` selects.
         group: Channels that share a palette, for ``per_group``.
@@ -53,11 +58,14 @@ class Cluster(Method, frozen=True, extra="forbid"):
         iterations: Of Lloyd, at most.
         zero: ``keep``: zeros stay exactly zero, which is one of the values wherever there are some;
             ``free``: zeros are values like others.
+        samples: Calibration examples to read, for auto.
     """
 
     kind: ClassVar[Kind] = "format"
+    needs: ClassVar[frozenset[Need]] = frozenset({"calibration"})
 
-    bits: Annotated[int, Field(ge=1, le=8)] = 4
+    bits: Annotated[int, Field(ge=1, le=8)] | Literal["auto"] = 4
+    mean_bits: Annotated[float, Field(gt=0, le=8)] = 4.0
     colors: Annotated[int, Field(ge=2, le=MOST_COLORS)] | None = None
     granularity: Literal["per_tensor", "per_group", "shared"] = "per_tensor"
     group: Annotated[int, Field(ge=1)] = 16
@@ -65,11 +73,14 @@ class Cluster(Method, frozen=True, extra="forbid"):
     init: Init = "optimal"
     iterations: Annotated[int, Field(ge=0)] = 50
     zero: Literal["keep", "free"] = "keep"
+    samples: Annotated[int, Field(ge=1)] = 128
 
     @model_validator(mode="after")
     def _one_size(self) -> Cluster:
-        if self.colors is not None and "bits" in self.model_fields_set and 2**self.bits != self.colors:
-            raise ValueError("bits and colors both say how many values: give one of them")
+        if self.bits == "auto" and (self.colors is not None or self.granularity == "shared"):
+            raise ValueError(
+                "bits: auto gives each layer its own number of values: leave out colors and shared"
+            )
         return self
 
     def apply(self, model: Model, context: Context) -> Model:
@@ -80,16 +91,31 @@ class Cluster(Method, frozen=True, extra="forbid"):
         self._check_zeros(model, values)
         layouts = {name: self._layout(value, axes[name]) for name, value in values.items()}
         fit = Fit(self.init, self.iterations, context.seed)
-        colors = self.colors or 2**self.bits
-        if self.granularity == "shared":
-            found = shared_palettes(values, layouts, colors, fit)
+        if self.bits == "auto":
+            offers = {bits: self._own(values, layouts, 2**bits, fit, context) for bits in _OFFERED}
+            kept = self._worth(values, offers[_OFFERED[0]])
+            offers = {bits: {name: own[name] for name in kept} for bits, own in offers.items()}
+            found = chosen_palettes(model, offers, self.mean_bits, context, self.samples)
+        elif self.granularity == "shared":
+            found = shared_palettes(values, layouts, self.colors or 2**self.bits, fit)
         else:
-            items = context.progress.track(values.items(), "clustering weights", len(values))
-            own = {name: own_palette(value, layouts[name], colors, fit) for name, value in items}
-            found = self._worth(values, own)
+            colors = self.colors or 2**self.bits
+            found = self._worth(values, self._own(values, layouts, colors, fit, context))
         self._tell(values, found, taken, context)
         formats = {name: (*model.formats.get(name, ()), fmt) for name, fmt in found.items()}
         return model.evolve(formats={**model.formats, **formats})
+
+    def _own(
+        self,
+        values: Mapping[str, Tensor],
+        layouts: Mapping[str, Palette],
+        colors: int,
+        fit: Fit,
+        context: Context,
+    ) -> dict[str, Palette]:
+        """A palette for each weight."""
+        items = context.progress.track(values.items(), f"clustering weights in {colors}", len(values))
+        return {name: own_palette(value, layouts[name], colors, fit) for name, value in items}
 
     # ---- layout
 

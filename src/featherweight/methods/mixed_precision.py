@@ -23,13 +23,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from featherweight.errors import DataError, RecipeError, TargetError
+from featherweight.errors import RecipeError, TargetError
 from featherweight.formats import TensorFormat
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.methods.quantize import LayerFormat, Quantize
-from featherweight.model import Entry, Model
+from featherweight.model import Model
 from featherweight.recipe import Choice, Hole
 from featherweight.tools.assign import Assignment, Option, OutOfReachError, assign
+from featherweight.tools.batches import single_calls
 from featherweight.tools.choices import FLOAT, Choices, Group
 from featherweight.tools.foresight import Changes, foreseen_changes, nearest_changes
 from featherweight.tools.integers import Activations, Shared, Weights
@@ -199,7 +200,7 @@ class MixedPrecision(Method, frozen=True, extra="forbid"):
             values = {name: chain for name, chain in made.items() if name not in model.parameters}
         total: dict[str, dict[str, float]] = {name: {} for name in choices.groups}
         for entry, how in model.entries.items():
-            examples = _examples(context, self.samples, how)
+            examples = single_calls(context, self.samples, how, "mixed_precision")
             fitted, judged = (examples[0::2], examples[1::2]) if len(examples) > 1 else (examples, examples)
             subjects = choices.subjects(entry, self._changes(choices, context, fitted, entry))
             tracked = context.progress.track(judged, f"sensitivity by {self.measure}", len(judged))
@@ -333,22 +334,6 @@ def _spread(hole: Hole) -> list[Any]:
 
 def _total(context: Context, integers: bool) -> float | None:
     return None if context.costs is None else context.costs.total(integers)
-
-
-def _examples(context: Context, samples: int, entry: Entry) -> list[tuple[Tensor, ...]]:
-    """Calibration examples as calls of one each; as they come where the number of examples is fixed."""
-    free = all(0 in entry.dynamic_axes.get(name, {}) for name in entry.input_names)
-    found: list[tuple[Tensor, ...]] = []
-    seen = 0
-    for arrays in context.data.calibration(samples):
-        batch = tuple(torch.from_numpy(np.require(array, requirements=["C", "W"])) for array in arrays)
-        found += zip(*(torch.split(x, 1) for x in batch), strict=True) if free else [batch]
-        seen += len(arrays[0])
-        if seen >= samples:
-            break
-    if not found:
-        raise DataError("mixed_precision found no calibration examples", fix="give x_calibration or x_train")
-    return found
 
 
 def _together(examples: list[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:

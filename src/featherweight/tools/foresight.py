@@ -28,7 +28,8 @@ from featherweight.tools.columns import (
     pieces,
     to_rows,
 )
-from featherweight.tools.gptq import Levels, damped, levels_of, round_rows
+from featherweight.tools.gptq import damped, round_rows
+from featherweight.tools.levels import levels_of
 from featherweight.tools.walk import walk
 
 _COLUMNS = 32768  # that the moments of a layer are taken from
@@ -132,9 +133,7 @@ def _change(
     if levels is None:
         return {name: fmt.project(weight) - weight}
     rows = to_rows(node, weight).double()
-    step, zero = to_rows(node, levels.step), to_rows(node, levels.zero)
-    on_rows = Levels(step, zero, levels.lowest, levels.highest)
-    change = round_rows(rows, damped(seen, _DAMPING), on_rows, passes=1) - rows
+    change = round_rows(rows, damped(seen, _DAMPING), levels.on_rows(node), passes=1) - rows
     changes = {name: from_rows(node, change, weight.shape).to(weight.dtype)}
     if bias is not None:
         changes[bias] = -(change @ seen.mean[:, :, None]).reshape(-1).to(weight.dtype)

@@ -13,8 +13,8 @@ Frantar et al. 2022, arXiv:2210.17323; the nearest-plane algorithm of Babai 1986
 
     q_j = round(t_j + sum_{i > j} e_i L_ij / L_jj)
 
-Weights whose inputs are largest come first. Then single weights move by whole steps while that lowers the
-error (coordinate descent).
+Levels may be uneven (those of a palette): the nearest one is taken. Weights whose inputs are largest come
+first. Then single weights move to other levels while that lowers the error (coordinate descent).
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from featherweight.formats import Binary, IntQuant, TensorFormat, Ternary, zeros_alone
-from featherweight.granularity import per_element
+from featherweight.formats import TensorFormat, zeros_alone
 from featherweight.graph import Graph, Node, trace
 from featherweight.method import Progress, Scratch, Silent, in_memory
 from featherweight.model import Model
@@ -41,6 +40,7 @@ from featherweight.tools.columns import (
     pieces,
     to_rows,
 )
+from featherweight.tools.levels import Levels, Shades, in_order, levels_of
 from featherweight.tools.simulate import project, readers_of
 from featherweight.tools.walk import Stop, walk
 
@@ -95,7 +95,7 @@ def gptq(
         reference: The same network as float.
         batches: Flat inputs.
         weights: Parameters to round. Those that something else than a product with a layer's input reads,
-            and those whose format has no even levels, are left out.
+            and those whose format has no levels of its own, are left out.
         settings: How a layer is solved.
         seed: Of the columns that are looked at, where there are very many.
         entry: Which way of calling the module.
@@ -203,9 +203,8 @@ def _solved(
     seen = parts[0] if len(parts) == 1 else joined(parts[0], parts[1], centred=bias is not None)
     levels = levels_of(chain[-1], weight)
     assert levels is not None
-    kept = project(torch.ones_like(levels.step), chain[:-1])  # what is to be zero has no other level
-    step, zero = torch.where(kept > 0, levels.step, _TINY), torch.where(kept > 0, levels.zero, 0.0)
-    grid = Levels(to_rows(node, step), to_rows(node, zero), levels.lowest, levels.highest)
+    kept = project(torch.ones_like(weight), chain[:-1]) > 0  # what is to be zero has no other level
+    grid = levels.masked(kept).on_rows(node)
     target = following(rows, parts, seen) if settings.follow else rows
     ridge = _ridge(target, parts, seen, grid, settings.damping)
     chosen = round_rows(target, damped(seen, ridge), grid, settings.passes)
@@ -234,7 +233,7 @@ def following(rows: Tensor, parts: Sequence[Statistics], seen: Statistics) -> Te
 
 
 def _ridge(
-    target: Tensor, parts: Sequence[Statistics], seen: Statistics, levels: Levels, least: float
+    target: Tensor, parts: Sequence[Statistics], seen: Statistics, levels: Levels | Shades, least: float
 ) -> float:
     """The ridge for rounding: the least one, or where positions are few what the other half tells."""
     if len(parts) == 1 or seen.positions >= _PLENTY * target.shape[2]:
@@ -246,38 +245,6 @@ def _ridge(
             chosen = round_rows(target, damped(one, ridge), levels, 0)
             loss[ridge] += float(errors(target, chosen, other.second).sum())
     return min(choices, key=lambda one: loss[one])
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What each weight may become: step * (q - zero), with q an integer from lowest to highest."""
-
-    step: Tensor
-    zero: Tensor
-    lowest: int
-    highest: int
-
-    def nearest(self, values: Tensor, at: slice | int = slice(None)) -> Tensor:
-        """The levels nearest to some columns of values."""
-        step, zero = self.step[..., at], self.zero[..., at]
-        return (torch.round(values / step + zero).clamp_(self.lowest, self.highest) - zero) * step
-
-
-def levels_of(fmt: TensorFormat, weight: Tensor) -> Levels | None:
-    """The levels of each element of a weight; None where a format has none that are evenly spaced."""
-    if isinstance(fmt, IntQuant):
-        step, zero = fmt.grid_of(weight)
-        lowest, highest = fmt.quant_min, fmt.quant_max
-    elif isinstance(fmt, Ternary):
-        step = per_element(fmt.scale, fmt.granularity, weight)
-        zero, lowest, highest = torch.zeros_like(step), -1, 1
-    elif isinstance(fmt, Binary):
-        step = 2 * per_element(fmt.scale, fmt.granularity, weight)
-        zero, lowest, highest = torch.full_like(step, 0.5), 0, 1
-    else:
-        return None
-    step, zero = (item.detach().double().expand_as(weight) for item in (step.clamp(min=_TINY), zero))
-    return Levels(step, zero, lowest, highest)
 
 
 def damped(seen: Statistics, damping: float) -> Tensor:
@@ -299,7 +266,7 @@ def errors(rows: Tensor, chosen: Tensor, hessian: Tensor) -> Tensor:
     return ((gap @ hessian) * gap).sum(2)
 
 
-def round_rows(rows: Tensor, hessian: Tensor, levels: Levels, passes: int = 4) -> Tensor:
+def round_rows(rows: Tensor, hessian: Tensor, levels: Levels | Shades, passes: int = 4) -> Tensor:
     """Levels for rows that make little error of the output; never more than the nearest levels make.
 
     Args:
@@ -313,23 +280,17 @@ def round_rows(rows: Tensor, hessian: Tensor, levels: Levels, passes: int = 4) -
     """
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1)  # the last one is rounded first
     back = order.argsort(dim=1)
-    t, step, zero = (_columns(item, order) for item in (rows, levels.step, levels.zero))
-    h = _columns(_columns(hessian, order).mT, order).mT
-    sorted_levels = Levels(step, zero, levels.lowest, levels.highest)
+    t, sorted_levels = in_order(rows, order), levels.in_order(order)
+    h = in_order(in_order(hessian, order).mT, order).mT
     chosen = _nearest_plane(t, torch.linalg.cholesky(h), sorted_levels)
     plain = sorted_levels.nearest(t)
     worse = errors(t, chosen, h) > errors(t, plain, h)
     chosen = torch.where(worse[:, :, None], plain, chosen)
     chosen = _descend(t, chosen, h, sorted_levels, passes)
-    return _columns(chosen, back)
+    return in_order(chosen, back)
 
 
-def _columns(x: Tensor, order: Tensor) -> Tensor:
-    """Each group's columns in its own order."""
-    return x.gather(2, order[:, None].expand(-1, x.shape[1], -1))
-
-
-def _nearest_plane(t: Tensor, factor: Tensor, levels: Levels) -> Tensor:
+def _nearest_plane(t: Tensor, factor: Tensor, levels: Levels | Shades) -> Tensor:
     shares = factor / factor.diagonal(dim1=1, dim2=2)[:, None]
     chosen, error = torch.empty_like(t), torch.zeros_like(t)
     for end in range(t.shape[2], 0, -_BLOCK):
@@ -344,7 +305,7 @@ def _nearest_plane(t: Tensor, factor: Tensor, levels: Levels) -> Tensor:
     return chosen
 
 
-def _descend(t: Tensor, chosen: Tensor, h: Tensor, levels: Levels, passes: int) -> Tensor:
+def _descend(t: Tensor, chosen: Tensor, h: Tensor, levels: Levels | Shades, passes: int) -> Tensor:
     """Coordinate descent: each weight to its best level, the others held."""
     chosen = chosen.clone()
     slope = (t - chosen) @ h
