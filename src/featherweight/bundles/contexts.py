@@ -32,6 +32,7 @@ _PAIRS = (
 )
 _ROWS = (2, 3, 4, 6, 8, 12, 16)
 _TURNS = 6
+_HEARD = 1 << 19  # elements in which a row's length is looked for
 _LINE = 48.0  # bits that a map takes in the head beside its classes
 _INDEX = 4.0  # bits that the index of a table takes there
 
@@ -155,6 +156,31 @@ def _assigned(ones: Array, there: Array, own: Array, other: Array) -> Array:
     cost = -(set_ @ np.log2(dense).T + (all_ - set_) @ np.log2(1 - dense).T)
     cost -= np.log2((mine.sum(0) + 0.5) / len(own))
     return np.asarray(cost.argmin(axis=1))
+
+
+def periods(values: Array) -> tuple[int, ...]:
+    """Lengths of a row that the distances between like values tell, the most likely first.
+
+    Columns of their own density make a sequence of rows resemble itself a row later (autocorrelation by FFT).
+    """
+    part = values[:_HEARD]
+    if len(part) < 256:
+        return ()
+    signal = (part != np.bincount(part).argmax()).astype(np.float32)
+    if not 0.02 < signal.mean() < 0.98:
+        return ()
+    signal -= signal.mean()
+    size = 1 << (2 * len(part) - 1).bit_length()
+    power = np.abs(np.fft.rfft(signal, size)) ** 2
+    like = np.fft.irfft(power, size)[: len(part) // 3]
+    like /= like[0] + 1e-9
+    like[:2] = 0
+    chance = 5 / np.sqrt(len(part))
+    peaks = np.flatnonzero((like > chance) & (like >= np.roll(like, 1)) & (like >= np.roll(like, -1)))
+    if not len(peaks):
+        return ()
+    high = peaks[like[peaks] > 0.7 * like[peaks].max()]
+    return tuple(dict.fromkeys([int(high[0]), *(int(one) for one in peaks[np.argsort(-like[peaks])][:2])]))
 
 
 def of_rows(values: Array, inner: int, count: int, symbols: int) -> Contexts | None:

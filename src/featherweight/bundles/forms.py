@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from featherweight.bundles.contexts import Contexts, Map, of_positions, of_rows
+from featherweight.bundles.contexts import Contexts, Map, of_positions, of_rows, periods
 from featherweight.bundles.tables import Array, entropy, stored
 
 # A coded byte costs a reader time; a plane is coded only where this share of it goes away.
@@ -133,17 +133,36 @@ def best(
         part = data[: len(data) // max(1, own // 8) * max(1, own // 8)]
         if not len(part):
             continue
-        lengths = _lengths(shape) if own == width else ()
         for rotated in (False, True) if own >= 16 else (False,):
             planes = planes_of(part, own, rotated)
             stored_ = tuple(_plane(values, 1 << min(own, 8), own >= 8, ()) for values in planes)
             tried.append(_piece(start, own, rotated, None, None, stored_, len(planes[0])))
-        tried.extend(_palettes(part, start, own, lengths))
+        tried.extend(_palettes(part, start, own, _lengths(shape) if own == width else ()))
     if not tried:
         return None
     tried.sort(key=lambda piece: piece.bits / (piece.stop - piece.start))
-    refined = [_refined(data, piece, shape if piece.width == width else ()) for piece in tried[:2]]
+    refined = [_refined(piece, shape if piece.width == width else ()) for piece in tried[:2]]
     return min(refined, key=lambda piece: piece.bits / (piece.stop - piece.start))
+
+
+def plain(data: Array, start: int, width: int) -> Piece:
+    """The piece with one table for each plane, whatever that costs alone; streams may share a table later."""
+    part = data[: len(data) // max(1, width // 8) * max(1, width // 8)]
+    planes = planes_of(part, width, width >= 16)
+    streams = [Stream(values, 1 << min(width, 8), True) for values in planes]
+    stored_ = tuple(Plane(float(entropy(one.counts)), contexts=(one,)) for one in streams)
+    return _piece(start, width, width >= 16, None, None, stored_, len(planes[0]))
+
+
+def priced(piece: Piece, bits: Sequence[float]) -> Piece:
+    """A plain piece whose planes take so many bits, those that do not pay as bytes."""
+    planes = []
+    for plane, cost in zip(piece.planes, bits, strict=True):
+        if piece.width >= 8 and cost + _PLANE > 8 * piece.n * _WORTH:
+            planes.append(Plane(8.0 * piece.n + _PLANE, raw=plane.contexts[0].symbols.tobytes()))
+        else:
+            planes.append(replace(plane, bits=cost + _PLANE))
+    return _piece(piece.start, piece.width, piece.rotated, None, None, tuple(planes), piece.n)
 
 
 def against(
@@ -194,18 +213,20 @@ def _lengths(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _refined(data: Array, piece: Piece, shape: Sequence[int]) -> Piece:
+def _refined(piece: Piece, shape: Sequence[int]) -> Piece:
     """The same piece with contexts and zeros apart, where that is cheaper."""
-    lengths = _lengths(shape)
-    if piece.palette is not None or not lengths:
+    if piece.palette is not None and shape:
         return piece
-    part = data[: piece.stop - piece.start]
-    values = planes_of(part, piece.width, piece.rotated)
-    planes = tuple(
-        old if old.raw is not None else _plane(one, 1 << min(piece.width, 8), piece.width >= 8, lengths)
-        for one, old in zip(values, piece.planes, strict=True)
-    )
-    return _piece(piece.start, piece.width, piece.rotated, None, None, planes, piece.n)
+    planes = []
+    for old in piece.planes:
+        if old.raw is not None or len(old.contexts) != 1:
+            planes.append(old)
+            continue
+        stream = old.contexts[0]
+        lengths = _lengths(shape) or periods(stream.symbols)
+        raw = piece.width >= 8 and piece.palette is None
+        planes.append(_plane(stream.symbols, stream.many, raw, lengths, ring=stream.ring))
+    return _piece(piece.start, piece.width, piece.rotated, piece.palette, None, tuple(planes), piece.n)
 
 
 def _palettes(data: Array, start: int, width: int, lengths: Sequence[int]) -> Iterator[Piece]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from featherweight.bundles import spans
-from featherweight.bundles.forms import Piece, against, best
+from featherweight.bundles.forms import Piece, against, best, plain, priced
 from featherweight.bundles.spans import Rest, Span
-from featherweight.bundles.tables import Array
+from featherweight.bundles.tables import Array, shared, stored
 
 _LEAST = 96  # bytes: smaller arrays stay in the rest
+_NEAR = 4096  # bytes between found arrays that may be one
 _GAP = 1024  # bytes between arrays of which the format says nothing, where more may be found
 _SAVED = 160.0  # bits that a piece has to save: the rest loses what stood before it
 
@@ -53,20 +55,71 @@ def planned(data: bytes, named: Sequence[Span], path: str, base: Mapping[str, by
     if len(view) < _LEAST:
         return Plan(view, ())
     rest = Rest(data)
+    chosen = [span for span in _apart(_spans(view, named, rest)) if span.stop - span.start >= _LEAST]
+    joint = _joint([plain(view[span.start : span.stop], span.start, span.width) for span in chosen])
     pieces = []
+    for span, together in zip(chosen, joint, strict=True):
+        alone = _cheapest(view, span, path, base.get(path))
+        piece = min(alone, together, key=lambda one: one.bits + 8 * (span.stop - one.stop))
+        if piece.bits + _SAVED < float(rest.bits(piece.start, piece.stop)):
+            pieces.append(piece)
+    told = {span.start for span in chosen if span.named}
+    return Plan(view, tuple(_united(view, pieces, told, rest, path, base.get(path))), rest.total)
+
+
+def _united(
+    view: Array, pieces: Sequence[Piece], told: Set[int], rest: Rest, path: str, old: bytes | None
+) -> Iterator[Piece]:
+    """Neighbours that were found, and what lies between them, as one where that is cheaper."""
     at = 0
-    old = base.get(path)
-    for span in _spans(view, named, rest):
-        if span.start < at:
-            span = _behind(span, at)
-        if span.stop - span.start < _LEAST:
-            continue
-        piece = _cheapest(view, span, path, old)
-        if piece is None or piece.bits + _SAVED > float(rest.bits(piece.start, piece.stop)):
-            continue
-        pieces.append(piece)
-        at = piece.stop
-    return Plan(view, tuple(pieces), rest.total)
+    while at < len(pieces):
+        last = at
+        while last + 1 < len(pieces) and not {pieces[last].start, pieces[last + 1].start} & told:
+            gap = pieces[last + 1].start - pieces[last].stop
+            if gap > _NEAR + (pieces[last].stop - pieces[at].start) // 4:
+                break
+            last += 1
+        run = pieces[at : last + 1]
+        if len(run) > 1:
+            span = Span(run[0].start, run[-1].stop, max(run, key=lambda one: one.stop - one.start).width)
+            apart = sum(one.bits for one in run)
+            apart += sum(float(rest.bits(a.stop, b.start)) for a, b in pairwise(run))
+            one = _cheapest(view, span, path, old)
+            if one.bits + 8 * (one.start - span.start + span.stop - one.stop) < apart:
+                run = [one]
+        yield from run
+        at = last + 1
+
+
+def _apart(found: Sequence[Span]) -> Iterator[Span]:
+    """The spans without what overlaps."""
+    at = 0
+    for span in found:
+        yield span if span.start >= at else _behind(span, at)
+        at = max(at, span.stop)
+
+
+def _joint(pieces: Sequence[Piece]) -> list[Piece]:
+    """Plain pieces at their price when they share tables: many small arrays pay for one together."""
+    bits: dict[tuple[int, int], float] = {}
+    for many in sorted({piece.planes[0].contexts[0].many for piece in pieces}):
+        keys = [
+            (i, k)
+            for i, piece in enumerate(pieces)
+            for k, plane in enumerate(piece.planes)
+            if plane.contexts[0].many == many
+        ]
+        counts = np.stack([pieces[i].planes[k].contexts[0].counts for i, k in keys])
+        which = shared(counts)
+        for group in range(int(which.max()) + 1):
+            own = np.flatnonzero(which == group)
+            sums = counts[own].sum(axis=0)
+            share = -np.log2(np.maximum(sums, 1e-9) / sums.sum())
+            each = (counts[own] * share).sum(axis=1)
+            table = float(stored(sums)) * counts[own].sum(axis=1) / sums.sum()
+            for row, cost in zip(own.tolist(), (each + table).tolist(), strict=True):
+                bits[keys[row]] = cost
+    return [priced(piece, [bits[i, k] for k in range(len(piece.planes))]) for i, piece in enumerate(pieces)]
 
 
 def _behind(span: Span, at: int) -> Span:
@@ -84,17 +137,16 @@ def _spans(view: Array, named: Sequence[Span], rest: Rest) -> list[Span]:
             continue
         if span.start - at >= _GAP:
             found += spans.found(view, at, span.start, rest)
-        found.append(span)
+        found.append(replace(span, named=True))
         at = span.stop
     if len(view) - at >= _GAP:
         found += spans.found(view, at, len(view), rest)
     return found
 
 
-def _cheapest(view: Array, span: Span, path: str, old: bytes | None) -> Piece | None:
+def _cheapest(view: Array, span: Span, path: str, old: bytes | None) -> Piece:
     """The cheapest piece in a span; where it was found, elements may begin at any of its first bytes."""
-    known = bool(span.shape)
-    size = 1 if known else max(1, span.width // 8)
+    size = 1 if span.named else max(1, span.width // 8)
     tried = []
     for shift in range(size):
         part = view[span.start + shift : span.stop]
@@ -108,9 +160,10 @@ def _cheapest(view: Array, span: Span, path: str, old: bytes | None) -> Piece | 
         )
         if update is not None:
             tried.append(update)
-    return min(tried, key=lambda piece: piece.bits + 8 * (span.stop - piece.stop), default=None)
+    return min(tried, key=lambda piece: piece.bits + 8 * (span.stop - piece.stop))
 
 
-def without(plan: Plan) -> Plan:
-    """The same file with nothing coded."""
-    return replace(plan, pieces=())
+def only(plan: Plan, share: float) -> Plan:
+    """The same file with those pieces coded that shrink to so much of their size, or less."""
+    kept = tuple(piece for piece in plan.pieces if piece.bits <= 8 * share * (piece.stop - piece.start))
+    return replace(plan, pieces=kept)

@@ -30,12 +30,14 @@ class Span:
         stop: The byte behind the last.
         width: Bits of an element.
         shape: Of the array, where it is known.
+        named: Whether the format told it.
     """
 
     start: int
     stop: int
     width: int
     shape: tuple[int, ...] = ()
+    named: bool = False
 
 
 class Rest:

@@ -20,7 +20,7 @@ _FRAME = 20.0
 # One frequency in the packed head, in bits, as merging counts on it; the grid of the frequencies decides.
 _ENTRY, _GAP = 5.0, 0.3
 # Groups of more streams are merged part by part: merging takes the square of them.
-_TOGETHER = 320
+_TOGETHER = 128
 
 LEVELS: Array = np.array(
     [b if b < 32 else (16 + b % 16) << (b // 16 - 1) for b in range(256)], dtype=np.int64
@@ -145,20 +145,20 @@ def shared(counts: Array) -> Array:
     Returns:
         (streams,): the number of each one's table, from 0 on.
     """
+    counts = np.asarray(counts, dtype=np.float64)
+    if len(counts) <= _TOGETHER:
+        return _merged(counts)
+    order = np.argsort(entropy(counts) / np.maximum(counts.sum(axis=1), 1), kind="stable")
     groups = np.zeros(len(counts), dtype=np.int64)
-    if len(counts) > _TOGETHER:
-        parts = [np.arange(i, min(i + _TOGETHER, len(counts))) for i in range(0, len(counts), _TOGETHER)]
-        base = 0
-        for part in parts:
-            own = shared(counts[part])
-            groups[part] = base + own
-            base += int(own.max()) + 1
-        if base == len(counts):
-            return groups
-        sums = np.zeros((base, counts.shape[1]), dtype=np.float64)
-        np.add.at(sums, groups, counts)
-        return _merged(sums)[groups] if base <= 2 * _TOGETHER else groups
-    return _merged(np.asarray(counts, dtype=np.float64))
+    many = 0
+    for part in np.array_split(order, -(-len(counts) // _TOGETHER)):
+        own = _merged(counts[part])
+        groups[part] = many + own
+        many += int(own.max()) + 1
+    sums = np.zeros((many, counts.shape[1]))
+    np.add.at(sums, groups, counts)
+    again = shared(sums) if many < 0.8 * len(counts) else np.arange(many)
+    return np.asarray(again[groups])
 
 
 def _merged(counts: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from featherweight.bundles import coder, tables
 from featherweight.bundles.forms import Piece, Plane, Stream
 from featherweight.bundles.layouts import named
-from featherweight.bundles.plan import Plan, planned, without
+from featherweight.bundles.plan import Plan, only, planned
 from featherweight.bundles.tables import Table, entropy
 from featherweight.method import Progress, Silent
 from featherweight_loader.paths import check_apart, check_path
@@ -192,20 +192,22 @@ class _Bundle:
             arrays = named(member.path, data, self.readers) if member.kind == "artifact" else ()
             artifacts = self.base.artifacts if member.kind == "artifact" else {}
             plan = planned(data, arrays, member.path, artifacts) if member.kind == "artifact" else None
-            one.plan = plan
-            one.rest = data if plan is None else plan.rest()
-            if plan is not None and plan.pieces and not self._pays(one, data):
-                one.plan, one.rest = without(plan), data
+            one.plan = plan if plan is None else self._paying(plan)
+            one.rest = data if one.plan is None else one.plan.rest()
         self.files.append(one)
 
-    def _pays(self, one: _File, data: bytes) -> bool:
-        """Whether coding makes the file smaller than packing it whole does."""
-        assert one.plan is not None
-        coded = sum(piece.bits for piece in one.plan.pieces) / 8 + _SECTION * bool(one.raw)
-        coded += len(self._packed(one.rest)[1]) + _SECTION * bool(one.rest)
-        if coded < _SURE * one.plan.whole:
-            return True
-        return coded < len(self._packed(data)[1])
+    def _paying(self, plan: Plan) -> Plan:
+        """As much of a plan as makes the file smaller than packing it whole does."""
+        if not plan.pieces or self._size(plan) < _SURE * plan.whole:
+            return plan
+        return min((plan, only(plan, 0.7), only(plan, 0.3), only(plan, 0)), key=self._size)
+
+    def _size(self, plan: Plan) -> float:
+        """About the bytes that a file so taken apart has."""
+        rest = plan.rest()
+        coded = sum(piece.bits for piece in plan.pieces) / 8
+        raw = any(plane.raw is not None for piece in plan.pieces for plane in piece.planes)
+        return coded + len(self._packed(rest)[1]) + _SECTION * (bool(rest) + raw + bool(plan.pieces))
 
     def finished(self) -> tuple[bytes, list[bytes], tuple[Coded, ...], int]:
         """The head, the sections, what became of each file, and the bytes of documents."""
