@@ -33,6 +33,7 @@
 #define MOST_PIECES ((size_t)65536) /* of all files */
 #define MOST_CLASSES 16u
 #define MOST_COUNT ((uint64_t)1 << 24)
+#define MOST_AHEAD (((uint64_t)1 << 33) - 1)
 #define PARTS ((uint32_t)1 << 24)         /* of a table */
 #define BUCKETED_TABLES ((size_t)32 << 20) /* bytes of tables; what comes later is searched without buckets */
 #define CHUNK 4096u                        /* symbols decoded at a time */
@@ -129,31 +130,52 @@ static const uint32_t SHA_K[64] = {
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
 #define ROTR(x, k) (((x) >> (k)) | ((x) << (32 - (k))))
+/* Word i of the message's schedule, in a ring of the last sixteen; 16 rounds know the first ones. */
+#define NEXT(i)                                                                                             \
+    (w[(i) & 15] += (ROTR(w[((i) + 1) & 15], 7) ^ ROTR(w[((i) + 1) & 15], 18) ^ w[((i) + 1) & 15] >> 3)         \
+                    + (ROTR(w[((i) + 14) & 15], 17) ^ ROTR(w[((i) + 14) & 15], 19) ^ w[((i) + 14) & 15] >> 10) \
+                    + w[((i) + 9) & 15])
+/* A round; it renames the eight words instead of moving them. */
+#define ROUND(a, b, c, d, e, f, g, h, i, word)                                                             \
+    do {                                                                                                  \
+        h += (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) + (g ^ (e & (f ^ g))) + SHA_K[k + (i)] + (word);         \
+        d += h;                                                                                           \
+        h += (ROTR(a, 2) ^ ROTR(a, 13) ^ ROTR(a, 22)) + ((a & b) | (c & (a | b)));                           \
+    } while (0)
+#define EIGHT_ROUNDS(i, word)                            \
+    do {                                                 \
+        ROUND(a, b, c, d, e, f, g, h, (i), word(i));         \
+        ROUND(h, a, b, c, d, e, f, g, (i) + 1, word((i) + 1)); \
+        ROUND(g, h, a, b, c, d, e, f, (i) + 2, word((i) + 2)); \
+        ROUND(f, g, h, a, b, c, d, e, (i) + 3, word((i) + 3)); \
+        ROUND(e, f, g, h, a, b, c, d, (i) + 4, word((i) + 4)); \
+        ROUND(d, e, f, g, h, a, b, c, (i) + 5, word((i) + 5)); \
+        ROUND(c, d, e, f, g, h, a, b, (i) + 6, word((i) + 6)); \
+        ROUND(b, c, d, e, f, g, h, a, (i) + 7, word((i) + 7)); \
+    } while (0)
+#define FIRST(i) w[i]
 
 static void sha_block(uint32_t state[8], const uint8_t *p)
 {
-    uint32_t w[64], s[8];
-    int i;
+    uint32_t w[16], a = state[0], b = state[1], c = state[2], d = state[3];
+    uint32_t e = state[4], f = state[5], g = state[6], h = state[7];
+    unsigned i, k = 0;
     for (i = 0; i < 16; i++, p += 4)
         w[i] = (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-    for (; i < 64; i++) {
-        uint32_t x = w[i - 15], y = w[i - 2];
-        w[i] = w[i - 16] + (ROTR(x, 7) ^ ROTR(x, 18) ^ x >> 3) + w[i - 7] + (ROTR(y, 17) ^ ROTR(y, 19) ^ y >> 10);
+    EIGHT_ROUNDS(0, FIRST);
+    EIGHT_ROUNDS(8, FIRST);
+    for (k = 16; k < 64; k += 16) {
+        EIGHT_ROUNDS(0, NEXT);
+        EIGHT_ROUNDS(8, NEXT);
     }
-    memcpy(s, state, sizeof s);
-    for (i = 0; i < 64; i++) {
-        uint32_t a = s[0], e = s[4];
-        uint32_t t = s[7] + (ROTR(e, 6) ^ ROTR(e, 11) ^ ROTR(e, 25)) + ((e & s[5]) ^ (~e & s[6])) + SHA_K[i] + w[i];
-        uint32_t u = (ROTR(a, 2) ^ ROTR(a, 13) ^ ROTR(a, 22)) + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
-        s[7] = s[6], s[6] = s[5], s[5] = e, s[4] = s[3] + t;
-        s[3] = s[2], s[2] = s[1], s[1] = a, s[0] = t + u;
-    }
-    for (i = 0; i < 8; i++) state[i] += s[i];
+    state[0] += a, state[1] += b, state[2] += c, state[3] += d;
+    state[4] += e, state[5] += f, state[6] += g, state[7] += h;
 }
 
 static void sha256(const uint8_t *data, size_t size, uint8_t digest[DIGEST])
 {
-    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+    uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
     uint8_t tail[128] = {0};
     size_t left = size % 64, padded = left < 56 ? 64 : 128, at;
     uint64_t bits = (uint64_t)size * 8;
@@ -295,7 +317,8 @@ static int lz_decode(lzma *z, uint8_t *out, size_t size, unsigned lc, unsigned l
         size_t position = at & (((size_t)1 << pb) - 1);
         if (!lz_bit(z, LZ_IS_MATCH + state * 16 + position)) {
             size_t context = (at & (((size_t)1 << lp) - 1)) << lc | (at ? (size_t)out[at - 1] >> (8 - lc) : 0);
-            uint8_t byte = lz_literal(z, LZ_LITERAL + 0x300 * context, state >= 7, state >= 7 ? out[at - rep[0] - 1] : 0);
+            uint8_t other = state >= 7 ? out[at - rep[0] - 1] : 0;
+            uint8_t byte = lz_literal(z, LZ_LITERAL + 0x300 * context, state >= 7, other);
             if (z->over) return 0;
             out[at++] = byte;
             state = state < 4 ? 0 : state < 10 ? state - 3 : state - 6;
@@ -363,7 +386,8 @@ static fw_status zstd_section(const uint8_t *data, size_t bytes, const uint8_t *
     size_t found;
     if (bytes < 4 || memcmp(data, magic, 4) != 0) return FW_BAD_SECTION; /* skippable and old frames are none */
     content = ZSTD_getFrameContentSize(data, bytes);
-    if (content == ZSTD_CONTENTSIZE_ERROR || (content != ZSTD_CONTENTSIZE_UNKNOWN && content != size)) return FW_BAD_SECTION;
+    if (content == ZSTD_CONTENTSIZE_ERROR) return FW_BAD_SECTION;
+    if (content != ZSTD_CONTENTSIZE_UNKNOWN && content != size) return FW_BAD_SECTION;
     if (ZSTD_findFrameCompressedSize(data, bytes) != bytes) return FW_BAD_SECTION;
     context = ZSTD_createDCtx();
     if (!context) return FW_NO_MEMORY;
@@ -740,8 +764,8 @@ static fw_status read_layout(cursor *c, fw_bundle *b, size_t index, size_t *piec
         coded |= p.coded;
     }
     if (coded != (f->codes != 0)) return FW_BAD_SECTIONS;
-    if (!use_up(b, f->rest, f->size - inside, &f->rest_at) || !use_up(b, f->raw, raws, &f->raw_at)) return FW_BAD_SECTIONS;
-    return FW_OK;
+    if (!use_up(b, f->rest, f->size - inside, &f->rest_at)) return FW_BAD_SECTIONS;
+    return use_up(b, f->raw, raws, &f->raw_at) ? FW_OK : FW_BAD_SECTIONS;
 }
 
 static fw_status read_file(cursor *c, fw_bundle *b, size_t index, size_t *pieces, uint64_t *whole, char **paths)
@@ -758,7 +782,7 @@ static fw_status read_file(cursor *c, fw_bundle *b, size_t index, size_t *pieces
     if (!f->sha256 || !read_u8(c, &how) || kind > FW_PROBE || how > 1) return FW_BAD_HEAD;
     if (size > b->limits.max_bytes - *whole) return FW_TOO_LARGE;
     *whole += size;
-    memcpy(*paths, path, length); /* the head has as many bytes, and each file more than its path's */
+    memcpy(*paths, path, length);
     f->path = *paths;
     *paths += length + 1;
     f->kind = (fw_kind)kind;
@@ -781,7 +805,7 @@ static fw_status read_files(cursor *c, fw_bundle *b)
     fw_status status = FW_OK;
     if (!read_within(c, 0, MOST_FILES, &count) || count > left_of(c) / 37) return FW_BAD_HEAD;
     b->files = take_array(b, (size_t)count, sizeof *b->files);
-    b->paths = paths = take_array(b, left_of(c) < (size_t)count * (MOST_PATH + 1) ? left_of(c) : (size_t)count * (MOST_PATH + 1), 1);
+    b->paths = paths = take_array(b, (size_t)count, MOST_PATH + 1);
     if (!b->files || !b->paths) return FW_NO_MEMORY;
     for (i = 0; i < (size_t)count && status == FW_OK; i++) {
         status = read_file(c, b, i, &pieces, &whole, &paths);
@@ -877,7 +901,7 @@ static uint64_t next_word(const uint8_t **at, const uint8_t *end)
 static void coder_begin(coder *c, const uint8_t *words, size_t bytes)
 {
     c->at = words;
-    c->end = words + bytes;
+    c->end = words ? words + bytes : words;
     c->range = UINT64_MAX;
     c->ahead = next_word(&c->at, c->end) << 32;
     c->ahead |= next_word(&c->at, c->end);
@@ -894,42 +918,95 @@ static uint32_t bisect(const uint32_t *left, uint32_t n, uint32_t quantile)
     return low;
 }
 
-/* The next symbols by a table that is ready, less its lo. 0 where the words are none of an encoder's. */
-static int decode(coder *c, const table *t, uint16_t *symbols, size_t count)
+/* Takes a symbol of `width` parts from `begin` on, with no branch on whether a word is due: none could foresee that. */
+#define TAKE(begin, width)                                                             \
+    do {                                                                               \
+        uint64_t word = 0, due;                                                        \
+        if (at != end)                                                                 \
+            word = (uint64_t)at[0] | (uint64_t)at[1] << 8 | (uint64_t)at[2] << 16 | (uint64_t)at[3] << 24; \
+        ahead -= scale * (begin);                                                      \
+        range = scale * (width);                                                       \
+        due = range >> 32 == 0;                                                        \
+        range <<= due << 5;                                                            \
+        ahead = ahead << (due << 5) | (word & (0 - due));                              \
+        at += at != end ? due << 2 : 0;                                                \
+    } while (0)
+
+static int decode_two(coder *c, const table *t, uint16_t *symbols, size_t count)
+{
+    const uint8_t *at = c->at, *end = c->end;
+    uint64_t range = c->range, ahead = c->ahead, first = t->left[1];
+    size_t i;
+    for (i = 0; i < count; i++) {
+        uint64_t scale = range >> 24, second;
+        if (ahead >= scale << 24) return 0;
+        second = ahead >= scale * first;
+        symbols[i] = (uint16_t)second;
+        TAKE(first & (0 - second), second ? PARTS - first : first);
+    }
+    c->at = at, c->range = range, c->ahead = ahead;
+    return 1;
+}
+
+static int decode_bucketed(coder *c, const table *t, uint16_t *symbols, size_t count)
 {
     const uint32_t *left = t->left;
     const uint16_t *bucket = t->bucket;
     const uint8_t *at = c->at, *end = c->end;
     uint64_t range = c->range, ahead = c->ahead;
-    uint32_t n = t->n, shift = t->shift;
+    uint32_t shift = t->shift;
     size_t i;
-    if (n == 1) {
+    for (i = 0; i < count; i++) {
+        uint64_t scale = range >> 24;
+        uint32_t quantile, symbol;
+        if (ahead >= scale << 24) return 0;
+        quantile = (uint32_t)(ahead / scale);
+        for (symbol = bucket[quantile >> shift]; left[symbol + 1] <= quantile; symbol++) continue;
+        symbols[i] = (uint16_t)symbol;
+        TAKE(left[symbol], left[symbol + 1] - left[symbol]);
+    }
+    c->at = at, c->range = range, c->ahead = ahead;
+    return 1;
+}
+
+static int decode_bisected(coder *c, const table *t, uint16_t *symbols, size_t count)
+{
+    const uint32_t *left = t->left;
+    const uint8_t *at = c->at, *end = c->end;
+    uint64_t range = c->range, ahead = c->ahead;
+    size_t i;
+    for (i = 0; i < count; i++) {
+        uint64_t scale = range >> 24;
+        uint32_t symbol;
+        if (ahead >= scale << 24) return 0;
+        symbol = bisect(left, t->n, (uint32_t)(ahead / scale));
+        symbols[i] = (uint16_t)symbol;
+        TAKE(left[symbol], left[symbol + 1] - left[symbol]);
+    }
+    c->at = at, c->range = range, c->ahead = ahead;
+    return 1;
+}
+
+/* The next symbols by a table that is ready, less its lo. 0 where the words are none of an encoder's. */
+static int decode(coder *c, const table *t, uint16_t *symbols, size_t count)
+{
+    if (t->n == 1) {
         memset(symbols, 0, count * sizeof *symbols);
         return 1;
     }
-    for (i = 0; i < count; i++) {
-        uint64_t scale = range >> 24, begin;
-        uint32_t symbol;
-        if (ahead >= scale << 24) return 0;
-        if (n == 2) {
-            symbol = ahead >= scale * left[1];
-        } else {
-            uint32_t quantile = (uint32_t)(ahead / scale);
-            if (bucket)
-                for (symbol = bucket[quantile >> shift]; left[symbol + 1] <= quantile; symbol++) continue;
-            else
-                symbol = bisect(left, n, quantile);
-        }
-        begin = scale * left[symbol];
-        ahead -= begin;
-        range = scale * (left[symbol + 1] - left[symbol]);
-        if (range >> 32 == 0) {
-            range <<= 32;
-            ahead = ahead << 32 | next_word(&at, end);
-        }
-        symbols[i] = (uint16_t)symbol;
-    }
-    c->at = at, c->range = range, c->ahead = ahead;
+    if (t->n == 2) return decode_two(c, t, symbols, count);
+    return t->bucket ? decode_bucketed(c, t, symbols, count) : decode_bisected(c, t, symbols, count);
+}
+
+/* Whether symbols and the table's lo stay below a limit. */
+static int are_below(const table *t, const uint16_t *symbols, size_t count, uint32_t limit)
+{
+    size_t i;
+    if (count == 0) return 1;
+    if (t->lo >= limit) return 0;
+    if (t->n <= limit - t->lo) return 1;
+    for (i = 0; i < count; i++)
+        if (symbols[i] >= limit - t->lo) return 0;
     return 1;
 }
 
@@ -938,78 +1015,81 @@ static int decode(coder *c, const table *t, uint16_t *symbols, size_t count)
 /* Where the values of a plane go: each as a byte, as some bits of one, or as the bytes that a palette has for it. */
 typedef struct {
     uint8_t *out;
-    size_t stride;   /* bytes from one element to the next; 0 where several share one */
-    unsigned bits;   /* of an element, below 8, where the stride is 0 */
-    uint32_t limit;  /* values are below it */
+    size_t stride; /* bytes from one element to the next; 0 where several share one */
+    unsigned bits; /* of an element, below 8, where the stride is 0 */
     const uint8_t *palette;
 } plane;
 
 static void put_bits(const plane *p, size_t i, unsigned value)
 {
-    unsigned each = 8 / p->bits, shift = (unsigned)(i % each) * p->bits, mask = (1u << p->bits) - 1;
+    unsigned each = 8 / p->bits, shift = (unsigned)(i & (each - 1)) * p->bits, mask = (1u << p->bits) - 1;
     uint8_t *byte = p->out + i / each;
-    *byte = (uint8_t)((*byte & ~(mask << shift)) | value << shift);
+    *byte = (uint8_t)((*byte & ~(mask << shift)) | (value & mask) << shift);
 }
 
 static unsigned get_bits(const plane *p, size_t i)
 {
     unsigned each = 8 / p->bits;
-    return (unsigned)p->out[i / each] >> ((unsigned)(i % each) * p->bits) & ((1u << p->bits) - 1);
+    return (unsigned)p->out[i / each] >> ((unsigned)(i & (each - 1)) * p->bits) & ((1u << p->bits) - 1);
 }
 
-/* Puts `count` values, from element `start` on. `lo` is added to each; 0 where one is too large. */
-static int put(const plane *p, uint64_t lo, size_t start, const uint16_t *symbols, size_t count)
+static void put_packed(const plane *p, unsigned lo, size_t start, const uint16_t *symbols, size_t count)
 {
-    uint8_t *out = p->stride ? p->out + start * p->stride : p->out;
+    unsigned each = 8 / p->bits, mask = (1u << p->bits) - 1, j;
+    size_t i = 0;
+    uint8_t *out;
+    for (; i < count && (start + i) & (each - 1); i++) put_bits(p, start + i, lo + symbols[i]);
+    out = p->out + (start + i) / each;
+    for (; count - i >= each; i += each) {
+        unsigned byte = 0;
+        for (j = 0; j < each; j++) byte |= ((lo + symbols[i + j]) & mask) << j * p->bits;
+        *out++ = (uint8_t)byte;
+    }
+    for (; i < count; i++) put_bits(p, start + i, lo + symbols[i]);
+}
+
+/* Puts `count` values, each a symbol and `lo`, from element `start` on; those of a palette are below its size. */
+static void put(const plane *p, uint64_t lo, size_t start, const uint16_t *symbols, size_t count)
+{
+    uint8_t *out = p->stride ? p->out + start * p->stride : p->out, least = (uint8_t)(lo & 0xff);
     size_t i, j;
     if (p->palette) {
         for (i = 0; i < count; i++, out += p->stride) {
-            const uint8_t *value;
-            if (lo >= p->limit || symbols[i] >= p->limit - lo) return 0;
-            value = p->palette + (size_t)(lo + symbols[i]) * p->stride;
+            const uint8_t *value = p->palette + (size_t)(lo + symbols[i]) * p->stride;
             for (j = 0; j < p->stride; j++) out[j] = value[j];
         }
     } else if (p->stride == 1) {
-        for (i = 0; i < count; i++) out[i] = (uint8_t)(lo + symbols[i]);
+        for (i = 0; i < count; i++) out[i] = (uint8_t)(least + symbols[i]);
     } else if (p->stride) {
-        for (i = 0; i < count; i++) out[i * p->stride] = (uint8_t)(lo + symbols[i]);
+        for (i = 0; i < count; i++) out[i * p->stride] = (uint8_t)(least + symbols[i]);
     } else {
-        for (i = 0; i < count; i++) put_bits(p, start + i, (unsigned)(lo + symbols[i]) & (p->limit - 1));
+        put_packed(p, least, start, symbols, count);
     }
-    return 1;
 }
-
-/* The same for what stands at 2 while a plane is split: 0 for its common value, 1 for another. */
-static int put_flags(const plane *p, uint64_t lo, size_t start, const uint16_t *symbols, size_t count)
-{
-    size_t i;
-    for (i = 0; i < count; i++) {
-        if (lo > 1 || symbols[i] > 1 - lo) return 0;
-        if (p->stride) p->out[(start + i) * p->stride] = (uint8_t)(lo + symbols[i]);
-        else put_bits(p, start + i, (unsigned)(lo + symbols[i]));
-    }
-    return 1;
-}
-
-typedef int (*putter)(const plane *, uint64_t, size_t, const uint16_t *, size_t);
 
 /* Places that wait for their symbols, all of one table. */
 typedef struct {
-    coder *coder;
+    coder coder;
     const table *table;
-    const plane *plane;
-    putter put;
+    plane plane;
+    uint32_t limit; /* values are below it; 0 where they wrap */
     size_t runs, waiting;
     size_t starts[RUNS], lengths[RUNS];
-    uint16_t symbols[CHUNK];
+    uint16_t symbols[CHUNK], values[CHUNK];
+    uint8_t flags[CHUNK];
 } queue;
+
+static int take_symbols(queue *q, const table *t, size_t count)
+{
+    return decode(&q->coder, t, q->symbols, count) && (!q->limit || are_below(t, q->symbols, count, q->limit));
+}
 
 static int flush(queue *q)
 {
     size_t run, done = 0;
-    if (!decode(q->coder, q->table, q->symbols, q->waiting)) return 0;
+    if (!take_symbols(q, q->table, q->waiting)) return 0;
     for (run = 0; run < q->runs; done += q->lengths[run++])
-        if (!q->put(q->plane, q->table->lo, q->starts[run], q->symbols + done, q->lengths[run])) return 0;
+        put(&q->plane, q->table->lo, q->starts[run], q->symbols + done, q->lengths[run]);
     q->runs = q->waiting = 0;
     return 1;
 }
@@ -1050,13 +1130,10 @@ static fw_status read_classes(fw_bundle *b, coder *c, const map *m, classes *fou
     class_of = take_array(b, m->count, sizeof *class_of);
     found->blocks = take_array(b, m->count, sizeof *found->blocks);
     status = class_of && found->blocks ? FW_OK : FW_NO_MEMORY;
-    if (status == FW_OK && !decode(c, t, class_of, m->count)) status = FW_BAD_CODES;
+    if (status == FW_OK && !(decode(c, t, class_of, m->count) && are_below(t, class_of, m->count, m->classes)))
+        status = FW_BAD_CODES;
     found->ends[1] = 0;
     for (i = 0; i < m->count && status == FW_OK; i++) {
-        if (t->lo >= m->classes || class_of[i] >= m->classes - t->lo) {
-            status = FW_BAD_CODES;
-            break;
-        }
         class_of[i] = (uint16_t)(class_of[i] + t->lo);
         found->ends[class_of[i] + 1]++;
     }
@@ -1094,16 +1171,18 @@ static int walk_inner(queue *q, const classes *m, uint32_t class_, size_t start,
 }
 
 /* The elements of one context: those of a class of the map of longer blocks that are of a class of the other too. */
-static int walk(queue *q, size_t n, const classes *outer, uint32_t outer_class, const classes *inner, uint32_t inner_class)
+static int walk(queue *q, size_t n, const classes *outer, uint32_t outer_class, const classes *inner,
+                uint32_t inner_class)
 {
     uint32_t first = outer->ends[outer_class], last = outer->ends[outer_class + 1], at;
     size_t base = 0;
     if (first == last || inner->ends[inner_class] == inner->ends[inner_class + 1]) return 1;
     for (; base < n; base += outer->inner * outer->count)
         for (at = first; at < last; at++) {
-            size_t start = base + block(outer, at) * outer->inner;
+            size_t start = base + block(outer, at) * outer->inner, end;
             if (start >= n) return 1;
-            if (!walk_inner(q, inner, inner_class, start, n - start < outer->inner ? n : start + outer->inner)) return 0;
+            end = n - start < outer->inner ? n : start + outer->inner;
+            if (!walk_inner(q, inner, inner_class, start, end)) return 0;
         }
     return 1;
 }
@@ -1113,8 +1192,8 @@ static fw_status read_contexts(fw_bundle *b, queue *q, const coding *k, size_t n
     classes found[2];
     fw_status status = FW_OK, other;
     uint32_t context, a, a_class, b_class;
-    status = read_classes(b, q->coder, &k->maps[0], &found[0]);
-    other = status == FW_OK ? read_classes(b, q->coder, &k->maps[1], &found[1]) : status;
+    status = read_classes(b, &q->coder, &k->maps[0], &found[0]);
+    other = status == FW_OK ? read_classes(b, &q->coder, &k->maps[1], &found[1]) : status;
     if (status != FW_OK) found[1].blocks = NULL;
     status = other;
     a = found[0].inner >= k->maps[1].inner ? 0 : 1; /* which map is the outer one */
@@ -1132,38 +1211,43 @@ static fw_status read_contexts(fw_bundle *b, queue *q, const coding *k, size_t n
     return status;
 }
 
-/* Replaces the flags of a split plane by its values. */
+/* Replaces what stands at 2 in a split plane, 0 for its common value and 1 for another, by the values. */
 static fw_status read_others(fw_bundle *b, queue *q, const coding *k, size_t n)
 {
-    const plane *p = q->plane;
+    const plane *p = &q->plane;
     table *t = &b->tables[k->others];
     size_t start, i, others, count;
-    uint16_t common = (uint16_t)k->common;
+    uint16_t lo = (uint16_t)(t->lo & 0xffff), common = (uint16_t)k->common;
     fw_status status = ready(b, t);
     if (status != FW_OK) return status;
     for (start = 0; start < n; start += count) {
-        uint8_t flags[CHUNK];
         count = n - start < CHUNK ? n - start : CHUNK;
         for (i = others = 0; i < count; i++) {
-            flags[i] = (uint8_t)(p->stride ? p->out[(start + i) * p->stride] : get_bits(p, start + i));
-            others += flags[i];
+            q->flags[i] = (uint8_t)(p->stride ? p->out[(start + i) * p->stride] : get_bits(p, start + i));
+            others += q->flags[i];
         }
-        if (!decode(q->coder, t, q->symbols, others)) return FW_BAD_CODES;
-        for (i = others = 0; i < count; i++)
-            if (!(flags[i] ? put(p, t->lo, start + i, q->symbols + others++, 1) : put(p, 0, start + i, &common, 1)))
-                return FW_BAD_CODES;
+        if (!take_symbols(q, t, others)) return FW_BAD_CODES;
+        for (i = others = 0; i < count; i++) {
+            q->values[i] = q->flags[i] ? (uint16_t)(lo + q->symbols[others]) : common;
+            others += q->flags[i];
+        }
+        put(p, 0, start, q->values, count);
     }
     return FW_OK;
 }
 
-static fw_status read_plane(fw_bundle *b, queue *q, coder *c, const coding *k, const plane *p, size_t n)
+static fw_status read_plane(fw_bundle *b, queue *q, const coding *k, const plane *p, uint32_t limit, size_t n)
 {
     fw_status status;
-    q->coder = c;
-    q->plane = p;
-    q->put = k->mode == MODE_SPLIT ? put_flags : put;
+    q->plane = *p;
+    q->limit = limit;
+    if (k->mode == MODE_CODED) return read_contexts(b, q, k, n);
+    q->plane.palette = NULL;
+    q->limit = 2;
     status = read_contexts(b, q, k, n);
-    return status == FW_OK && k->mode == MODE_SPLIT ? read_others(b, q, k, n) : status;
+    q->plane.palette = p->palette;
+    q->limit = limit;
+    return status == FW_OK ? read_others(b, q, k, n) : status;
 }
 
 /* ---- files ---- */
@@ -1249,7 +1333,7 @@ static fw_status find_base(fw_bundle *b, const piece *p, const uint8_t **found)
     return FW_BAD_BASE_PART;
 }
 
-static fw_status read_into(fw_bundle *b, queue *q, coder *c, const piece *p, const uint8_t *raw, uint8_t *out)
+static fw_status read_into(fw_bundle *b, queue *q, const piece *p, const uint8_t *raw, uint8_t *out)
 {
     const uint8_t *base = NULL;
     unsigned i;
@@ -1261,9 +1345,8 @@ static fw_status read_into(fw_bundle *b, queue *q, coder *c, const piece *p, con
         where.stride = p->bits / 8u;
         where.bits = p->bits;
         where.palette = p->palette;
-        where.limit = p->palette ? p->colours : p->bits < 8 ? 1u << p->bits : 256;
         if (p->codings[i].mode != MODE_RAW) {
-            status = read_plane(b, q, c, &p->codings[i], &where, p->n);
+            status = read_plane(b, q, &p->codings[i], &where, p->palette ? p->colours : 0, p->n);
         } else {
             for (j = 0; j < p->n; j++) where.out[j * where.stride] = raw[j];
             if (p->n) raw += p->n;
@@ -1316,7 +1399,6 @@ static fw_status put_together(fw_bundle *b, const file *f, queue *q, uint8_t *ou
     const uint8_t *rest, *raw, *words;
     uint8_t *end = out + f->size;
     cursor c;
-    coder codes = {NULL, NULL, 0, 0};
     uint64_t i;
     fw_status status;
     if ((status = read_section(b, f->rest, &rest)) != FW_OK) return status;
@@ -1324,7 +1406,7 @@ static fw_status put_together(fw_bundle *b, const file *f, queue *q, uint8_t *ou
     if ((status = read_section(b, f->codes, &words)) != FW_OK) return status;
     if (rest) rest += f->rest_at;
     if (raw) raw += f->raw_at;
-    if (words) coder_begin(&codes, words, b->sections[f->codes - 1].bytes);
+    coder_begin(&q->coder, words, words ? b->sections[f->codes - 1].bytes : 0);
     c.at = f->pieces, c.end = b->head + b->head_size;
     for (i = 0; i < f->piece_count; i++) {
         piece p;
@@ -1334,14 +1416,14 @@ static fw_status put_together(fw_bundle *b, const file *f, queue *q, uint8_t *ou
             rest += p.gap;
             out += p.gap;
         }
-        if ((status = read_into(b, q, &codes, &p, raw, out)) != FW_OK) return status;
+        if ((status = read_into(b, q, &p, raw, out)) != FW_OK) return status;
         if (p.raw) raw += p.raw;
         out += p.bytes;
     }
     if (out < end) memcpy(out, rest, (size_t)(end - out));
-    /* all words are read, and the point is as near as an encoder puts it; nothing coded: the range is untouched */
-    if (words && codes.at != codes.end) return FW_BAD_CODES;
-    return words && codes.range != UINT64_MAX && codes.ahead >= ((uint64_t)1 << 33) - 1 ? FW_BAD_CODES : FW_OK;
+    /* All words are read, and what is ahead is as little as an encoder leaves, unless nothing was coded. */
+    if (q->coder.at != q->coder.end) return FW_BAD_CODES;
+    return q->coder.range != UINT64_MAX && q->coder.ahead >= MOST_AHEAD ? FW_BAD_CODES : FW_OK;
 }
 
 fw_status fw_read(fw_bundle *b, size_t index, uint8_t *out, size_t size)
@@ -1351,7 +1433,8 @@ fw_status fw_read(fw_bundle *b, size_t index, uint8_t *out, size_t size)
     size_t same;
     uint8_t none;
     fw_status status;
-    if (!b || index >= b->file_count || (!out && size)) return FW_BAD_CALL;
+    if (!b || (!out && size)) return FW_BAD_CALL;
+    if (index >= b->file_count) return FW_NO_FILE;
     same = b->files[index].same;
     f = &b->files[same];
     if (size != f->size) return FW_BAD_CALL;
@@ -1461,7 +1544,8 @@ size_t fw_count(const fw_bundle *b) { return b->file_count; }
 
 fw_status fw_file_at(const fw_bundle *b, size_t index, fw_file *found)
 {
-    if (!b || !found || index >= b->file_count) return FW_BAD_CALL;
+    if (!b || !found) return FW_BAD_CALL;
+    if (index >= b->file_count) return FW_NO_FILE;
     found->path = b->files[index].path;
     found->kind = b->files[index].kind;
     found->size = b->files[index].size;
@@ -1480,7 +1564,8 @@ const char *fw_error_text(fw_status status)
 {
     switch (status) {
     case FW_OK: return "all is well";
-    case FW_BAD_CALL: return "the reader was called with a null pointer, a wrong index or a wrong size";
+    case FW_BAD_CALL: return "the reader was called with a null pointer or a wrong size";
+    case FW_NO_FILE: return "it holds no such file";
     case FW_NO_MEMORY: return "there is not enough memory";
     case FW_TOO_LARGE: return "it declares more bytes than are allowed";
     case FW_HEAD_TOO_LARGE: return "its head declares more bytes than are allowed";

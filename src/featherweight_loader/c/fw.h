@@ -17,7 +17,8 @@ extern "C" {
 /* Why something did not work; fw_error_text() says it in words. */
 typedef enum {
     FW_OK = 0,
-    FW_BAD_CALL,       /* a null pointer, an index that is none, a buffer of another size */
+    FW_BAD_CALL,       /* a null pointer, a buffer of another size */
+    FW_NO_FILE,        /* no file has this index */
     FW_NO_MEMORY,      /* an allocation failed */
     FW_TOO_LARGE,      /* the files or the sections declare more bytes than max_bytes */
     FW_HEAD_TOO_LARGE, /* the head declares more bytes than max_head */
@@ -80,7 +81,7 @@ fw_status fw_file_at(const fw_bundle *bundle, size_t index, fw_file *file);
 size_t fw_find(const fw_bundle *bundle, const char *path);
 
 /* Decodes one file into out, which is as large as the file. FW_OK only where its SHA-256 is right; else out holds
- * zeros. Read the files in order where memory is short: a section that several share is kept until the last one of them. */
+ * zeros. Read the files in order where memory is short: a section that several share is kept until the last of them. */
 fw_status fw_read(fw_bundle *bundle, size_t index, uint8_t *out, size_t size);
 
 /* One sentence without a full stop, in English; never null. */

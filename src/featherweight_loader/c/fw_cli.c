@@ -100,7 +100,8 @@ static int open_bases(const options *told, opened *bases, int *count)
         if (i > 0) status = fw_set_base(bases[i - 1].bundle, bases[i].bundle);
         if (status != FW_OK) {
             ++*count;
-            return refuse(bases[i].name, NULL, status == FW_BAD_CALL ? "its update stands alone" : fw_error_text(status));
+            if (status == FW_BAD_CALL) return refuse(bases[i].name, NULL, "its update stands alone");
+            return refuse(bases[i].name, NULL, fw_error_text(status));
         }
     }
     return 0;
@@ -198,7 +199,8 @@ static int write_all(const opened *file, const char *folder)
     for (i = 0; i < fw_count(file->bundle); i++) {
         int fine;
         if (decode(file, i, &found, &data)) return REFUSED;
-        fine = join(path, folder, found.path) && make_folders(path, length) && write_file(path, data, (size_t)found.size);
+        fine = join(path, folder, found.path) && make_folders(path, length)
+               && write_file(path, data, (size_t)found.size);
         free(data);
         if (!fine) return refuse(file->name, found.path, strerror(errno));
     }
