@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import zstandard
 from common import HERE, RESULTS, Bar, Parts, Shown, finish, table, tell_load
-from fine_tuned import grouped, pooled
+from fine_tuned import AUGMENT, grouped, pooled
 from networks import DEBIAN, EFFICIENTNET, EXAMPLES, read_idx
 from quantize_subjects import subject
 
@@ -34,6 +34,7 @@ from featherweight.engine.targets import fit_targets
 from featherweight.method import Precision, Silent
 from featherweight.model import Model
 from featherweight.recipe import Recipe, Step
+from featherweight.tools.sparsity import with_zeros
 
 Json = dict[str, Any]
 Steps = tuple[tuple[str, Mapping[str, Any]], ...]
@@ -51,6 +52,7 @@ class Plan:
         least: Times smaller that is asked for.
         most: Points that may be lost; of agreement for a network without labels.
         trained: The step that trains it from random weights; none: it comes trained.
+        thinned: Steps before that leave zeros; the recipe folds batch norms that they train with.
         precision: Of training.
     """
 
@@ -58,6 +60,7 @@ class Plan:
     least: float
     most: float
     trained: Steps = ()
+    thinned: Steps = ()
     precision: Precision = "32"
 
 
@@ -79,8 +82,8 @@ def plans() -> dict[str, Plan]:
     dense = ("finetune", {**_ADAM, "epochs": 30, "learning_rate": 1e-3})
     shared = ("cluster", {"colors": 10})
     fc = {"1": 0.945, "3": 0.915, "5": 0.5}
-    conv = {"conv1": 0.3, "conv2": 0.82, "fc1": 0.968, "fc2": 0.6}
-    twenty = {"epochs": 6, "teacher": "original", "optimizer": "sgd", "learning_rate": 0.05, "alpha": 1.0}
+    conv = {"conv1": 0.3, "conv2": 0.82, "fc1": 0.96, "fc2": 0.6}
+    again = {"epochs": 7, "augment": AUGMENT, "teacher": "original", "alpha": 0.9, "learning_rate": 0.06}
     return {
         "lenet_300_100": Plan(
             (
@@ -92,33 +95,30 @@ def plans() -> dict[str, Plan]:
             60,
             0.15,
             (dense,),
+            "bf16-mixed",
         ),
         "lenet_5": Plan(
             (
                 *_zeros(conv),
-                ("finetune", {**_TAUGHT, "epochs": 14, "learning_rate": 2e-3}),
+                ("finetune", {**_TAUGHT, "epochs": 9, "learning_rate": 2e-3}),
                 shared,
-                ("finetune", {**_TAUGHT, "epochs": 2, "learning_rate": 1e-4}),
+                ("finetune", {**_TAUGHT, "epochs": 1.5, "learning_rate": 1e-4}),
             ),
             60,
             0.15,
-            (("finetune", {**_ADAM, "epochs": 15, "learning_rate": 1e-3}),),
+            (("finetune", {**_ADAM, "epochs": 12, "learning_rate": 1e-3}),),
             "bf16-mixed",
         ),
         "resnet20": Plan(
             (
                 ("fold", {}),
-                ("sparsify", {"sparsity": 0.89, "where": {"exclude": ["conv1"]}}),
-                ("finetune", twenty),
-                (
-                    "quantize",
-                    {"weights": "int4", "activations": "none", "layers": {"conv1": {"weights": "int8"}}},
-                ),
+                ("sparsify", {"threshold": 1e-12, "schedule": "none"}),  # the zeros that are there
+                ("quantize", {"weights": "int4", "activations": "none"}),
                 ("rounding", {}),
             ),
             30,
             0.5,
-            precision="bf16-mixed",
+            thinned=(("sparsify", {"sparsity": 0.85, "end": 0.5}), ("finetune", again)),
         ),
         EFFICIENTNET: Plan(
             (
@@ -201,7 +201,9 @@ def row_of(job: Job, folder: Path) -> Json:
         "measure": "accuracy" if labelled else "agreement",
         "raw": raw,
         **sizes_of(run, changed),
-        "steps": [[method, dict(parameters)] for method, parameters in (*plan.trained, *plan.recipe)],
+        "steps": [
+            [method, dict(parameters)] for method, parameters in (*plan.trained, *plan.thinned, *plan.recipe)
+        ],
     }
 
 
@@ -217,9 +219,8 @@ def _trained(job: Job, plan: Plan, folder: Path) -> Run:
     )
     begun = _run(random.model, random.data, job, plan, folder)
     dense = begun.apply(job.recipe(plan.trained))
-    return _run(
-        begun.original.evolve(module=dense.module, key=""), random.data, job, plan, folder, teacher.model
-    )
+    original = begun.original.evolve(module=dense.module, key="")
+    return _run(original, begun.data, job, plan, folder, teacher=teacher.model)
 
 
 def _given(job: Job, plan: Plan, folder: Path) -> Run:
@@ -231,10 +232,23 @@ def _given(job: Job, plan: Plan, folder: Path) -> Run:
         spec, weights = f"{EXAMPLES / 'nets.py'}:{job.network}", str(EXAMPLES / f"{job.network}.safetensors")
         data = images(job.examples, job.scored)
     sources = load_sources(spec, weights=weights, data=data)
-    return _run(sources.model, sources.data, job, plan, folder)
+    run = _run(sources.model, sources.data, job, plan, folder)
+    if not plan.thinned:
+        return run
+    thin = with_zeros(run.apply(job.recipe(plan.thinned))).evolve(formats={}, key="")
+    return _run(run.original, run.data, job, plan, folder, student=thin)
 
 
-def _run(model: Model, data: Data, job: Job, plan: Plan, folder: Path, teacher: Model | None = None) -> Run:
+def _run(
+    model: Model,
+    data: Data,
+    job: Job,
+    plan: Plan,
+    folder: Path,
+    *,
+    teacher: Model | None = None,
+    student: Model | None = None,
+) -> Run:
     return Run(
         model,
         data,
@@ -242,6 +256,7 @@ def _run(model: Model, data: Data, job: Job, plan: Plan, folder: Path, teacher: 
         Store(folder),
         seed=job.seed,
         progress=Silent(),
+        student=student,
         teacher=teacher,
         precision=plan.precision,
     )

@@ -301,7 +301,7 @@ def test_every_plan_of_the_sizes_is_a_recipe(benchmark) -> None:  # type: ignore
     assert tuple(size.plans()) == size.NETWORKS
     for network, plan in size.plans().items():
         whole, part = (size.Job(network, 0, 100, 10, share) for share in (1.0, 0.5))
-        for steps in (plan.trained, plan.recipe):
+        for steps in (plan.trained, plan.thinned, plan.recipe):
             assert len(list(whole.recipe(steps).methods())) == len(steps)
         epochs = [
             [step.parameters["epochs"] for step in job.recipe(plan.recipe).steps if step.method == "finetune"]
