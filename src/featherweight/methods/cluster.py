@@ -78,9 +78,7 @@ class Cluster(Method, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _one_size(self) -> Cluster:
         if self.bits == "auto" and (self.colors is not None or self.granularity == "shared"):
-            raise ValueError(
-                "bits: auto gives each layer its own number of values: leave out colors and shared"
-            )
+            raise ValueError("bits: auto gives each layer values of its own: leave out colors and shared")
         return self
 
     def apply(self, model: Model, context: Context) -> Model:

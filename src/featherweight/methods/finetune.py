@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.errors import RecipeError
-from featherweight.formats import Binary, IntQuant, Sparse, TensorFormat, Ternary, zeros_alone
+from featherweight.formats import Binary, IntQuant, Palette, Sparse, TensorFormat, Ternary, zeros_alone
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method, Need, Precision
 from featherweight.model import Model
@@ -48,6 +48,7 @@ _STATISTICS = 1024  # examples that batch norms are estimated from anew
 _NORMALIZED = 256  # that temporary ones begin with
 _TOGETHER = 128
 _COARSE = 4  # bits
+_FEW = 2  # bits of a palette
 _STEP_RATE = 1e-3  # of learned step sizes, which are relative
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -294,13 +295,17 @@ def _rate(optimizer: OptimizerName, model: Model) -> float:
     if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
         return 1e-4 if _is_float(model) else 3e-5
     formats = [fmt for name in model.parameters for fmt in model.formats.get(name, ())]
-    codes = any(isinstance(fmt, Ternary | Binary) for fmt in formats)  # whose signs must turn round
-    return 5e-4 if any(isinstance(fmt, IntQuant) for fmt in formats) and not codes else 1e-3
+    codes = any(_has_few_values(fmt) for fmt in formats)  # which must change
+    return 5e-4 if any(isinstance(fmt, IntQuant | Palette) for fmt in formats) and not codes else 1e-3
 
 
 def _is_float(model: Model) -> bool:
     """Whether nothing is on a grid: at most some weights are zero."""
     return all(map(zeros_alone, model.formats.values()))
+
+
+def _has_few_values(fmt: TensorFormat) -> bool:
+    return isinstance(fmt, Ternary | Binary) or (isinstance(fmt, Palette) and fmt.width <= _FEW)
 
 
 def _end(fmt: TensorFormat) -> float:
