@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a checkout; what one snippet writes, the next one finds."""
     place = tmp_path_factory.mktemp("checkout")
     (place / "examples").symlink_to(ROOT / "examples")
+    (place / "src").symlink_to(ROOT / "src")
     (place / ".venv").symlink_to(sys.prefix)
     return place
 

@@ -120,8 +120,9 @@ def again(file: Path, out: Path, change: Callable[[dict[str, bytes]], None], key
     bundle = featherweight_loader.read(file)
     files = {path: bundle.data(path) for path in bundle.files}
     change(files)
+    kinds = {path.split("/")[0]: one.kind for path, one in bundle.files.items()}
     write_bundle(
-        out, [Member(path, data, bundle.files[path].kind, "onnxruntime") for path, data in files.items()]
+        out, [Member(path, data, kinds[path.split("/")[0]], "onnxruntime") for path, data in files.items()]
     )
     if key is not None:
         made = featherweight_loader.read(out)
@@ -329,6 +330,7 @@ class TestLoad:
         net = f"{made.home / 'private_net.py'}:net"
         fw.lower(net, inputs=["3x8x8"], out=tmp_path / "lowered", runtime="torch")
         fw.pack(tmp_path / "lowered", tmp_path / "a.fw")
+        fw.verify(tmp_path / "a.fw")
         session = fw.load(tmp_path / "a.fw")
         (seen,) = session(INPUTS[:1])
         (wanted,) = fw.load(made.signed)(INPUTS[:1])
@@ -455,6 +457,51 @@ class TestVerify:
         with pytest.raises(BundleError, match="onnxruntime cannot run the artifact"):
             fw.verify(again(made.signed, tmp_path / "a.fw", tear))
 
+    def test_options_of_a_stranger_are_not_taken(self, made: Made, tmp_path: Path) -> None:
+        """ONNX Runtime would write a file of this name."""
+
+        def write(files: dict[str, bytes]) -> None:
+            about = json.loads(files["artifact.json"])
+            about["target"]["options"] = {"optimized_model_filepath": str(tmp_path / "written")}
+            files["artifact.json"] = json.dumps(about).encode()
+
+        liar = again(made.signed, tmp_path / "a.fw", write)
+        fw.verify(liar)
+        with pytest.raises(BundleError, match="optimized_model_filepath"):
+            fw.load(liar)(INPUTS[:1])
+        assert not (tmp_path / "written").exists()
+
+    def test_what_torch_would_unpickle_is_not_opened(self, made: Made, tmp_path: Path) -> None:
+        import io
+        import pickle
+        import zipfile
+
+        class Writes:
+            def __reduce__(self) -> tuple[Any, ...]:
+                return Path.touch, (tmp_path / "written",)
+
+        def pickled() -> bytes:
+            out = io.BytesIO()
+            with zipfile.ZipFile(out, "w") as archive:
+                archive.writestr("a/models/model.json", "{}")
+                archive.writestr("a/data/sample_inputs/model.pt", pickle.dumps(Writes()))
+            return out.getvalue()
+
+        def swap(files: dict[str, bytes]) -> None:
+            about = json.loads(files["artifact.json"]) | {"runtime": "torch"}
+            about["target"]["runtime"] = "torch"
+            del about["sha256"], files["result.json"]
+            files["artifact.json"] = json.dumps(about).encode()
+            files["model.onnx"] = pickled()
+            probe = files.pop("probe/onnxruntime.json")
+            files["probe/torch.json"] = probe.replace(b'"onnxruntime"', b'"torch"')
+
+        liar = again(made.signed, tmp_path / "a.fw", swap)
+        for call in (fw.verify, fw.load):
+            with pytest.raises(BundleError, match="the artifact is not opened"):
+                call(liar)
+        assert not (tmp_path / "written").exists()
+
     def test_a_crash_is_an_error(self, made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         from featherweight.engine import jobs
 
@@ -504,11 +551,13 @@ class TestPrivacy:
 
     def test_nor_is_a_path_or_a_name(self, made: Made, files: dict[str, bytes]) -> None:
         private = [str(made.home), "secret-home", "private_net", str(Path.home())]
-        private += [str(Path(fw.__file__).parent), str(Path.cwd()), socket.gethostname(), "key.pem"]
+        private += [str(Path(fw.__file__).parent), str(Path.cwd()), "key.pem"]
+        host = rb"(?<!\w)" + re.escape(socket.gethostname().encode()) + rb"(?!\w)"
         for path, data in files.items():
             for name in private:
                 assert name.encode() not in data, (path, name)
             if path:
+                assert not re.search(host, data), path
                 # result.json names the file of the examples, as the report does; nothing else does
                 assert (b"private_data" in data) == path.endswith("result.json")
                 assert not re.search(rb"(?<![\w:/.])/(?:home|root|tmp|usr|work|Users)/\w", data), path

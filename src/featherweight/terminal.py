@@ -117,6 +117,7 @@ def print_result(result: Result, out: Path, as_json: bool) -> None:
     if len(result.runtimes) > 1:
         print_table(list(RUNTIME_HEADERS), [runtime_cells(row) for row in result.runtimes])
     print_text(f"Written to {out}: open {out / 'report.html'}")
+    print_text(f"One small file of it: featherweight pack {out} model.fw")
 
 
 def print_comparison(told: dict[str, Any], as_json: bool) -> None:

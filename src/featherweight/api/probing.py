@@ -6,7 +6,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from featherweight.engine.jobs import Served
 from featherweight.engine.machine import machine, versions
 from featherweight.errors import BundleError, FeatherweightError
 from featherweight.plugins import find_runtime
+from featherweight.runtime import Target
 
 
 def probe_of(found: Delivered) -> probes.Probe | str:
@@ -32,7 +32,8 @@ def probe_of(found: Delivered) -> probes.Probe | str:
         return "it is not installed"
     if not probes.can_be_asked(found.signatures):
         return f"{ABOUT} names no inputs of numbers"
-    target = replace(found.target, threads=1, device="local")
+    # Without the options that it is measured with: those of a stranger's bundle could name files.
+    target = Target(runtime.name, isa=found.target.isa)
     with Served(found.artifact, target) as served:
         calls = probes.ask(found.signatures, _call(served))
         moved = probes.reached_when_moved(calls, _call(served))
@@ -59,6 +60,7 @@ def parity(part: Part, probe: probes.Probe, write: Callable[[Path], object]) -> 
     with tempfile.TemporaryDirectory(prefix="featherweight-", suffix=f"-{os.getpid()}") as place:
         folder = Path(place) / "files"
         write(folder)
+        part.check_harmless(folder)
         try:
             with Served(part.artifact(folder), part.target()) as served:
                 reached = probes.compare(probe, _call(served), exact=same)

@@ -167,6 +167,7 @@ def _by_toolkit(bundle: loader.Bundle, runtime: str | None, threads: int) -> Ses
             place = Path(tempfile.mkdtemp(prefix="featherweight-"))
             try:
                 bundle.unpack(place, kinds=_KINDS)
+                part.check_harmless(place)
                 session = opener.open(part.artifact(place), part.target(threads))
             except BaseException:
                 shutil.rmtree(place, ignore_errors=True)

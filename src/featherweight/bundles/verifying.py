@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from featherweight.bundles.signing import Envelope, keyid, public_key
 from featherweight.bundles.statement import check_statement
-from featherweight.errors import BundleError, RecipeError
+from featherweight.errors import BundleError, LoadError, RecipeError
 from featherweight.outcome import Result
 from featherweight.runtime import Artifact, Target, digest_of
 from featherweight.yaml_lines import read_yaml
@@ -53,10 +53,26 @@ class Part:
         return Artifact.from_json(self.about, folder / self.folder)
 
     def target(self, threads: int = 1) -> Target:
-        """How it is opened here, on so many cores."""
-        told = self.about["target"]
-        isa, options = str(told.get("isa", "")), dict(told.get("options", {}))
-        return Target(str(told["runtime"]), isa=isa, threads=threads, options=options)
+        """How it is opened here: without the options that it was measured with, which may name files."""
+        return Target(self.runtime, isa=str(self.about["target"].get("isa", "")), threads=threads)
+
+    def check_harmless(self, folder: Path) -> None:
+        """Refuse files that could run code when they are opened; only torch's can.
+
+        Raises:
+            BundleError: One could.
+        """
+        if self.runtime != "torch":
+            return
+        from featherweight.exchange.pt2 import check_archive
+
+        try:
+            for name in self.about["files"]:
+                check_archive(folder / self.folder / name)
+        except LoadError as error:
+            raise BundleError(
+                f"the artifact is not opened: {error.what}", fix="do not use this bundle, or unpack it"
+            ) from error
 
 
 def check_signature(bundle: Bundle, key: str | Path | None) -> str:

@@ -66,7 +66,7 @@ def pt2_to_onnx(path: Path, *, allow_pickle: bool = False) -> bytes:
             or an operator that has no ONNX form.
     """
     if not allow_pickle:
-        _inspect(path)
+        check_archive(path)
     try:
         with _quiet():
             program = torch.export.load(path)
@@ -88,8 +88,12 @@ def pt2_to_onnx(path: Path, *, allow_pickle: bool = False) -> bytes:
         ) from error
 
 
-def _inspect(path: Path) -> None:
-    """Refuse an archive that could run code when torch loads it."""
+def check_archive(path: Path) -> None:
+    """Refuse an archive that could run code when torch loads it.
+
+    Raises:
+        LoadError: It could, or is none.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
