@@ -1421,9 +1421,8 @@ static fw_status put_together(fw_bundle *b, const file *f, queue *q, uint8_t *ou
         out += p.bytes;
     }
     if (out < end) memcpy(out, rest, (size_t)(end - out));
-    /* All words are read, and what is ahead is as little as an encoder leaves, unless nothing was coded. */
-    if (q->coder.at != q->coder.end) return FW_BAD_CODES;
-    return q->coder.range != UINT64_MAX && q->coder.ahead >= MOST_AHEAD ? FW_BAD_CODES : FW_OK;
+    /* All words are read, and what is ahead is as little as an encoder leaves. */
+    return q->coder.at == q->coder.end && q->coder.ahead < MOST_AHEAD ? FW_OK : FW_BAD_CODES;
 }
 
 fw_status fw_read(fw_bundle *b, size_t index, uint8_t *out, size_t size)
