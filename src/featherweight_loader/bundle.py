@@ -45,13 +45,15 @@ def read(
 
 def _open(place: Path | bytes, base: str | Path | bytes | Bundle | None, max_bytes: int) -> Bundle:
     size = len(place) if isinstance(place, bytes) else _size(place)
-    preamble = Preamble.of(_at(place, 0, min(PREAMBLE, size)), size)
+    first = _at(place, 0, min(PREAMBLE, size))
+    preamble = Preamble.of(first, size)
     packed = _at(place, PREAMBLE, preamble.packed)
     head = parse(preamble.head(packed), preamble.body, max_bytes)
     end = PREAMBLE + preamble.packed + preamble.body
     if size - end > _SIGNATURE:
         raise DamagedBundle(f"{size - end} bytes stand behind the body, a signature is smaller")
-    bundle = Bundle(place, size, preamble.packed, head, _at(place, end, size - end), max_bytes)
+    identity = hashlib.sha256(first + packed).hexdigest()  # of what was parsed: the file may change
+    bundle = Bundle(place, size, identity, PREAMBLE + preamble.packed, head, _at(place, end, size - end))
     if base is not None and bundle.base:
         bundle.take_base(base if isinstance(base, Bundle) else read(base, max_bytes=max_bytes))
     return bundle
@@ -84,6 +86,7 @@ class Bundle:
 
     Attributes:
         bytes: Of the whole file.
+        identity: SHA-256 of everything but body and signature, in hex; it stands for the body too.
         base: Identity of the bundle that an update was made from, else ''.
         signature: As it lies in the file, empty where there is none; not verified here.
         sections: In the order of the body.
@@ -91,24 +94,19 @@ class Bundle:
     """
 
     def __init__(
-        self, place: Path | bytes, size: int, head_bytes: int, head: Head, signature: bytes, max_bytes: int
+        self, place: Path | bytes, size: int, identity: str, body: int, head: Head, signature: bytes
     ) -> None:
         self.bytes = size
+        self.identity = identity
         self.base = head.base
         self.signature = signature
         self.sections: Sequence[Section] = tuple(head.sections)
         self.files: Mapping[str, File] = MappingProxyType({file.path: file for file in head.files})
         self._place = place
-        self._body = PREAMBLE + head_bytes
+        self._body = body
         self._head = head
-        self._max_bytes = max_bytes
         self._base: Bundle | None = None
         self._index = {file.path: index for index, file in enumerate(head.files)}
-
-    @property
-    def identity(self) -> str:
-        """SHA-256 of everything but body and signature, in hex; it stands for the body too."""
-        return hashlib.sha256(_at(self._place, 0, self._body)).hexdigest()
 
     @property
     def signed(self) -> bool:
@@ -138,7 +136,7 @@ class Bundle:
         """
         if path not in self._index:
             raise MissingPart(f"the bundle holds no '{path}'", fix="see what there is: Bundle.files")
-        return next(self._decoded([self._index[path]]))
+        return bytes(next(self._decoded([self._index[path]])))
 
     def unpack(self, folder: str | Path, *, kinds: Collection[str] | None = None) -> list[Path]:
         """Write the files into a new folder, which is there whole or not at all.
@@ -194,11 +192,11 @@ class Bundle:
         for _ in self._decoded(list(range(len(self._head.files)))):
             pass
 
-    def artifact_files(self) -> Iterator[bytes]:
+    def artifact_files(self) -> Iterator[bytearray]:
         """The bytes of each artifact file, in the order of the head: what an update may be packed behind."""
         return self._decoded([i for i, file in enumerate(self._head.files) if file.kind == "artifact"])
 
-    def _decoded(self, wanted: list[int]) -> Iterator[bytes]:
+    def _decoded(self, wanted: list[int]) -> Iterator[bytearray]:
         """Files in this order; a section is decoded when it is first needed and kept until it was last."""
         from featherweight_loader.files import Maker
 

@@ -24,7 +24,8 @@ class Coder:
     def __init__(self, words: bytes, tables: Sequence[Table], where: str) -> None:
         import constriction
 
-        self._decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
+        native = np.asarray(np.frombuffer(words, "<u4"), np.uint32)
+        self._decoder = constriction.stream.queue.RangeDecoder(native)
         self._categorical = constriction.stream.model.Categorical
         self._tables = tables
         self._models: dict[int, Any] = {}

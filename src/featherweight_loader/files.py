@@ -36,7 +36,7 @@ class Maker:
         self._base_files: dict[str, bytes] = {}
         self._needed = Counter(index for file in wanted for index in self._sections_of(file))
 
-    def file(self, index: int) -> bytes:
+    def file(self, index: int) -> bytearray:
         """The next of the files that are wanted.
 
         Raises:
@@ -50,7 +50,7 @@ class Maker:
                 self._sections.pop(section, None)
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise DamagedBundle("a file has another digest than declared", where=file.path)
-        return bytes(data)
+        return data
 
     def _original(self, index: int) -> int:
         """The file itself, or that which it is a copy of."""

@@ -20,7 +20,7 @@ from featherweight.plugins import find_runtime
 from featherweight.runtime import Artifact
 from featherweight_loader import BundleError, DamagedBundle, MissingPart
 from golden import inputs, target
-from handmade import DOCUMENT, ZSTD, Bundle
+from handmade import DOCUMENT, PREFIXED, ZSTD, Bundle
 
 RUNTIMES = ("onnxruntime", "openvino", "litert", "executorch", "mnn", "ncnn")
 
@@ -179,6 +179,21 @@ class TestSeveral:
         x = inputs("residual", 2)
         (found,) = loader.load(bundled(apart))(x)
         assert found.tobytes() == find_runtime("onnxruntime").open(artifact, target())(x)[0].tobytes()
+
+
+def test_an_update(lowered: Lowered) -> None:
+    """The artifact is the old one's bytes, behind which it was packed; an opened bundle does as well."""
+    artifact = lowered("onnxruntime", "residual", "int8")
+    old, model = bundled(artifact), (artifact.folder / "model.onnx").read_bytes()
+    bundle = Bundle(base=bytes.fromhex(loader.read(old).identity))
+    bundle.file("model.onnx", model, rest=bundle.section(model, PREFIXED, model))
+    bundle.plain("artifact.json", loader.read(old).data("artifact.json"), DOCUMENT)
+    x = inputs("residual", 2)
+    wanted = loader.load(old)(x)[0].tobytes()
+    assert loader.load(bundle.bytes(), base=old)(x)[0].tobytes() == wanted
+    assert loader.load(loader.read(bundle.bytes(), base=old))(x)[0].tobytes() == wanted
+    with pytest.raises(loader.MissingBase):
+        loader.load(bundle.bytes())
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-web", "coreml", "tensorrt", "torch", "other"])

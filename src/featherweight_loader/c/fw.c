@@ -309,17 +309,27 @@ static uint8_t lz_literal(lzma *z, size_t which, int matched, uint32_t other)
     return (uint8_t)m;
 }
 
+/* Behind an end marker nothing is left in the coder. */
+static int lz_ends(lzma *z)
+{
+    lz_refill(z);
+    return z->over || z->code == 0;
+}
+
+/* Decodes `size` bytes, and as liblzma does the symbol behind them where the input has all of it: it may be anything
+ * that an encoder writes. */
 static int lz_decode(lzma *z, uint8_t *out, size_t size, unsigned lc, unsigned lp, unsigned pb)
 {
     uint32_t rep[4] = {0, 0, 0, 0}, length, k;
     size_t at = 0, state = 0;
-    while (at < size) {
+    for (;;) {
         size_t position = at & (((size_t)1 << pb) - 1);
+        int behind = at == size;
         if (!lz_bit(z, LZ_IS_MATCH + state * 16 + position)) {
             size_t context = (at & (((size_t)1 << lp) - 1)) << lc | (at ? (size_t)out[at - 1] >> (8 - lc) : 0);
             uint8_t other = state >= 7 ? out[at - rep[0] - 1] : 0;
             uint8_t byte = lz_literal(z, LZ_LITERAL + 0x300 * context, state >= 7, other);
-            if (z->over) return 0;
+            if (z->over || behind) return behind;
             out[at++] = byte;
             state = state < 4 ? 0 : state < 10 ? state - 3 : state - 6;
             continue;
@@ -327,7 +337,8 @@ static int lz_decode(lzma *z, uint8_t *out, size_t size, unsigned lc, unsigned l
         if (!lz_bit(z, LZ_IS_REP + state)) {
             rep[3] = rep[2], rep[2] = rep[1], rep[1] = rep[0];
             length = lz_length(z, LZ_LENGTH, position);
-            rep[0] = lz_distance(z, length); /* that of an end marker is too far, like any other */
+            rep[0] = lz_distance(z, length);
+            if (rep[0] == UINT32_MAX) return behind && lz_ends(z);
             state = state < 7 ? 7 : 10;
         } else if (lz_bit(z, LZ_IS_REP0 + state)) {
             uint32_t distance;
@@ -343,13 +354,15 @@ static int lz_decode(lzma *z, uint8_t *out, size_t size, unsigned lc, unsigned l
             length = 1;
             state = state < 7 ? 9 : 11;
         }
-        if (z->over || rep[0] >= at) return 0;
+        if (z->over) return behind;
+        if (rep[0] >= at) return 0;
+        if (behind) return 1;
         for (; length && at < size; length--, at++) out[at] = out[at - rep[0] - 1];
+        if (length) return 1;
     }
-    return 1;
 }
 
-/* The section is its properties, then the stream; what stands behind the size is not looked at. */
+/* The section is its properties, then the stream. */
 static fw_status lz_section(const fw_bundle *b, const uint8_t *data, size_t bytes, uint8_t *out, size_t size)
 {
     unsigned lc, lp, pb;
@@ -1421,8 +1434,9 @@ static fw_status put_together(fw_bundle *b, const file *f, queue *q, uint8_t *ou
         out += p.bytes;
     }
     if (out < end) memcpy(out, rest, (size_t)(end - out));
-    /* All words are read, and what is ahead is as little as an encoder leaves. */
-    return q->coder.at == q->coder.end && q->coder.ahead < MOST_AHEAD ? FW_OK : FW_BAD_CODES;
+    /* All words are read, and what is ahead is as little as an encoder leaves; or nothing was coded. */
+    if (q->coder.at != q->coder.end) return FW_BAD_CODES;
+    return q->coder.range != UINT64_MAX && q->coder.ahead >= MOST_AHEAD ? FW_BAD_CODES : FW_OK;
 }
 
 fw_status fw_read(fw_bundle *b, size_t index, uint8_t *out, size_t size)
