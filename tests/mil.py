@@ -119,6 +119,16 @@ def _blocks(a: Values) -> Tensor:
     return data * scale
 
 
+def _table(a: Values) -> Tensor:
+    """Codes are packed one behind the other, the lowest bit first."""
+    shape, lut = _list(a["shape"]), a["lut"]
+    width = {2: 1, 4: 2, 16: 4, 64: 6, 256: 8}[len(lut)]
+    bits = np.unpackbits(a["indices"].numpy().view(np.uint8), bitorder="little")
+    count = int(np.prod(shape))
+    codes = bits[: count * width].reshape(count, width) @ (1 << np.arange(width))
+    return lut[torch.from_numpy(codes)].reshape(shape)
+
+
 def _concat(a: Values) -> Tensor:
     values = a["values"] if isinstance(a["values"], list) else [a["values"]]
     axis = int(a["axis"])
@@ -178,6 +188,7 @@ OPERATORS: dict[str, Callable[[Values], Any]] = {
     "concat": _concat,
     "constexpr_affine_dequantize": _dequantize,
     "constexpr_blockwise_shift_scale": _blocks,
+    "constexpr_lut_to_dense": _table,
     "conv": _conv,
     "dequantize": _dequantize,
     "gelu": lambda a: F.gelu(a["x"], approximate="none" if a["mode"] == "EXACT" else "tanh"),

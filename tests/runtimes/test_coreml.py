@@ -26,6 +26,7 @@ from featherweight.data import Data
 from featherweight.errors import TargetError
 from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup
 from featherweight.methods.cast import Cast
+from featherweight.methods.cluster import Cluster
 from featherweight.methods.quantize import Quantize
 from featherweight.model import Entry, Model
 from featherweight.plugins import find_runtime
@@ -251,6 +252,34 @@ class TestWeights:
         stored = RUNTIME.stored(artifact)
         assert (stored["head.weight"].dtype, stored["stem.0.weight"].dtype) == ("float16", "float32")
         assert look("features", artifact)["outputs"] == [["y", "float32", [1, 10]]]
+
+    @pytest.mark.parametrize(
+        ("net", "bits", "code"), [("residual", 3, 4), ("attention", 4, 4), ("depthwise", 1, 1)]
+    )
+    def test_palettes_are_tables_of_exactly_their_values(
+        self, net: str, bits: int, code: int, tmp_path: Path
+    ) -> None:
+        made = Cluster(bits=bits).apply(folded(net), context(folded(net), data(net), HERE))
+        artifact = lower(made, tmp_path)
+        assert sorted(artifact.details["tables"]) == sorted(made.formats)
+        assert kinds(artifact)["constexpr_lut_to_dense"] == len(made.formats)
+        stored = RUNTIME.stored(artifact)
+        for name in made.formats:
+            assert stored[name].bytes == -(-made.parameters[name].numel() * code // 8)
+        x = inputs(net, 2)
+        with torch.no_grad():
+            (wanted,) = simulate(made)(torch.from_numpy(x))
+        np.testing.assert_allclose(answers(artifact, x), wanted, rtol=1e-4, atol=1e-5)
+
+    def test_other_palettes_are_floats_of_the_same_values(self, tmp_path: Path) -> None:
+        step = Cluster(bits=2, granularity="per_group", group=8)
+        made = step.apply(folded("residual"), context(folded("residual"), data("residual"), HERE))
+        artifact = lower(made, tmp_path)
+        assert "constexpr_lut_to_dense" not in kinds(artifact)
+        x = inputs("residual", 2)
+        with torch.no_grad():
+            (wanted,) = simulate(made)(torch.from_numpy(x))
+        np.testing.assert_allclose(answers(artifact, x), wanted, rtol=1e-4, atol=1e-5)
 
     def test_a_weight_that_a_batch_norm_changes_is_no_silent_float(self, tmp_path: Path) -> None:
         net = model("residual").evolve(formats={"stem.0.weight": (FloatCast("float16"),)})

@@ -24,6 +24,8 @@ _MODEL, _WEIGHTS = f"{_DATA}/model.mlmodel", f"{_DATA}/weights/weight.bin"
 _SPACE = uuid.UUID("6ba7b811-9dad-11d1-80b4-00c04fd430c8")  # of names that are URLs, RFC 4122
 _SENTINEL = 0xDEADBEEF
 _INT4 = (-8, 7)
+_TABLES = (2, 4, 16, 64, 256)  # sizes that iOS 17 knows
+_HELD = ("quantized_data", "data", "indices")  # what operators that make constants read
 _NUMBERED = re.compile(r"const_\d+")
 _POOLING = re.compile(r"aten\.(max|avg)_pool[123]d\.")
 
@@ -34,6 +36,7 @@ def convert(
     *,
     target: str,
     half: list[str] | None,
+    shared: list[str],
     inputs: list[str],
     outputs: list[str],
 ) -> list[str]:
@@ -44,6 +47,7 @@ def convert(
         out: The ``.mlpackage``.
         target: Member of ``coremltools.target``: which systems can load it.
         half: Buffers of the program whose layers are stored and computed in half precision; None: all is.
+        shared: Buffers of the program that hold few values: they become a table and codes.
         inputs: Names of the inputs, in order.
         outputs: Names of the outputs, in order.
 
@@ -82,6 +86,8 @@ def convert(
             compute_units=ct.ComputeUnit.ALL,
             skip_model_load=True,
         )
+        if shared:
+            model = _with_tables(model, {f"b_{name}" for name in shared})
     spec = model.get_spec()
     for value, name in zip(list(spec.description.input), inputs, strict=True):
         ct.utils.rename_feature(spec, value.name, name, rename_outputs=False)
@@ -90,6 +96,25 @@ def convert(
     shutil.rmtree(out, ignore_errors=True)
     ct.utils.save_spec(spec, out, weights_dir=model.weights_dir)
     return _settle(Path(out))
+
+
+def _with_tables(model: Any, names: set[str]) -> Any:
+    """The model with ``constexpr_lut_to_dense`` for these constants, which have exactly their values."""
+    from coremltools.optimize import coreml
+
+    kinds = coreml.OpPalettizerConfig(mode="custom", lut_function=_table, weight_threshold=0)
+    operations = model._mil_program.functions["main"].operations
+    known = {op.name for op in operations if op.op_type == "const"}
+    found = [name for name in sorted(known) if name.removesuffix("_to_fp16") in names]
+    settings = coreml.OptimizationConfig(op_name_configs=dict.fromkeys(found, kinds))
+    return coreml.palettize_weights(model, settings)
+
+
+def _table(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The values that there are, as many as a code of 1, 2, 4, 6 or 8 bits can tell, and the codes."""
+    table, codes = np.unique(values, return_inverse=True)
+    size = next(size for size in _TABLES if len(table) <= size)
+    return np.pad(table, (0, size - len(table)), mode="edge"), codes.reshape(-1).astype(np.uint8)
 
 
 def _outputs(program: Any, names: list[str]) -> list[Any]:
@@ -212,12 +237,12 @@ def stored(package: str) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     for op in _operations(Path(package)):
-        name = op.outputs[0].name
+        name = op.outputs[0].name.removesuffix("_palettized")
         if op.type == "const":
             found[name] = _described(op.attributes["val"], Path(package))
         elif op.type.startswith("constexpr"):
             arguments = _arguments(op)
-            value = arguments.get("quantized_data", arguments.get("data"))
+            value = next(arguments[key] for key in _HELD if key in arguments)
             found[name] = {**_described(value, Path(package)), "by": op.type}
         for part in ("weight", "bias"):
             read = op.inputs[part].arguments[0].name if part in op.inputs else ""

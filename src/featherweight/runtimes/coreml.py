@@ -7,6 +7,8 @@ and its documentation ask for, not what was measured.
   pooling only, with integers whose zero point is 0: signed symmetric ones, unsigned behind ReLU. So do we.
 - Weights are integers behind ``constexpr_affine_dequantize`` (8 bits), or ``constexpr_blockwise_shift_scale``
   (4 bits, iOS 18): the same integers and scales that the formats say.
+- Palettes of a tensor are tables and codes of 1, 2, 4, 6 or 8 bits behind ``constexpr_lut_to_dense``; those
+  of recurrent layers, of groups of channels or with a scale of each channel are floats.
 - Half precision is the type in which a layer computes: its constants are stored so, its input is cast. Where
   all layers have it, all of the program does.
 - Batch 1, since the Neural Engine takes fixed shapes only.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,7 @@ class CoreML(Runtime):
     def supports(
         self, op: str, weight: TensorFormat | None, activation: TensorFormat | None, target: Target
     ) -> bool:
-        from featherweight.formats import Dynamic, FloatCast, IntQuant, PerGroup
+        from featherweight.formats import Dynamic, FloatCast, IntQuant, Palette, PerGroup
 
         if weight is None and activation is None:
             return True
@@ -65,6 +67,8 @@ class CoreML(Runtime):
             return op in _ACTIVATIONS_ONLY | _PASSED_THROUGH | _CLAMPS
         if isinstance(weight, FloatCast):
             return activation is None and weight.dtype == "float16" and op in _WEIGHTED
+        if isinstance(weight, Palette):
+            return activation is None and op in _WEIGHTED and not weight.group
         if not isinstance(weight, IntQuant) or weight.width not in (4, 8):
             return False
         if isinstance(weight.granularity, PerGroup) and (op != "linear" or weight.width != 4):
@@ -74,9 +78,10 @@ class CoreML(Runtime):
         return op in _WEIGHTED
 
     def realise(self, fmt: TensorFormat, target: Target, role: Role) -> TensorFormat:
-        from featherweight.formats import FloatCast, IntQuant
+        from featherweight.formats import FloatCast, IntQuant, Palette
 
-        if role == "weight" and isinstance(fmt, FloatCast) and fmt.dtype == "float16":
+        half = isinstance(fmt, FloatCast) and fmt.dtype == "float16"
+        if role == "weight" and (half or isinstance(fmt, Palette)):
             return fmt
         if isinstance(fmt, IntQuant):
             return self._activation(fmt) if role == "activation" else self._weight(fmt)
@@ -115,6 +120,7 @@ class CoreML(Runtime):
         from featherweight.exchange.pt2e import quantized_program
         from featherweight.tools.palettes import in_floats
 
+        shared = _tables(model)
         model = in_floats(model)
         half = self._half(model)
         plain = model.evolve(
@@ -138,6 +144,7 @@ class CoreML(Runtime):
                     "program": str(Path(folder) / f"{entry}.pt2"),
                     "out": str(out.resolve() / package),
                     "target": self._system(model, target),
+                    "shared": [name for name, parameter in made.tensors.items() if parameter in shared],
                     "half": None if _all_layers(model, entry, half) else in_half,
                     "inputs": list(how.input_names),
                     "outputs": list(how.output_names),
@@ -147,7 +154,7 @@ class CoreML(Runtime):
                 parameters[entry] = _places(program, made.tensors)
         artifact = Artifact(self.name, out, tuple(files), entries, {"parameters": parameters})
         self._check(model, artifact, target)
-        return artifact
+        return self._with_tables(artifact, shared)
 
     def _half(self, model: Model) -> dict[str, FloatCast]:
         from featherweight.formats import FloatCast
@@ -200,6 +207,14 @@ class CoreML(Runtime):
                     fix="exclude it under where; fold batch norms first, if one stands behind it",
                 )
 
+    def _with_tables(self, artifact: Artifact, shared: Collection[str]) -> Artifact:
+        """Told which weights are tables; the others (of recurrent layers, e.g.) are the same floats."""
+        if not shared:
+            return artifact
+        held = self.stored(artifact)
+        tables = [name for name in sorted(shared) if name in held and held[name].dtype.startswith("uint")]
+        return replace(artifact, details={**artifact.details, "tables": tables})
+
     def open(self, artifact: Artifact, target: Target) -> Session:
         raise TargetError(
             f"{self.name}'s artifacts are {self.unmeasured}",
@@ -225,6 +240,18 @@ class CoreML(Runtime):
 
 
 PLUGIN = CoreML
+
+
+def _tables(model: Model) -> frozenset[str]:
+    """Weights that are stored as one table and codes; those of several tables or scales are floats."""
+    from featherweight.formats import Palette
+
+    found = set()
+    for name, chain in model.formats.items():
+        fmt = chain[-1]
+        if isinstance(fmt, Palette) and not fmt.group and (fmt.scale is None or not fmt.scale.dim()):
+            found.add(name)
+    return frozenset(found)
 
 
 def _all_layers(model: Model, entry: str, half: Mapping[str, FloatCast]) -> bool:
