@@ -83,7 +83,7 @@ def plans() -> dict[str, Plan]:
     shared = ("cluster", {"colors": 10})
     fc = {"1": 0.95, "3": 0.915, "5": 0.5}
     conv = {"conv1": 0.3, "conv2": 0.82, "fc1": 0.96, "fc2": 0.6}
-    again = {"epochs": 7, "augment": AUGMENT, "teacher": "original", "alpha": 0.9, "learning_rate": 0.06}
+    again = {"epochs": 4, "augment": AUGMENT, "teacher": "original", "alpha": 0.9, "learning_rate": 0.05}
     return {
         "lenet_300_100": Plan(
             (
@@ -118,7 +118,8 @@ def plans() -> dict[str, Plan]:
             ),
             30,
             0.5,
-            thinned=(("sparsify", {"sparsity": 0.85, "end": 0.5}), ("finetune", again)),
+            thinned=(("sparsify", {"sparsity": 0.85, "end": 0.5, "regrow": False}), ("finetune", again)),
+            precision="bf16-mixed",
         ),
         EFFICIENTNET: Plan(
             (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featherweight.data import Data
+from featherweight.engine.scratch import MappedScratch
 from featherweight.errors import RecipeError
 from featherweight.method import Context
 from featherweight.model import Model
@@ -334,6 +336,17 @@ class TestTeacher:
         (said,), _ = kept((changed,))
         (wanted,), _ = plain((changed,))
         assert torch.allclose(said, wanted, atol=1e-5)
+
+    def test_files_hold_what_it_says_in_mixed_precision(self, tmp_path: Path) -> None:
+        (x,) = batch(8)
+        kept = Teacher(model("residual"), keep=True, room=MappedScratch(tmp_path))
+        with torch.autocast("cpu", torch.bfloat16):
+            (first,), _ = kept((x,))
+            (again,), _ = kept((x.flip(0),))
+            kept((x.bfloat16(),))  # other inputs, which numpy has no type for
+        assert kept.asked == 16
+        assert first.dtype == again.dtype == torch.float32
+        assert torch.equal(again.flip(0), first)
 
     def test_is_asked_once_about_one_batch(self) -> None:
         master, (x,) = Teacher(model("residual")), batch()

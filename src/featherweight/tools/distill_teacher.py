@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,7 +80,7 @@ class Teacher:
             for hook in hooks:
                 hook.remove()
         self.asked += len(inputs[0])
-        return (*tensors(called), *(seen[path] for path in self._layers))
+        return tuple(map(_in_float32, (*tensors(called), *(seen[path] for path in self._layers))))
 
     def _on(self, device: torch.device) -> nn.Module:
         """The module on the device where the student is trained."""
@@ -128,9 +127,15 @@ class Teacher:
         return self._batches[batch][number][row]
 
 
+def _in_float32(answer: Tensor) -> Tensor:
+    """Answers of 16 bits, as mixed precision gives them, in float32: files know no bfloat16."""
+    return answer.float() if answer.dtype in (torch.bfloat16, torch.float16) else answer
+
+
 def digests(inputs: tuple[Tensor, ...]) -> list[bytes]:
     """A hash of the content of each example."""
-    arrays = [np.ascontiguousarray(value.detach().cpu().numpy()) for value in inputs]
+    whole = [value.detach().cpu().contiguous() for value in inputs]
+    arrays = [value.reshape(len(value), -1).view(torch.uint8).numpy() for value in whole]  # bfloat16 too
     found = []
     for row in range(len(arrays[0])):
         digest = hashlib.blake2b(digest_size=16)
