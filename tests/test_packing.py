@@ -336,10 +336,11 @@ class TestLoad:
         (wanted,) = fw.load(made.signed)(INPUTS[:1])
         assert np.abs(seen - wanted).max() < 0.1 * np.abs(wanted).max()
 
-    def test_imports_no_torch(self, made: Made, tmp_path: Path) -> None:
+    def test_nothing_here_imports_torch(self, made: Made, tmp_path: Path) -> None:
         code = (
             "import sys\n"
             "import featherweight as fw\n"
+            f"fw.pack({str(made.fitted)!r}, {str(tmp_path / 'a.fw')!r})\n"
             f"fw.load({str(made.signed)!r})\n"
             f"fw.unpack({str(made.signed)!r}, {str(tmp_path / 'un')!r})\n"
             f"fw.verify({str(made.signed)!r}, key={str(made.home / 'key.pub')!r})\n"

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from featherweight.bundles.forms import Piece, Plane, Stream
 from featherweight.bundles.layouts import named
 from featherweight.bundles.plan import Plan, only, planned
 from featherweight.bundles.tables import Table, entropy
-from featherweight.method import Progress, Silent
 from featherweight_loader.paths import check_apart, check_path
+
+if TYPE_CHECKING:
+    from featherweight.method import Progress
 
 MAGIC = b"\x89FWB\r\n\x1a\n"
 VERSION = 1
@@ -113,7 +115,7 @@ def write_bundle(
     check_apart(member.path for member in members)
     known = _Base.read(base) if base is not None else _Base()
     bundle = _Bundle(known, {one.path: one.read for one in members if one.kind == "artifact"})
-    for member in (progress or Silent()).track(members, "packing", len(members)):
+    for member in members if progress is None else progress.track(members, "packing", len(members)):
         bundle.add(member)
     head, body, files, documents = bundle.finished()
     codec, small = coder.packed(head)
