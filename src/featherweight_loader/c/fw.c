@@ -865,7 +865,7 @@ static void fill_left(table *t)
     t->left[t->n] = PARTS;
 }
 
-/* Symbols above 2^16 / n are found by stepping from the one in which their bucket begins. */
+/* For each bucket the symbol in which it begins; the others are found by stepping on from there. */
 static void fill_buckets(table *t, uint32_t buckets)
 {
     uint32_t i, symbol = 0;
