@@ -16,7 +16,7 @@ RAW, ZSTD, LZMA, CODES, PREFIXED = 0, 1, 2, 3, 4
 # Contexts of literals and positions for LZMA: text, plain bytes, and words of 2 and 4 bytes.
 _PROPERTIES = ((3, 0, 2), (4, 0, 0), (0, 0, 0), (0, 2, 2), (1, 1, 1))
 _HARD = 0.98  # bytes of which zstd leaves this share are not worth every try
-_FEW = 4 << 20  # above this many bytes only the first of them is tried
+_FEW = 4 << 20  # bytes up to which all settings are tried, and the slowest of each
 
 
 def coded(runs: Iterable[tuple[Table, Array]], modulus: Iterable[int]) -> bytes:
@@ -52,11 +52,11 @@ def packed(data: bytes) -> tuple[int, bytes]:
             (ZSTD, zstandard.ZstdCompressor(level=9).compress(data)),
         ]
     else:
-        tried = _PROPERTIES if len(data) <= _FEW else _PROPERTIES[:1]
-        best = min(tried, key=lambda one: len(_lzma(data, one, 6))) if len(tried) > 1 else tried[0]
+        much = len(data) > _FEW
+        best = _PROPERTIES[0] if much else min(_PROPERTIES, key=lambda one: len(_lzma(data, one, 6)))
         made = [
-            (LZMA, _lzma(data, best, 9 | lzma.PRESET_EXTREME)),
-            (ZSTD, zstandard.ZstdCompressor(level=19).compress(data)),
+            (LZMA, _lzma(data, best, 6 if much else 9 | lzma.PRESET_EXTREME)),
+            (ZSTD, zstandard.ZstdCompressor(level=9 if much else 19).compress(data)),
         ]
     return min([(RAW, data), *made], key=lambda one: len(one[1]))
 

@@ -30,8 +30,9 @@ _PAIRS = (
     (8, 16),
     (16, 16),
 )
-_ROWS = (2, 3, 4, 6, 8, 12, 16)
+_ROWS = (2, 4, 8, 16)
 _TURNS = 6
+_TELLS = 0.01  # share of the bits that lines must tell apart beyond what chance alone does
 _HEARD = 1 << 19  # elements in which a row's length is looked for
 _LINE = 48.0  # bits that a map takes in the head beside its classes
 _INDEX = 4.0  # bits that the index of a table takes there
@@ -201,6 +202,10 @@ def of_rows(values: Array, inner: int, count: int, symbols: int) -> Contexts | N
         .astype(np.float32)
     )
     counts = counts[:, counts.any(axis=0)]
+    alone = entropy(counts.sum(axis=0))
+    chance = 0.72 * float((counts > 0).sum() - count)
+    if float(alone - entropy(counts).sum()) - chance < _TELLS * float(alone):
+        return None
     best: Contexts | None = None
     for many in _ROWS:
         if many > count:

@@ -16,6 +16,8 @@ _WORTH = 0.996
 _ROWS_WORTH = 0.99
 _PIECE = 40.0  # bits of a piece in the head beside its planes
 _PLANE = 16.0  # of a plane without contexts
+_MANY = 100_000  # elements up to which all ways to see an array as a matrix are tried
+_BYTES = 128  # the same of bytes
 _PALETTE = 4096  # values of the largest palette that is tried
 
 
@@ -140,9 +142,14 @@ def best(
         tried.extend(_palettes(part, start, own, _lengths(shape) if own == width else ()))
     if not tried:
         return None
-    tried.sort(key=lambda piece: piece.bits / (piece.stop - piece.start))
-    refined = [_refined(piece, shape if piece.width == width else ()) for piece in tried[:2]]
-    return min(refined, key=lambda piece: piece.bits / (piece.stop - piece.start))
+    tried.sort(key=_density)
+    near = [one for one in tried[:2] if _density(one) <= 1.1 * _density(tried[0])]
+    return min((_refined(one, shape if one.width == width else ()) for one in near), key=_density)
+
+
+def _density(piece: Piece) -> float:
+    """Bits of each byte that a piece stands for."""
+    return piece.bits / (piece.stop - piece.start)
 
 
 def plain(data: Array, start: int, width: int) -> Piece:
@@ -184,7 +191,7 @@ def against(
             lengths = _lengths(shape) if own == width else ()
             stored_ = tuple(_plane(one, many, own >= 8, lengths) for one in values)
             tried.append(_piece(start, own, rotated, None, base, stored_, len(values[0])))
-    return min(tried, key=lambda piece: piece.bits / (piece.stop - piece.start), default=None)
+    return min(tried, key=_density, default=None)
 
 
 def _piece(
@@ -236,8 +243,15 @@ def _palettes(data: Array, start: int, width: int, lengths: Sequence[int]) -> It
     values = data.view(f"<u{width // 8}")
     if width > 8 and len(values) > 1 << 14 and len(np.unique(values[:: len(values) >> 13])) > _PALETTE // 2:
         return
-    kinds, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
-    if len(kinds) > (128 if width == 8 else _PALETTE) or 2 * len(kinds) > len(values):
+    if width == 8:
+        all_ = np.bincount(values, minlength=256)
+        kinds = np.flatnonzero(all_).astype(np.uint8)
+        if len(kinds) > _BYTES:
+            return
+        codes, counts = (np.cumsum(all_ > 0) - 1)[values], all_[kinds]
+    else:
+        kinds, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
+    if len(kinds) > _PALETTE or 2 * len(kinds) > len(values):
         return
     order = np.argsort(-counts, kind="stable")
     rank = np.empty_like(order)
@@ -263,7 +277,7 @@ def _plane(values: Array, many: int, raw: bool, lengths: Sequence[int], *, ring:
         return Plane(8.0 * len(values) + _PLANE, raw=values.astype(np.uint8).tobytes())
     zero = int(counts.argmax())
     chosen: tuple[float, Contexts | None, bool] = (plain, None, False)
-    for length in lengths:
+    for length in lengths if len(values) <= _MANY else lengths[:1]:
         for rows in (
             of_rows(values, length, -(-len(values) // length), many),
             of_rows(values, 1, length, many),

@@ -11,11 +11,13 @@ import lzma
 from dataclasses import dataclass
 
 import numpy as np
+import zstandard
 
 from featherweight.bundles.tables import Array, entropy, stored
 
 _BLOCKS = 12000  # of a file at most, so that the counts of all blocks stay below 50 MB
 _SMALLEST = 256
+_MUCH = 4 << 20  # bytes from which on LZMA takes too long to ask
 _LAG = 4370  # bytes that liblzma reads ahead of what it has written
 _KINDS = 64  # values of the largest palette that is looked for
 _SPAN = 96.0  # bits of a piece in the head
@@ -49,28 +51,45 @@ class Rest:
 
     def __init__(self, data: bytes) -> None:
         step = max(_SMALLEST, len(data) >> 14)
-        preset = 6 if len(data) <= 4 << 20 else 1
-        filters = [{"id": lzma.FILTER_LZMA1, "preset": preset, "dict_size": max(4096, len(data))}]
-        encoder = lzma.LZMACompressor(format=lzma.FORMAT_RAW, filters=filters)
-        written, places, sums = 0, [0], [0]
-        view = memoryview(data)
-        for at in range(0, len(data), step):
-            written += len(encoder.compress(view[at : at + step]))
-            place = at + step - _LAG
-            if place > 0:
-                places.append(place)
-                sums.append(written)
-        total = written + len(encoder.flush())
-        if len(data) > places[-1]:
-            places.append(len(data))
-            sums.append(total)
-        self.total = total
+        places, sums = _lzma(data, step) if len(data) <= _MUCH else _zstd(data, step)
+        self.total = sums[-1]
         self._places, self._sums = np.array(places), np.array(sums, dtype=np.float64)
 
     def bits(self, start: Array | int, stop: Array | int) -> Array:
         """What LZMA writes for these bytes."""
         low, high = (np.interp(place, self._places, self._sums) for place in (start, stop))
         return np.asarray(8 * (high - low))
+
+
+def _lzma(data: bytes, step: int) -> tuple[list[int], list[int]]:
+    """Places in the data, and how many bytes LZMA has written for all before each."""
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 6, "dict_size": max(4096, len(data))}]
+    encoder = lzma.LZMACompressor(format=lzma.FORMAT_RAW, filters=filters)
+    written, places, sums = 0, [0], [0]
+    view = memoryview(data)
+    for at in range(0, len(data), step):
+        written += len(encoder.compress(view[at : at + step]))
+        if at + step > _LAG:
+            places.append(at + step - _LAG)
+            sums.append(written)
+    total = written + len(encoder.flush())
+    if len(data) > places[-1]:
+        places.append(len(data))
+        sums.append(total)
+    return places, sums
+
+
+def _zstd(data: bytes, step: int) -> tuple[list[int], list[int]]:
+    """The same by a quick packer: large files are mostly arrays, of which both make the same."""
+    encoder = zstandard.ZstdCompressor(level=3).compressobj()
+    written, places, sums = 0, [0], [0]
+    view = memoryview(data)
+    for at in range(0, len(data), 16 * step):
+        written += len(encoder.compress(view[at : at + 16 * step]))
+        written += len(encoder.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        places.append(min(at + 16 * step, len(data)))
+        sums.append(written)
+    return places, sums
 
 
 def found(data: Array, start: int, stop: int, rest: Rest) -> list[Span]:

@@ -202,7 +202,8 @@ class _Bundle:
         """As much of a plan as makes the file smaller than packing it whole does."""
         if not plan.pieces or self._size(plan) < _SURE * plan.whole:
             return plan
-        return min((plan, only(plan, 0.7), only(plan, 0.3), only(plan, 0)), key=self._size)
+        shares = (0.7, 0.3, 0.0) if len(plan.data) <= _TOGETHER else (0.0,)
+        return min((plan, *(only(plan, share) for share in shares)), key=self._size)
 
     def _size(self, plan: Plan) -> float:
         """About the bytes that a file so taken apart has."""
