@@ -5,7 +5,10 @@ digest made right; sections changed, their digests made right, and those of the 
 that readers hand over what they decode. Each is unpacked by the Python loader and by the C decoder
 (``--sanitize``: under the address and undefined-behaviour sanitizers) in folders of their own. Counted are
 what was taken and refused, where the two disagree, crashes, exceptions outside the loader's tree, files
-outside the folder, and the most memory that either took.
+outside the folder, and the memory that the loader takes; the C decoder has an address space of little.
+
+Told apart are frames that only one of the two libzstd takes: 1.5.4 lets reserved bits stand, 1.5.7 does
+not, and what comes out has the right digest all the same.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import handmade
 from mutation import mutated
 
-COUNT, MEMORY = 5_000, 256  # MB, of either reader beyond what it takes for a whole bundle
+COUNT, MEMORY = 5_000, 128  # MB: of the loader beyond what whole bundles take, and all of the C decoder's
 MAX_BYTES = 16 << 20
 SOURCE = Path(loader.__file__).parent / "c"
 
@@ -65,40 +69,50 @@ def tree(folder: Path) -> dict[str, bytes] | None:
     }
 
 
-def in_python(path: Path, base: Path | None, folder: Path) -> str:
-    """How the loader took a bundle: 'taken', 'refused', or the traceback of what it should not raise."""
+def in_python(path: Path, base: Path | None, folder: Path) -> tuple[str, str]:
+    """How the loader took a bundle: 'taken', 'refused', or what it should not raise; and its error."""
     try:
         loader.read(path, base=base, max_bytes=MAX_BYTES).unpack(folder / "out")
-    except loader.BundleError:
-        return "refused"
+    except loader.BundleError as error:
+        return "refused", str(error)
     except BaseException:  # noqa: BLE001  # what comes here is a fault, which is counted
-        return traceback.format_exc()
-    return "taken"
+        return traceback.format_exc(), ""
+    return "taken", ""
 
 
-def in_c(command: Path, path: Path, base: Path | None, folder: Path) -> tuple[str, int]:
-    """The same of the C decoder, and the most memory that it took."""
-    arguments = [command, "unpack", path, folder / "out", "--max-bytes", str(MAX_BYTES)]
-    with tempfile.TemporaryFile() as words:
-        child = subprocess.Popen(
-            [*map(os.fspath, arguments), *(["--base", os.fspath(base)] if base else [])],
-            stdout=subprocess.DEVNULL,
-            stderr=words,
-            cwd=folder,
-        )
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        words.seek(0)
-        said = words.read().decode(errors="replace")
-    if child.returncode in (0, 2) and "Sanitizer" not in said and "runtime error" not in said:
-        return ("refused" if child.returncode else "taken"), used.ru_maxrss * 1024
-    return f"exit code {child.returncode}: {said}", used.ru_maxrss * 1024
+def in_c(command: Sequence[str | Path], path: Path, base: Path | None, folder: Path) -> str:
+    """The same of the C decoder: 'taken', 'refused', or what it should not say."""
+    arguments = [*command, "unpack", path, folder / "out", "--max-bytes", str(MAX_BYTES)]
+    done = subprocess.run(
+        [*map(os.fspath, arguments), *(["--base", os.fspath(base)] if base else [])],
+        check=False,
+        capture_output=True,
+        cwd=folder,
+    )
+    said = done.stderr.decode(errors="replace")
+    if done.returncode in (0, 2) and "Sanitizer" not in said and "runtime error" not in said:
+        return "refused" if done.returncode else "taken"
+    return f"exit code {done.returncode}: {said}"
 
 
 def outside(folder: Path, answer: str) -> list[str]:
     """What lies where nothing should: beside the folder, or in it where the bundle was refused."""
     allowed = {"out"} if answer == "taken" else set()
     return [path.name for path in folder.iterdir() if path.name not in allowed]
+
+
+def faults_of(ours: str, why: str, theirs: str, places: Sequence[Path]) -> dict[str, str]:
+    """What is wrong with two answers, by its kind; '' where nothing is."""
+    trees = [tree(place / "out") for place in places]
+    return {
+        "traceback": ours if ours not in ("taken", "refused") else "",
+        "crash": theirs if theirs not in ("taken", "refused") else "",
+        ("libzstd" if why.startswith("a zstd frame") else "disagreement"): (
+            f"python: {ours[:40]} {why}, C: {theirs[:40]}" if ours != theirs else ""
+        ),
+        "other bytes": "the trees differ" if ours == theirs == "taken" and trees[0] != trees[1] else "",
+        "outside": ", ".join(outside(places[0], ours) + outside(places[1], theirs)),
+    }
 
 
 def main() -> None:
@@ -119,10 +133,11 @@ def main() -> None:
         subprocess.run(
             ["gcc", "-std=c99", "-O2", *extra, "-o", command, *sources, "-lzstd", "-lm"], check=True
         )
+        limit = [] if args.sanitize else ["sh", "-c", f'ulimit -v {MEMORY * 1000}; exec "$0" "$@"']
         whole = subjects(folder)
         for _, data, base in whole:
             loader.read(data, base=base).check()
-        before, c_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         for number in shown.track(range(args.count), "mutated bundles", args.count):
             rng = random.Random(f"{args.seed} {number}")
             kind, data, base = whole[number % len(whole)]
@@ -132,18 +147,9 @@ def main() -> None:
             places = [folder / "python", folder / "c"]
             for place in places:
                 place.mkdir()
-            ours = in_python(path, base, places[0])
-            theirs, memory = in_c(command, path, base, places[1])
-            c_memory = max(c_memory, memory)
-            wrong = {
-                "traceback": ours if ours not in ("taken", "refused") else "",
-                "crash": theirs if theirs not in ("taken", "refused") else "",
-                "disagreement": f"python: {ours[:40]}, C: {theirs[:40]}" if ours != theirs else "",
-                "other bytes": "the trees differ"
-                if ours == theirs == "taken" and tree(places[0] / "out") != tree(places[1] / "out")
-                else "",
-                "outside": ", ".join(outside(places[0], ours) + outside(places[1], theirs)),
-            }
+            ours, why = in_python(path, base, places[0])
+            theirs = in_c([*limit, command], path, base, places[1])
+            wrong = faults_of(ours, why, theirs, places)
             faults += [
                 {"number": number, "kind": kind, "fault": name, "told": told}
                 for name, told in wrong.items()
@@ -164,10 +170,18 @@ def main() -> None:
     counts = Counter(fault["fault"] for fault in faults)
     about = f"{args.count} mutated bundles"
     bars = [Bar(about, f"no {name}", str(counts[name]), not counts[name]) for name in names]
-    for reader, memory in (("python, beyond a whole one", python_memory), ("C", c_memory)):
-        said = f"{memory / 1e6:.0f} MB"
-        kept = None if args.sanitize and reader == "C" else memory < MEMORY * 1e6
-        bars.append(Bar(f"most memory: {reader}", f"< {MEMORY} MB", said, kept))
+    bars.append(Bar(about, "of libzstd alone", str(counts["libzstd"]), None))
+    bars.append(
+        Bar(
+            "memory of the loader",
+            f"< {MEMORY} MB more than for whole ones",
+            f"{python_memory / 1e6:.0f} MB",
+            python_memory < MEMORY * 1e6,
+        )
+    )
+    if not args.sanitize:
+        broken = sum(counts[name] for name in names)
+        bars.append(Bar("C", f"as here in {MEMORY} MB of address space", str(broken), not broken))
     settings = {"count": args.count, "seed": args.seed, "sanitize": args.sanitize, "max_bytes": MAX_BYTES}
     name = "bundles_hostile_sanitized" if args.sanitize else "bundles_hostile"
     finish(name, [*rows, *faults], bars, settings, threads=1)
