@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -197,6 +198,27 @@ class TestShared:
         seen = steps[0].grad
         assert seen is not None  # plain descent on the parameter moves centroids by exactly the sum
         torch.testing.assert_close((seen * unit).double(), wanted, rtol=1e-3, atol=1e-4)
+
+    def test_copies_and_what_is_read_back_share_one_too(self) -> None:
+        net = Simulated(clustered(bits=3, granularity="shared"))
+        twin = copy.deepcopy(net)
+        (own,), (other,) = net.groups()["steps"], twin.groups()["steps"]
+        with torch.no_grad():
+            other.add_(0.1)
+        assert not torch.equal(own, other)
+        net.load_state_dict(twin.state_dict())
+        assert torch.equal(own, other)
+        assert len(net.groups()["steps"]) == 1
+        found = list(palettes(net.absorb()).values())
+        assert all(torch.equal(fmt.centroids, found[0].centroids) for fmt in found)
+
+    def test_an_average_of_the_weights_is_one_of_the_codebook(self) -> None:
+        begun = clustered(bits=3, granularity="shared")
+        done = Finetune(steps=6, batch_size=16, ema=0.5).apply(begun, around(RESIDUAL))
+        found = list(palettes(done).values())
+        assert all(torch.equal(fmt.centroids, found[0].centroids) for fmt in found)
+        for name, fmt in palettes(done).items():
+            assert torch.equal(fmt.project(done.parameters[name]), done.parameters[name])
 
     def test_a_codebook_stays_where_some_of_its_layers_must(self) -> None:
         begun = clustered(bits=3, granularity="shared")
