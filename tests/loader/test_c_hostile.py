@@ -14,14 +14,10 @@ import handmade
 from bundle_samples import sample
 from c_reader import accepted, refused, run
 from featherweight_loader import BundleError
-from handmade import LZMA, STORED, ZSTD, Bundle, Codes, Map, piece
+from handmade import LZMA, PREFIXED, STORED, ZSTD, Bundle, Codes, Map, piece
 from mutation import mutated
 
 MOST = 16 << 20  # bytes that a mutated bundle may ask for
-
-
-# The libzstd inside zstandard may be a later one than the system's, and look at more.
-STRICTER = "a zstd frame is damaged: "
 
 
 def refused_by_python(data: bytes, base: bytes) -> str:
@@ -31,6 +27,16 @@ def refused_by_python(data: bytes, base: bytes) -> str:
     except BundleError as error:
         return str(error)
     return ""
+
+
+def has_another_frame(data: bytes, whole: bytes) -> bool:
+    """Whether a zstd frame is damaged behind its digest: versions of libzstd differ on what becomes of it."""
+    try:
+        sections = featherweight_loader.read(data, max_bytes=MOST).sections
+    except BundleError:
+        return False
+    known = {section.sha256 for section in featherweight_loader.read(whole).sections}
+    return any(one.codec in (ZSTD, PREFIXED) and one.sha256 not in known for one in sections)
 
 
 class TestHostile:
@@ -49,8 +55,8 @@ class TestHostile:
         (tmp_path / "base.fw").write_bytes(one.base)
         base = ("--base", tmp_path / "base.fw") if one.base else ()
         found = accepted(sanitized, paths, *base, "--max-bytes", str(MOST))
-        for path, whole_by_c, why in zip(paths, found, expected, strict=True):
-            assert whole_by_c != bool(why) or (whole_by_c and why.startswith(STRICTER)), (path.name, why)
+        for path, by_c, why in zip(paths, found, expected, strict=True):
+            assert by_c != bool(why) or has_another_frame(path.read_bytes(), whole), (path.name, why)
         assert not all(found)
 
     def test_files_cut_off_anywhere(self, sanitized: Path, tmp_path: Path) -> None:
