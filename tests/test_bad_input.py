@@ -643,6 +643,7 @@ CASES = [
     Case("unpack an update", "unpack update.fw un", ("is an update", "base")),
     Case("unpack over own files", "unpack right.fw mine", ("did not write",)),
     Case("unpack over own files, --force", "unpack right.fw mine --force", ("did not write",)),
+    Case("unpack here", "unpack right.fw . --force", ("the current folder",)),
     Case("unpack over a run", "unpack right.fw held", ("'held' holds files", "--force")),
     Case("unpack to nowhere", "unpack right.fw a/un", ("no folder 'a'",)),
     Case("verify nothing", "verify nothing.fw", ("the bundle 'nothing.fw' does not exist",)),

@@ -49,6 +49,14 @@ class TestCheck:
         with pytest.raises(OutputError, match="did not write"):
             check_output(tmp_path)
 
+    def test_files_that_are_known_by_their_paths_are_ours(self, tmp_path: Path) -> None:
+        (tmp_path / "litert").mkdir()
+        (tmp_path / "litert" / "model.tflite").write_text("ours")
+        check_output(tmp_path, {"litert/model.tflite", "LICENSE"})
+        for known in ((), {"model.tflite"}):
+            with pytest.raises(OutputError, match="did not write"):
+                check_output(tmp_path, known)
+
     def test_the_current_folder_and_those_above(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import featherweight_loader as loader
-from featherweight.engine.output import check_output, held_run, write_folder
+from featherweight.engine.output import check_output, write_folder
 from featherweight.errors import BundleError, OutputError
 
 if TYPE_CHECKING:
@@ -184,11 +184,7 @@ def _check_file(path: str | Path | None, what: str) -> None:
 
 
 def _check_folder(place: Path, names: set[str], force: bool) -> None:
-    """Refuse a folder with files, but with ``force`` not one that holds only what would be written."""
-    if force and place.is_dir():
-        held = {path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir()}
-        if held <= names:
-            return
-    check_output(place)
-    if held_run(place) is not None and not force:
+    """Refuse a folder that is not empty; with ``force`` only one that holds anything but these files."""
+    check_output(place, names)
+    if not force and place.is_dir() and any(place.iterdir()):
         raise OutputError(f"'{place}' holds files", fix="name another folder, or add --force to replace it")

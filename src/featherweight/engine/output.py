@@ -16,11 +16,11 @@ MARK = "result.json"
 _MARKS = (MARK, "model.json", "artifact.json")
 
 
-def check_output(out: Path) -> None:
+def check_output(out: Path, known: Collection[str] = ()) -> None:
     """Refuse a place that cannot be used, before any work is done.
 
     Only what featherweight wrote is ever replaced, also with --force: a folder of the user's own
-    files never is.
+    files never is. One that holds only files that are ``known``, by their paths in it, counts as ours.
 
     Raises:
         OutputError: It is no place for a folder, or holds files that are not ours.
@@ -39,11 +39,16 @@ def check_output(out: Path) -> None:
         raise OutputError(f"there is no folder '{out.parent}'", fix=f"mkdir -p {out.parent}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"nothing may be written to '{out.parent}'", fix="name a folder elsewhere")
-    if out.is_dir() and any(out.iterdir()) and held_run(out) is None:
+    if out.is_dir() and any(out.iterdir()) and held_run(out) is None and not _holds_only(out, known):
         raise OutputError(
             f"'{out}' holds files that featherweight did not write, so it is never replaced",
             fix="name another folder",
         )
+
+
+def _holds_only(out: Path, known: Collection[str]) -> bool:
+    held = (path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir())
+    return bool(known) and all(name in known for name in held)
 
 
 def held_run(out: Path) -> str | None:
