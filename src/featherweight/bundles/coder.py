@@ -16,6 +16,7 @@ RAW, ZSTD, LZMA, CODES, PREFIXED = 0, 1, 2, 3, 4
 # Contexts of literals and positions for LZMA: text, plain bytes, and words of 2 and 4 bytes.
 _PROPERTIES = ((3, 0, 2), (4, 0, 0), (0, 0, 0), (0, 2, 2), (1, 1, 1))
 _HARD = 0.98  # bytes of which zstd leaves this share are not worth every try
+_SAMPLE = 1 << 16  # bytes of each of four parts on which settings are tried
 _FEW = 4 << 20  # bytes up to which all settings are tried, and the slowest of each
 
 
@@ -53,12 +54,20 @@ def packed(data: bytes) -> tuple[int, bytes]:
         ]
     else:
         much = len(data) > _FEW
-        best = _PROPERTIES[0] if much else min(_PROPERTIES, key=lambda one: len(_lzma(data, one, 6)))
+        best = _PROPERTIES[0] if much else _suited(data)
         made = [
             (LZMA, _lzma(data, best, 6 if much else 9 | lzma.PRESET_EXTREME)),
             (ZSTD, zstandard.ZstdCompressor(level=9 if much else 19).compress(data)),
         ]
     return min([(RAW, data), *made], key=lambda one: len(one[1]))
+
+
+def _suited(data: bytes) -> tuple[int, int, int]:
+    """The settings that suit a part of the data, for they suit the rest too."""
+    size = len(data)
+    if size > 4 * _SAMPLE:
+        data = b"".join(data[at : at + _SAMPLE] for at in range(0, size, size // 4 // 4 * 4))
+    return min(_PROPERTIES, key=lambda one: len(_lzma(data, one, 6)))
 
 
 def _lzma(data: bytes, properties: tuple[int, int, int], preset: int) -> bytes:

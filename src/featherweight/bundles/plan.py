@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -42,14 +42,40 @@ class Plan:
         return b"".join(part.tobytes() for part in [*parts, self.data[at:]])
 
 
-def planned(data: bytes, named: Sequence[Span], path: str, base: Mapping[str, bytes]) -> Plan:
+@dataclass(frozen=True, eq=False)
+class Before:
+    """A file of the bundle that readers have.
+
+    Attributes:
+        path: Its place there.
+        data: Its bytes.
+        named: Arrays that its format names.
+    """
+
+    path: str
+    data: bytes
+    named: Sequence[Span] = ()
+
+    def places(self, spans: Sequence[Span]) -> list[list[int]]:
+        """Where in it each of these may begin: at its own place, and where one of the same shape does."""
+        known: dict[tuple[int, int, tuple[int, ...]], list[int]] = {}
+        for one in sorted(self.named, key=lambda one: one.start, reverse=True):
+            known.setdefault((one.stop - one.start, one.width, one.shape), []).append(one.start)
+        found = []
+        for span in spans:
+            alike = known.get((span.stop - span.start, span.width, span.shape)) if span.named else None
+            places = dict.fromkeys([span.start, *([alike.pop()] if alike else [])])
+            found.append([at for at in places if at + span.stop - span.start <= len(self.data)])
+        return found
+
+
+def planned(data: bytes, named: Sequence[Span], before: Before | None = None) -> Plan:
     """The pieces of a file that take fewer bits than LZMA leaves of them.
 
     Args:
         data: The file.
         named: Arrays that its format names; they may be wrong.
-        path: Of the file in the bundle.
-        base: Artifact files of the bundle that this one updates.
+        before: The same file of the bundle that this one updates.
     """
     view = np.frombuffer(data, np.uint8)
     if len(view) < _LEAST:
@@ -58,18 +84,29 @@ def planned(data: bytes, named: Sequence[Span], path: str, base: Mapping[str, by
     chosen = [span for span in _apart(_spans(view, named, rest)) if span.stop - span.start >= _LEAST]
     joint = _joint([plain(view[span.start : span.stop], span.start, span.width) for span in chosen])
     pieces = []
-    for span, together in zip(chosen, joint, strict=True):
-        alone = _cheapest(view, span, path, base.get(path))
-        piece = min(alone, together, key=lambda one: one.bits + 8 * (span.stop - one.stop))
+    places = before.places(chosen) if before is not None else [[] for _ in chosen]
+    for span, together, own in zip(chosen, joint, places, strict=True):
+        tried = [_cheapest(view, span), together, *_updates(view, span, before, own)]
+        piece = min(tried, key=lambda one: one.bits + 8 * (span.stop - one.stop))
         if piece.bits + _SAVED < float(rest.bits(piece.start, piece.stop)):
             pieces.append(piece)
     told = {span.start for span in chosen if span.named}
-    return Plan(view, tuple(_united(view, pieces, told, rest, path, base.get(path))), rest.total)
+    return Plan(view, tuple(_united(view, pieces, told, rest)), rest.total)
 
 
-def _united(
-    view: Array, pieces: Sequence[Piece], told: Set[int], rest: Rest, path: str, old: bytes | None
-) -> Iterator[Piece]:
+def _updates(view: Array, span: Span, before: Before | None, places: Sequence[int]) -> Iterator[Piece]:
+    """The span as what changed since."""
+    if before is None:
+        return
+    for at in places:
+        old = np.frombuffer(before.data, np.uint8)[at : at + span.stop - span.start]
+        base = (before.path, at)
+        update = against(view[span.start : span.stop], old, span.start, span.width, span.shape, base)
+        if update is not None:
+            yield update
+
+
+def _united(view: Array, pieces: Sequence[Piece], told: Set[int], rest: Rest) -> Iterator[Piece]:
     """Neighbours that were found, and what lies between them, as one where that is cheaper."""
     at = 0
     while at < len(pieces):
@@ -84,7 +121,7 @@ def _united(
             span = Span(run[0].start, run[-1].stop, max(run, key=lambda one: one.stop - one.start).width)
             apart = sum(one.bits for one in run)
             apart += sum(float(rest.bits(a.stop, b.start)) for a, b in pairwise(run))
-            one = _cheapest(view, span, path, old)
+            one = _cheapest(view, span)
             if one.bits + 8 * (one.start - span.start + span.stop - one.stop) < apart:
                 run = [one]
         yield from run
@@ -144,7 +181,7 @@ def _spans(view: Array, named: Sequence[Span], rest: Rest) -> list[Span]:
     return found
 
 
-def _cheapest(view: Array, span: Span, path: str, old: bytes | None) -> Piece:
+def _cheapest(view: Array, span: Span) -> Piece:
     """The cheapest piece in a span; where it was found, elements may begin at any of its first bytes."""
     size = 1 if span.named else max(1, span.width // 8)
     tried = []
@@ -153,13 +190,6 @@ def _cheapest(view: Array, span: Span, path: str, old: bytes | None) -> Piece:
         piece = best(part, span.start + shift, span.width, span.shape, others=True)
         if piece is not None:
             tried.append(piece)
-    if old is not None and span.stop <= len(old):
-        before = np.frombuffer(old, np.uint8)[span.start : span.stop]
-        update = against(
-            view[span.start : span.stop], before, span.start, span.width, span.shape, (path, span.start)
-        )
-        if update is not None:
-            tried.append(update)
     return min(tried, key=lambda piece: piece.bits + 8 * (span.stop - piece.stop))
 
 

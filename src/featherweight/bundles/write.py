@@ -10,6 +10,7 @@ import io
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 from featherweight.bundles import coder, tables
 from featherweight.bundles.forms import Piece, Plane, Stream
 from featherweight.bundles.layouts import named
-from featherweight.bundles.plan import Plan, only, planned
+from featherweight.bundles.plan import Before, Plan, only, planned
 from featherweight.bundles.tables import Table, entropy
 from featherweight_loader.paths import check_apart, check_path
 
@@ -149,6 +150,13 @@ class _Base:
         artifacts = [path for path, one in bundle.files.items() if one.kind == "artifact"]
         return cls(bundle.identity, {path: bundle.data(path) for path in artifacts})
 
+    def before(self, path: str) -> Before | None:
+        """The file of this place that readers have."""
+        if path not in self.artifacts:
+            return None
+        files = {name: partial(bytes, data) for name, data in self.artifacts.items()}
+        return Before(path, self.artifacts[path], named(path, self.artifacts[path], files))
+
 
 @dataclass(eq=False)
 class _File:
@@ -192,8 +200,8 @@ class _Bundle:
                 one.copy = index
         if one.copy is None:
             arrays = named(member.path, data, self.readers) if member.kind == "artifact" else ()
-            artifacts = self.base.artifacts if member.kind == "artifact" else {}
-            plan = planned(data, arrays, member.path, artifacts) if member.kind == "artifact" else None
+            before = self.base.before(member.path)
+            plan = planned(data, arrays, before) if member.kind == "artifact" else None
             one.plan = plan if plan is None else self._paying(plan)
             one.rest = data if one.plan is None else one.plan.rest()
         self.files.append(one)
