@@ -150,7 +150,7 @@ class TestPack:
         sizes = {file["path"]: file["bytes"] for file in told["files"]}
         assert sizes["model.bin"] == (made.lowered / "model.bin").stat().st_size
         assert told["unpacked_bytes"] == sum(sizes.values())
-        assert sum(file["coded"] for file in told["files"]) + told["head_bytes"] == pytest.approx(
+        assert sum(file["packed"] for file in told["files"]) + told["head_bytes"] == pytest.approx(
             told["bytes"], abs=len(sizes)
         )
 
@@ -596,8 +596,8 @@ class TestCommands:
     def test_pack_shows_what_it_measured(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert run("pack fitted a.fw --sign key.pem") == 0
         said = capsys.readouterr().out
-        assert said.split("\n")[0].split() == ["file", "bytes", "coded", "entropy", "share"]
-        assert re.search(r"^model\.onnx +[\d,]+ +[\d,]+ +[\d,]+ +[\d.]+%", said, re.MULTILINE)
+        assert said.split("\n")[0].split() == ["file", "bytes", "packed", "coded", "entropy", "share"]
+        assert re.search(r"^model\.onnx +[\d,]+ +[\d,]+ +[\d,]+ +[\d,]+ +[\d.]+%", said, re.MULTILINE)
         assert re.search(r"^a\.fw: [\d,]+ bytes, [\d.]+% of [\d,]+$", said, re.MULTILINE)
         assert re.search(r"^Identity: [0-9a-f]{64}$", said, re.MULTILINE)
         assert re.search(r"^Signed with key [0-9a-f]{64}$", said, re.MULTILINE)

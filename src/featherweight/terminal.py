@@ -202,13 +202,14 @@ def print_packed(told: dict[str, Any], as_json: bool) -> None:
         [
             file["path"],
             f"{file['bytes']:,}",
-            f"{file['coded']:,}",
-            f"{file['entropy']:,.0f}" if file["streams"] else figures.MISSING,
-            figures.percent(file["coded"] / file["bytes"]) if file["bytes"] else figures.MISSING,
+            f"{file['packed']:,}",
+            f"{file['coded']:,}" if file["coded"] else figures.MISSING,
+            f"{file['entropy']:,.0f}" if file["coded"] else figures.MISSING,
+            figures.percent(file["packed"] / file["bytes"]) if file["bytes"] else figures.MISSING,
         ]
         for file in told["files"]
     ]
-    print_table(["file", "bytes", "coded", "entropy", "share"], rows)
+    print_table(["file", "bytes", "packed", "coded", "entropy", "share"], rows)
     size, unpacked = told["bytes"], told["unpacked_bytes"]
     print_text(f"{told['out']}: {size:,} bytes, {figures.percent(size / unpacked)} of {unpacked:,}")
     if "alone_bytes" in told:

@@ -60,7 +60,8 @@ def pack(
         progress: Where long work says how far it is.
 
     Returns:
-        What was written: identity, bytes, and for each file what it takes and what its entropy is.
+        What was written: identity, bytes, and for each file its bytes in the bundle (``packed``), those of
+        them that the range coder wrote (``coded``), and what the ``entropy`` of what it coded takes.
 
     Raises:
         LoadError: A folder is none that ``fit`` or ``lower`` wrote.
@@ -204,7 +205,7 @@ def _summary(place: Path, packed: Packed, size: int, keyid: str | None) -> dict[
         "head_bytes": packed.head,
         "documents_bytes": packed.documents,
         "files": [
-            {"path": f.path, "bytes": f.bytes, "coded": f.coded, "entropy": f.entropy, "streams": f.streams}
+            {"path": f.path, "bytes": f.bytes, "packed": f.coded, "coded": f.streams, "entropy": f.entropy}
             for f in packed.files
         ],
     }
