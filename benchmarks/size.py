@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import lzma
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -101,13 +102,13 @@ def plans() -> dict[str, Plan]:
         "lenet_5": Plan(
             (
                 *_zeros(conv),
-                ("finetune", {**_TAUGHT, "epochs": 9, "learning_rate": 2e-3}),
+                ("finetune", {**_TAUGHT, "epochs": 14, "learning_rate": 2e-3}),
                 shared,
-                ("finetune", {**_TAUGHT, "epochs": 1.5, "learning_rate": 1e-4}),
+                ("finetune", {**_TAUGHT, "epochs": 2, "learning_rate": 1e-4}),
             ),
             60,
             0.15,
-            (("finetune", {**_ADAM, "epochs": 12, "learning_rate": 1e-3}),),
+            (("finetune", {**_ADAM, "epochs": 20, "learning_rate": 2e-3}),),
             precision="bf16-mixed",
         ),
         "resnet20": Plan(
@@ -365,7 +366,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 2,000 images, few epochs, 64 scored")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2, 3, 4), help="of the LeNets")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     shown = Shown()
     tell_load(shown)
