@@ -18,7 +18,7 @@ import featherweight_loader
 from featherweight.bundles.write import Member, Packed, write_bundle
 from featherweight_loader.errors import DamagedBundle
 
-HEAD = 250  # bytes of a bundle beside a file that is packed whole, with its path and digests
+HEAD = 300  # bytes of a bundle beside a file that is packed whole, with its path and digests
 
 
 def _written(members: Sequence[Member], base: Path | None = None) -> tuple[Packed, bytes]:
@@ -114,6 +114,14 @@ def _mixture(parts: Sequence[tuple[str, int]], seed: int) -> bytes:
 def test_formats_that_lie(start: bytes, ending: str) -> None:
     noise = np.random.default_rng(3).integers(0, 256, 5000, dtype=np.uint8).tobytes()
     _round_trip([Member("model" + ending, b"\x20\0\0\0" + start + noise)])
+
+
+@pytest.mark.parametrize("shape", [[7, 10**12], [-3, 4], [0, 5], [3, 3], [2] * 60, ["x"]])
+def test_shapes_that_lie(shape: list[object]) -> None:
+    layer = _int8(_weights(100, 100)) * (np.random.default_rng(0).random((100, 100)) < 0.2)
+    told = {"w": {"dtype": "I8", "shape": shape, "data_offsets": [0, layer.size]}}
+    text = json.dumps(told).encode()
+    _round_trip([Member("m.safetensors", len(text).to_bytes(8, "little") + text + layer.tobytes())])
 
 
 def test_whole_networks_are_smaller_than_other_packers_make_them() -> None:

@@ -17,6 +17,7 @@ _ROWS_WORTH = 0.99
 _PIECE = 40.0  # bits of a piece in the head beside its planes
 _PLANE = 16.0  # of a plane without contexts
 _MANY = 100_000  # elements up to which all ways to see an array as a matrix are tried
+_COUNT = 1 << 24  # classes that a map may list
 _BYTES = 128  # the same of bytes
 _PALETTE = 4096  # values of the largest palette that is tried
 
@@ -276,6 +277,7 @@ def _plane(values: Array, many: int, raw: bool, lengths: Sequence[int], *, ring:
     if raw and plain > 8 * len(values) * _WORTH:
         return Plane(8.0 * len(values) + _PLANE, raw=values.astype(np.uint8).tobytes())
     zero = int(counts.argmax())
+    lengths = [length for length in lengths if 1 < length <= min(len(values) // 2, _COUNT)]
     chosen: tuple[float, Contexts | None, bool] = (plain, None, False)
     for length in lengths if len(values) <= _MANY else lengths[:1]:
         for rows in (

@@ -25,6 +25,7 @@ _OPENVINO = {
     **dict.fromkeys(("i4", "u4", "nf4", "f4e2m1"), 4),
     "u2": 2,
 }
+_BROKEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 _NO_WEIGHTS = frozenset(
     (
         *(
@@ -78,15 +79,7 @@ def named(path: str, data: bytes, files: Mapping[str, Callable[[], bytes]]) -> l
     """
     try:
         found = list(_named(PurePosixPath(path), data, files))
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        struct.error,
-        ElementTree.ParseError,
-        zipfile.BadZipFile,
-    ):
+    except (*_BROKEN, zipfile.BadZipFile, ElementTree.ParseError, struct.error):
         return []
     return [span for span in found if 0 <= span.start < span.stop <= len(data)]
 

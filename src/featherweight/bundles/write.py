@@ -30,6 +30,7 @@ MAGIC = b"\x89FWB\r\n\x1a\n"
 VERSION = 1
 _KINDS = {"artifact": 0, "document": 1, "probe": 2}
 _SECTION = 44  # bytes of one more section in the head
+_CODES = 24  # bytes that a coded file may take beyond what was reckoned
 _SURE = 0.97  # coded to this share of what LZMA makes of it, a file is not packed whole to compare
 _TOGETHER = 1 << 20  # bytes of the rests of small artifacts that are packed as one
 
@@ -218,7 +219,12 @@ class _Bundle:
         rest = plan.rest()
         coded = sum(piece.bits for piece in plan.pieces) / 8
         raw = any(plane.raw is not None for piece in plan.pieces for plane in piece.planes)
-        return coded + len(self._packed(rest)[1]) + _SECTION * (bool(rest) + raw + bool(plan.pieces))
+        return (
+            coded
+            + len(self._packed(rest)[1])
+            + _SECTION * (bool(rest) + raw)
+            + (_SECTION + _CODES) * bool(plan.pieces)
+        )
 
     def finished(self) -> tuple[bytes, list[bytes], tuple[Coded, ...], int]:
         """The head, the sections, what became of each file, and the bytes of documents."""
