@@ -67,14 +67,14 @@ def _bytes(data: bytes, rng: random.Random) -> bytes:
 
 def _flips(data: bytes, rng: random.Random) -> bytes:
     out = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 3))):
+    for _ in range(rng.choice((1, 1, 1, 3)) if data else 0):
         out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
     return bytes(out)
 
 
 def _number(head: bytes, rng: random.Random) -> bytes:
     """A number or a name where some byte stood."""
-    at = rng.randrange(len(head))
+    at = rng.randrange(len(head) + 1)
     if rng.random() < 0.2:
         name = rng.choice(PATHS)
         return head[:at] + varint(len(name)) + name + head[at + len(name) + 1 :]
