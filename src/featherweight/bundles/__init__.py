@@ -1,1 +1,1 @@
-"""Writes ``.fw`` bundles: files apart into what is coded and the rest, tables, the file itself, its signature."""
+"""Writes ``.fw`` bundles: what is coded of a file and the rest, tables, the file itself, its signature."""
