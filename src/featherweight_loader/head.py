@@ -15,7 +15,7 @@ from featherweight_loader.reader import Reader
 MAGIC = b"\x89FWB\r\n\x1a\n"
 PREAMBLE = 64
 KINDS = ("artifact", "document", "probe")
-_VERSION = 1
+VERSION = 1
 _HEAD, _TABLES, _SYMBOLS, _SECTIONS, _FILES, _PIECES = 64 << 20, 65536, 65536, 4096, 4096, 65536
 
 
@@ -90,7 +90,7 @@ class Preamble:
             raise DamagedBundle(f"the file ends after {len(data)} bytes", fix="fetch it again")
         read = Reader(data, at=len(MAGIC))
         version, codec, zero = read.number(2), read.number(1), read.number(1)
-        if version != _VERSION:
+        if version != VERSION:
             raise NewerBundle(f"the bundle has version {version} of the format", fix="update the loader")
         packed, raw, zeros, body = read.number(4), read.number(4), read.number(4), read.number(8)
         if zero or zeros:

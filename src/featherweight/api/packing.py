@@ -23,12 +23,12 @@ from featherweight.engine.output import MARK
 from featherweight.engine.store import sweep, told_as_machine_error
 from featherweight.errors import BundleError, LoadError, OutputError
 from featherweight.runtime import Artifact
+from featherweight_loader.head import MAGIC
 
 if TYPE_CHECKING:
     from featherweight.method import Progress
 
 LICENSE = "LICENSE"
-_MAGIC = b"\x89FWB\r\n\x1a\n"
 _DOCUMENTS = ("recipe.yaml", MARK, "model_card.md", ABOUT)
 _PROGRAMS = frozenset({".py", ".cpp", ".java", ".kt", ".swift", ".mjs", ".html"})
 
@@ -125,7 +125,7 @@ def _check_place(place: Path, force: bool) -> None:
     if not place.exists():
         return
     with place.open("rb") as file:
-        ours = file.read(len(_MAGIC)) == _MAGIC
+        ours = file.read(len(MAGIC)) == MAGIC
     if not ours:
         raise OutputError(f"'{place}' is no bundle, so it is never replaced", fix="name another file")
     if not force:

@@ -10,8 +10,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from featherweight.bundles.tables import Array, Table
-
-RAW, ZSTD, LZMA, CODES, PREFIXED = 0, 1, 2, 3, 4
+from featherweight_loader.codecs import LZMA, STORED, ZSTD
 
 # Contexts of literals and positions for LZMA: text, plain bytes, and words of 2 and 4 bytes.
 _PROPERTIES = ((3, 0, 2), (4, 0, 0), (0, 0, 0), (0, 2, 2), (1, 1, 1))
@@ -45,7 +44,7 @@ def coded(runs: Iterable[tuple[Table, Array]], modulus: Iterable[int]) -> bytes:
 def packed(data: bytes) -> tuple[int, bytes]:
     """The codec and the bytes of the smallest of raw, zstd and LZMA."""
     if not data:
-        return RAW, data
+        return STORED, data
     quick = len(zstandard.ZstdCompressor(level=3).compress(data))
     if len(data) > 1 << 14 and quick > _HARD * len(data):
         made = [
@@ -59,7 +58,7 @@ def packed(data: bytes) -> tuple[int, bytes]:
             (LZMA, _lzma(data, best, 6 if much else 9 | lzma.PRESET_EXTREME)),
             (ZSTD, zstandard.ZstdCompressor(level=9 if much else 19).compress(data)),
         ]
-    return min([(RAW, data), *made], key=lambda one: len(one[1]))
+    return min([(STORED, data), *made], key=lambda one: len(one[1]))
 
 
 def _suited(data: bytes) -> tuple[int, int, int]:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featherweight_loader.coder import FREQUENCIES
+
 Array = NDArray[Any]
 
 PARTS = float(2**24)
@@ -22,9 +24,7 @@ _ENTRY, _GAP = 5.0, 0.3
 # Groups of more streams are merged part by part: merging takes the square of them.
 _TOGETHER = 128
 
-LEVELS: Array = np.array(
-    [b if b < 32 else (16 + b % 16) << (b // 16 - 1) for b in range(256)], dtype=np.int64
-)
+LEVELS: Array = FREQUENCIES.astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from featherweight.bundles.forms import Piece, Plane, Stream
 from featherweight.bundles.layouts import named
 from featherweight.bundles.plan import Before, Plan, only, planned
 from featherweight.bundles.tables import Table, entropy
+from featherweight_loader.codecs import CODES, PREFIXED
+from featherweight_loader.head import KINDS, MAGIC, VERSION
 from featherweight_loader.paths import check_apart, check_path
 
 if TYPE_CHECKING:
     from featherweight.method import Progress
 
-MAGIC = b"\x89FWB\r\n\x1a\n"
-VERSION = 1
-_KINDS = {"artifact": 0, "document": 1, "probe": 2}
 _SECTION = 44  # bytes of one more section in the head
 _CODES = 24  # bytes that a coded file may take beyond what was reckoned
 _SURE = 0.97  # coded to this share of what LZMA makes of it, a file is not packed whole to compare
@@ -269,7 +268,7 @@ class _Bundle:
         self._shared(raw, 1, [one.raw for one in raw])
         for one in artifacts:
             if one.streams:  # also where constants alone take no words: the format asks for a section
-                self._section([one], 2, [one.codes], coder.CODES, one.codes)
+                self._section([one], 2, [one.codes], CODES, one.codes)
 
     def _shared(self, files: list[_File], role: int, parts: list[bytes]) -> None:
         """All in one section where that is smaller, else each in its own."""
@@ -297,7 +296,7 @@ class _Bundle:
         if self.base.artifacts:
             update = coder.prefixed(data, b"".join(self.base.artifacts.values()))
             if len(update) < len(best[1]):
-                return coder.PREFIXED, update
+                return PREFIXED, update
         return best
 
     def _section(self, files: list[_File], role: int, parts: list[bytes], codec: int, packed: bytes) -> None:
@@ -346,7 +345,7 @@ def _alphabet(stream: Stream) -> tuple[int, bool]:
 
 
 def _file(head: _Head, one: _File, indices: Sequence[int]) -> None:
-    head.text(one.member.path).u8(_KINDS[one.member.kind]).varint(one.size).raw(one.digest)
+    head.text(one.member.path).u8(KINDS.index(one.member.kind)).varint(one.size).raw(one.digest)
     if one.copy is not None:
         head.u8(1).varint(one.copy)
         return
