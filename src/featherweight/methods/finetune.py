@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from featherweight.errors import RecipeError
-from featherweight.formats import Binary, IntQuant, Palette, Sparse, TensorFormat, Ternary, zeros_alone
+from featherweight.formats import Binary, IntQuant, Sparse, TensorFormat, Ternary
 from featherweight.graph import trace
 from featherweight.method import Context, Kind, Method, Need, Precision
 from featherweight.model import Model
@@ -40,6 +39,13 @@ from featherweight.tools.optimizers import OptimizerName, Schedule
 from featherweight.tools.sim_norms import normable
 from featherweight.tools.simulated import Simulated
 from featherweight.tools.train_settings import TrainSettings
+from featherweight.tools.trained import (
+    auto_optimizer,
+    auto_rate,
+    frozen_parameters,
+    still_layers,
+    trained_entry,
+)
 from featherweight.tools.training import train
 from featherweight.tools.training_examples import TrainingExamples, training_examples
 
@@ -48,7 +54,6 @@ _STATISTICS = 1024  # examples that batch norms are estimated from anew
 _NORMALIZED = 256  # that temporary ones begin with
 _TOGETHER = 128
 _COARSE = 4  # bits
-_FEW = 2  # bits of a palette
 _STEP_RATE = 1e-3  # of learned step sizes, which are relative
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -129,7 +134,7 @@ class Finetune(Method, frozen=True, extra="forbid"):
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
         if context.data.train is None and context.data.calibration_examples is None:
             return {}  # with a teacher it takes no more than one of them, and no labels
-        rate = _rate(_optimizer(model), model)
+        rate = auto_rate(auto_optimizer(model), model)
         return {
             "epochs": Choice((1.0, 3.0)),
             "learning_rate": Range(rate / 5, rate * 5, log=True, default=rate),
@@ -146,9 +151,9 @@ class Finetune(Method, frozen=True, extra="forbid"):
         return tuple(spec for spec in (self.loss, self.training_step) if spec not in ("auto", "none"))
 
     def apply(self, model: Model, context: Context) -> Model:
-        entry = _entry(model)
+        entry = trained_entry(model, "finetune")
         taught = self.teacher != "none"
-        frozen = self._frozen(model)
+        frozen = frozen_parameters(model, self.where)
         if len(frozen) == len(model.parameters):
             raise RecipeError(
                 "where leaves finetune no layer with weights", fix="leave where out, or widen it"
@@ -210,25 +215,9 @@ class Finetune(Method, frozen=True, extra="forbid"):
             net.freeze(frozen)
         return net
 
-    def _frozen(self, model: Model) -> frozenset[str]:
-        """Parameters that a layer holds which ``where`` leaves out, by their first name."""
-        held = {
-            id(parameter)
-            for path, layer in model.module.named_modules(remove_duplicate=False)
-            if not self.where.selects(path, type(layer).__name__)
-            for parameter in layer.parameters(recurse=False)
-        }
-        return frozenset(name for name, one in model.parameters.items() if id(one) in held)
-
     def _settings(self, model: Model, context: Context) -> TrainSettings:
-        optimizer = _optimizer(model) if self.optimizer == "auto" else self.optimizer
-        rate = _rate(optimizer, model) if self.learning_rate == "auto" else self.learning_rate
-        still = [
-            path
-            for path, layer in model.module.named_modules()
-            if not self.where.selects(path, type(layer).__name__)
-            or (self.batch_norm == "freeze" and isinstance(layer, _BatchNorm))
-        ]
+        optimizer = auto_optimizer(model) if self.optimizer == "auto" else self.optimizer
+        rate = auto_rate(optimizer, model) if self.learning_rate == "auto" else self.learning_rate
         return TrainSettings(
             epochs=self.epochs,
             steps=self.steps or None,
@@ -248,7 +237,7 @@ class Finetune(Method, frozen=True, extra="forbid"):
             devices=context.devices,
             seed=context.seed,
             settled=max((_end(fmt) for chain in model.formats.values() for fmt in chain), default=0.0),
-            frozen=tuple(still),
+            frozen=still_layers(model, self.where, norms=self.batch_norm == "freeze"),
         )
 
     def _reestimated(self, model: Model, examples: TrainingExamples, entry: str) -> Model:
@@ -268,44 +257,6 @@ def _some(examples: TrainingExamples, count: int) -> Iterator[tuple[Tensor, ...]
     count = min(count, len(plain))
     size = min(_TOGETHER, count)
     return (plain.batch(step, size).inputs for step in range(count // size))
-
-
-def _entry(model: Model) -> str:
-    """The way of calling that is trained."""
-    if "forward" in model.entries:
-        return "forward"
-    if len(model.entries) == 1:
-        return next(iter(model.entries))
-    raise RecipeError(
-        f"finetune trains one way of calling a network, and this one has {', '.join(sorted(model.entries))}",
-        fix="train with featherweight.simulated(model, entry) and a loop of your own",
-    )
-
-
-def _optimizer(model: Model) -> OptimizerName:
-    norms = any(isinstance(layer, _BatchNorm) for layer in model.module.modules())
-    learned = any(fmt.learned() for chain in model.formats.values() for fmt in chain)  # at Adam's rates
-    return "sgd" if norms and _is_float(model) and not learned else "adamw"
-
-
-def _rate(optimizer: OptimizerName, model: Model) -> float:
-    """A rate for what is trained: less for transformers, and where weights are on a grid."""
-    if optimizer == "sgd":
-        return 0.03 if _is_float(model) else 0.01
-    if any(isinstance(layer, nn.LayerNorm | nn.RMSNorm) for layer in model.module.modules()):
-        return 1e-4 if _is_float(model) else 3e-5
-    formats = [fmt for name in model.parameters for fmt in model.formats.get(name, ())]
-    codes = any(_has_few_values(fmt) for fmt in formats)  # which must change
-    return 5e-4 if any(isinstance(fmt, IntQuant | Palette) for fmt in formats) and not codes else 1e-3
-
-
-def _is_float(model: Model) -> bool:
-    """Whether nothing is on a grid: at most some weights are zero."""
-    return all(map(zeros_alone, model.formats.values()))
-
-
-def _has_few_values(fmt: TensorFormat) -> bool:
-    return isinstance(fmt, Ternary | Binary) or (isinstance(fmt, Palette) and fmt.width <= _FEW)
 
 
 def _end(fmt: TensorFormat) -> float:

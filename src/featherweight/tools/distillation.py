@@ -183,6 +183,11 @@ class Distillation(Objective):
         self._kinds = kinds
         self._nets: tuple[Net, ...] = ()  # in a tuple, so that it is no submodule
 
+    def advance(self, share: float) -> None:
+        """Tell the task's objective."""
+        if self.task is not None:
+            self.task.advance(share)
+
     def attach(self, net: Net) -> None:
         """Watch the student's layers."""
         if self.task is not None:
@@ -196,7 +201,7 @@ class Distillation(Objective):
         """Run the student on a batch, in the task's own way, and give the loss."""
         if self.task is None or targets is None:
             return super().step(net, inputs, targets)
-        watched = _Watched(net)
+        watched = Watched(net)
         task = self.task.step(watched, inputs, targets)
         return self._together(task, watched.outputs, inputs, targets)
 
@@ -212,7 +217,7 @@ class Distillation(Objective):
     ) -> Tensor:
         how = self.how
         said, layers = self.teacher(inputs)
-        loss = self._of_outputs(outputs, said, targets)
+        loss = outputs_loss(outputs, said, self._kinds, how.temperature, targets)
         if task is not None:
             loss = (1 - how.alpha) * task + how.alpha * loss
         return loss + self._of_links(self._nets[0].seen, layers) if layers else loss
@@ -234,23 +239,37 @@ class Distillation(Objective):
             found.append(how.attention_weight / _READS * relation_loss(mine, theirs, one.heads))
         return torch.stack(found).sum()
 
-    def _of_outputs(self, outputs: Outputs, said: Outputs, targets: Tensor | None) -> Tensor:
-        """Mean over the outputs that say something."""
-        losses = [
-            output_loss(
-                _single(mine), _single(theirs), kind, self.how.temperature, targets if index == 0 else None
-            )
-            for index, (mine, theirs, kind) in enumerate(zip(outputs, said, self._kinds, strict=True))
-            if kind.name != "none"
-        ]
-        if not losses:
-            raise RecipeError(
-                "no output of the network is of floating-point numbers, so nothing is distilled"
-            )
-        return torch.stack(losses).mean()
+
+def outputs_loss(
+    outputs: Outputs,
+    said: Outputs,
+    kinds: tuple[OutputKind, ...],
+    temperature: float,
+    targets: Tensor | None = None,
+) -> Tensor:
+    """How far outputs are from what another network says: the mean over those that say something.
+
+    Args:
+        outputs: With their gradient.
+        said: Of the same shapes.
+        kinds: What each one holds.
+        temperature: Softens class scores.
+        targets: Of the first output; see :func:`output_loss`.
+
+    Raises:
+        RecipeError: None of them says anything.
+    """
+    losses = [
+        output_loss(_single(mine), _single(theirs), kind, temperature, targets if index == 0 else None)
+        for index, (mine, theirs, kind) in enumerate(zip(outputs, said, kinds, strict=True))
+        if kind.name != "none"
+    ]
+    if not losses:
+        raise RecipeError("no output of the network is of floating-point numbers, so nothing is distilled")
+    return torch.stack(losses).mean()
 
 
-class _Watched:
+class Watched:
     """A network that keeps what its last call gave."""
 
     def __init__(self, net: Net) -> None:

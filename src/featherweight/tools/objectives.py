@@ -54,6 +54,9 @@ class Objective(nn.Module):
     def attach(self, net: Net) -> None:
         """Called once before training, e.g. to watch layers."""
 
+    def advance(self, share: float) -> None:
+        """Called before each update with how far training is, from 0 to 1."""
+
     def forward(self, outputs: Outputs, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
         """The loss of a batch, a scalar: the mean over its examples."""
         raise NotImplementedError

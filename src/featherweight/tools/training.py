@@ -174,6 +174,7 @@ class _Training:
         """One update; the loss of the whole batch."""
         settings, net, total = self.settings, self.learner.net, self.history.steps
         net.advance(step / total)
+        self.learner.objective.advance(step / total)
         factor = rate_factor(step, total, settings.warmup, settings.schedule)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
