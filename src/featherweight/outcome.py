@@ -501,6 +501,128 @@ class Importances(_Record):
     reason: str = ""
 
 
+class CorruptionRow(_Record):
+    """Scores on pictures with one corruption of one severity.
+
+    Attributes:
+        kind: ``noise``, ``blur``, ``contrast``, ``brightness``, ``occlusion`` or ``jpeg``.
+        severity: 1 to 5.
+        before: The original's; None where there was no twin.
+        after: The artifact's.
+    """
+
+    kind: str
+    severity: int
+    before: float | None = None
+    after: float
+
+
+class Robustness(_Record):
+    """What corrupted pictures cost the original and the artifact, both through the runtime.
+
+    Attributes:
+        examples: Scored pictures of each corruption and severity, the same ones in all.
+        pictures: How inputs hold them, and what told the range.
+        constants: Whose they are: ``ImageNet-C`` or ``CIFAR-10-C``.
+        clean_before: The original's score on the same pictures as they are.
+        clean_after: The artifact's.
+        mean_before: Mean of the original's scores over corruptions and severities.
+        mean_after: The artifact's.
+        drop_before: Mean drop of the original against its own score on clean pictures, as budgets count it.
+        drop_after: The artifact's, against its own.
+        extra_drop: How much more the artifact loses.
+        extra_drop_ci95: Its 95 % interval by a paired bootstrap over pictures; None where rows of the metric
+            cannot be averaged.
+        error_ratio: Mean over corruptions of the artifact's error over the original's, each added up over
+            severities, as mCE does; None where the metric has no error or the original none.
+        rows: One for each corruption and severity.
+    """
+
+    examples: int
+    pictures: str
+    constants: str
+    clean_before: float | None = None
+    clean_after: float
+    mean_before: float | None = None
+    mean_after: float
+    drop_before: float | None = None
+    drop_after: float
+    extra_drop: float | None = None
+    extra_drop_ci95: tuple[float, float] | None = None
+    error_ratio: float | None = None
+    rows: list[CorruptionRow]
+
+
+class Confidence(_Record):
+    """Whether one network is as often right as it says.
+
+    Attributes:
+        ece: Expected calibration error: 15 bins of equal width, probability of the top class.
+        adaptive_ece: The same over bins of equally many examples.
+        confidence: Mean probability of the predicted class.
+        accuracy: Share of right predictions on the same examples.
+        loss: Mean cross-entropy, nats.
+    """
+
+    ece: float
+    adaptive_ece: float
+    confidence: float
+    accuracy: float
+    loss: float
+
+
+class Calibration(_Record):
+    """Calibration of class probabilities before and after.
+
+    Attributes:
+        examples: Scored ones.
+        outputs: What the network gives: ``scores``, of which a softmax makes probabilities, or those.
+        before: The original; None where there was no twin.
+        after: The artifact.
+    """
+
+    examples: int
+    outputs: Literal["scores", "probabilities"]
+    before: Confidence | None = None
+    after: Confidence
+
+
+class Attack(_Record):
+    """What the loss of an example tells of whether one network was trained on it.
+
+    Attributes:
+        auc: Of a threshold on the loss; 0.5 tells nothing.
+        auc_ci95: Its 95 % interval (DeLong).
+        member_loss: Mean cross-entropy of training examples, nats.
+        other_loss: Of the others.
+    """
+
+    auc: float
+    auc_ci95: tuple[float, float]
+    member_loss: float
+    other_loss: float
+
+
+class Privacy(_Record):
+    """A loss-threshold membership-inference attack before and after.
+
+    Attributes:
+        members: Training examples.
+        others: Scored examples, as many.
+        before: On the original; None where there was no twin.
+        after: On the artifact.
+        change: AUC after less before.
+        change_ci95: Its 95 % interval, of the same examples.
+    """
+
+    members: int
+    others: int
+    before: Attack | None = None
+    after: Attack
+    change: float | None = None
+    change_ci95: tuple[float, float] | None = None
+
+
 class Environment(_Record):
     """Where it was measured."""
 
@@ -544,6 +666,10 @@ class Result(_Record):
     dropped: list[Dropped] = []
     importances: Importances | None = None
     ladder: list[RungRow] = []
+    robustness: Robustness | None = None
+    calibration: Calibration | None = None
+    privacy: Privacy | None = None
+    omitted: dict[str, str] = {}
     examples: dict[str, Any] = {}
     effort: Effort | None = None
     student: str = ""
