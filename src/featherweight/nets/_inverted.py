@@ -50,7 +50,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.gate(self.depthwise(self.expand(x))))
-        return x + y if self.residual else y
+        result: Tensor = x + y if self.residual else y
+        return result
 
 
 class Gate(nn.Module):
@@ -66,4 +67,5 @@ class Gate(nn.Module):
         self.bound = nn.Hardsigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.bound(self.excite(self.act(self.reduce(self.pool(x)))))
+        result: Tensor = x * self.bound(self.excite(self.act(self.reduce(self.pool(x)))))
+        return result

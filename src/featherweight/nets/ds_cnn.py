@@ -51,7 +51,8 @@ class DSCNN(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.blocks(self.stem(x))).flatten(1))
+        result: Tensor = self.head(self.pool(self.blocks(self.stem(x))).flatten(1))
+        return result
 
 
 def ds_cnn(

@@ -20,7 +20,8 @@ class MobileNetV1(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+        result: Tensor = self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+        return result
 
 
 def mobilenet_v1(

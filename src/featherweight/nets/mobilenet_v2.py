@@ -39,7 +39,8 @@ class MobileNetV2(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.pool(self.last(self.stages(self.stem(x)))).flatten(1)))
+        result: Tensor = self.head(self.dropout(self.pool(self.last(self.stages(self.stem(x)))).flatten(1)))
+        return result
 
 
 def mobilenet_v2(

@@ -74,7 +74,8 @@ class MobileNetV3(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pool(self.last(self.stages(self.stem(x)))).flatten(1)
-        return self.head(self.dropout(self.act(self.wide(y))))
+        result: Tensor = self.head(self.dropout(self.act(self.wide(y))))
+        return result
 
 
 def mobilenet_v3(

@@ -31,14 +31,16 @@ class _Unit(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         y = self.compress(x)
-        return self.expand(self.depthwise(shuffled(y, self.groups) if self.groups > 1 else y))
+        result: Tensor = self.expand(self.depthwise(shuffled(y, self.groups) if self.groups > 1 else y))
+        return result
 
 
 class _Added(_Unit):
     """The branch is added to what comes in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(x + self.branch(x))
+        result: Tensor = self.act(x + self.branch(x))
+        return result
 
 
 class _Joined(_Unit):
@@ -51,7 +53,8 @@ class _Joined(_Unit):
         self.shortcut = nn.AvgPool2d(3, 2, 1) if stride == 2 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(torch.cat([self.shortcut(x), self.branch(x)], 1))
+        result: Tensor = self.act(torch.cat([self.shortcut(x), self.branch(x)], 1))
+        return result
 
 
 class ShuffleNetV1(nn.Module):
@@ -65,7 +68,8 @@ class ShuffleNetV1(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+        result: Tensor = self.head(self.pool(self.stages(self.stem(x))).flatten(1))
+        return result
 
 
 def shuffled(x: Tensor, groups: int) -> Tensor:

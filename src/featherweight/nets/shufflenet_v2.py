@@ -66,7 +66,8 @@ class ShuffleNetV2(nn.Module):
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.last(self.stages(self.stem(x)))).flatten(1))
+        result: Tensor = self.head(self.pool(self.last(self.stages(self.stem(x)))).flatten(1))
+        return result
 
 
 def shufflenet_v2(

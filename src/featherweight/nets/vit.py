@@ -30,7 +30,8 @@ class Attention(nn.Module):
         n, t, c = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.project(mixed.transpose(1, 2).reshape(n, t, c))
+        result: Tensor = self.project(mixed.transpose(1, 2).reshape(n, t, c))
+        return result
 
 
 class Block(nn.Module):
@@ -47,7 +48,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        result: Tensor = x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        return result
 
 
 class ViT(nn.Module):
@@ -67,7 +69,8 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
+        result: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return result
 
 
 def vit(
