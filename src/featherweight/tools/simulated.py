@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from featherweight.errors import RecipeError
 from featherweight.formats import IntQuant, PerTensor, TensorFormat, encode
 from featherweight.graph import Graph, trace
-from featherweight.model import Entry, Model
+from featherweight.model import Model
 from featherweight.tools.sim_learned import Learned, as_data
 from featherweight.tools.sim_norms import Moments, TemporaryNorm, normable, normalized, observed
 from featherweight.tools.sim_replay import Call, TrainableReplay, leaving, moved
@@ -182,8 +182,12 @@ class Simulated(nn.Module):
 
     def _eager(self, stored: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         entry = self._plan.model.entries[self._plan.entry]
+        named = {f"module.{name}": value for name, value in stored.items()}
         with self._watching():
-            return called_with(self.module, entry, stored, inputs)
+            made = torch.func.functional_call(
+                _Caller(self.module, entry.method), named, entry.arguments(inputs)
+            )
+        return tuple(leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor))
 
     def _tensors(self, graph: Graph) -> dict[str, Tensor]:
         state = {
@@ -345,22 +349,6 @@ class _Caller(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return getattr(self.module, self.method)(*inputs)
-
-
-def called_with(
-    module: nn.Module, entry: Entry, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """Flat outputs of a module that has these tensors instead of its own; differentiable.
-
-    Args:
-        module: Afterwards as it was, but for what layers do to their buffers.
-        entry: How it is called.
-        tensors: By parameter name; those that are left out are the module's own.
-        inputs: Flat.
-    """
-    named = {f"module.{name}": value for name, value in tensors.items()}
-    made = torch.func.functional_call(_Caller(module, entry.method), named, entry.arguments(inputs))
-    return tuple(leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor))
 
 
 def simulated(model: Model, entry: str = "forward") -> Simulated:
