@@ -10,7 +10,6 @@ arXiv:1707.06168), so the statistics of batch norms hold on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
@@ -18,15 +17,15 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from featherweight.errors import DataError, RecipeError
-from featherweight.graph import Node, trace
+from featherweight.graph import Node
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole, Range
 from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.batches import calibration_batches
-from featherweight.tools.channels import channel_groups
 from featherweight.tools.costs import totals
-from featherweight.tools.cutting import cut, cuttable
+from featherweight.tools.cutting import cut
+from featherweight.tools.excluded import free_channels, held_tensors
 from featherweight.tools.groups import Channels, GroupKind
 from featherweight.tools.rankings import DATA_FREE, Importance, Ranked, rank
 from featherweight.tools.reconstruction import Settings, reconstruct
@@ -116,7 +115,7 @@ class Prune(Method, frozen=True, extra="forbid"):
         return found
 
     def apply(self, model: Model, context: Context) -> Model:
-        channels = self._channels(model)
+        channels = free_channels(model, self.where, self.kinds)
         if not channels.groups:
             return self._nothing(model, channels, context)
         batches = self._batches(context)
@@ -132,17 +131,6 @@ class Prune(Method, frozen=True, extra="forbid"):
 
     # ---- what may go
 
-    def _channels(self, model: Model) -> Channels:
-        """The groups that touch no excluded layer, and that the module's code can follow."""
-        held = self._held(model)
-        found = channel_groups(model)
-        groups = {
-            name: group
-            for name, group in found.groups.items()
-            if group.kind in self.kinds and not any(member.tensor in held for member in group.members)
-        }
-        return cuttable(model, replace(found, groups=groups))
-
     def _nothing(self, model: Model, channels: Channels, context: Context) -> Model:
         """Nothing can go: an error where something was asked for."""
         reasons = [f"'{layer}' is fixed: {why}" for layer, why in channels.fixed.items()][:_NAMED]
@@ -152,23 +140,6 @@ class Prune(Method, frozen=True, extra="forbid"):
             raise RecipeError(what, where="; ".join(reasons) or None, fix=fix)
         context.progress.note(f"warning: {'; '.join((what, *reasons))}")
         return model.evolve(module=model.copy_module())
-
-    def _held(self, model: Model) -> frozenset[str]:
-        """Parameters and buffers of excluded layers; a tied one by its first name."""
-        first: dict[int, str] = {}
-        held = set()
-        layers = dict(model.module.named_modules(remove_duplicate=False))
-        for path, layer in layers.items():
-            own = [*layer.named_parameters(path, recurse=False), *layer.named_buffers(path, recurse=False)]
-            for name, tensor in own:
-                name = first.setdefault(id(tensor), name)
-                if not self.where.selects(path, type(layer).__name__):
-                    held.add(name)
-        for entry in model.entries:
-            for node in trace(model, entry):
-                if not self.where.selects(node.layer, node.layer_type):
-                    held |= set(node.parameters.values())
-        return frozenset(held)
 
     # ---- data
 
@@ -295,7 +266,7 @@ class Prune(Method, frozen=True, extra="forbid"):
         entry: str,
         context: Context,
     ) -> Model:
-        held = self._held(model)
+        held = held_tensors(model, self.where)
 
         def selects(node: Node) -> bool:
             return not held & set(node.parameters.values())

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from featherweight.tools.cut_program import unrolling
 from featherweight.tools.groups import Channels
 from featherweight.unrolled import Unrolled
 
+_Way = Literal["layers", "numbers", "nearest numbers", "program"]  # in which the code follows
 _CLOSE = 1e-3  # of the largest output; sums in another order differ by less
 
 
@@ -45,6 +46,38 @@ def cut(model: Model, channels: Channels, drop: Mapping[str, Sequence[int]]) -> 
         RecipeError: No such channel, a group would lose its last one, an output would change its shape, the
             model has formats already, or its code cannot follow.
     """
+    attempt = _attempt(model, channels, drop)
+    return model if attempt is None else attempt.best()[0]
+
+
+class Cutter:
+    """Cuts one model many times; how its code follows is found and proven with the first cut.
+
+    Proving takes a trace of what was made, which is most of a cut's time. Later cuts go the way that was
+    proven, and are only run on the example inputs; where that fails, they are proven as the first one.
+
+    Args:
+        model: A model without formats.
+        channels: Its channel groups.
+    """
+
+    def __init__(self, model: Model, channels: Channels) -> None:
+        self._model, self._channels = model, channels
+        self._way: _Way | None = None
+
+    def cut(self, drop: Mapping[str, Sequence[int]]) -> Model:
+        """As :func:`cut`."""
+        attempt = _attempt(self._model, self._channels, drop)
+        if attempt is None:
+            return self._model
+        made = None if self._way is None else attempt.by(self._way)
+        if made is None:
+            made, self._way = attempt.best()
+        return made
+
+
+def _attempt(model: Model, channels: Channels, drop: Mapping[str, Sequence[int]]) -> _Attempt | None:
+    """What is to be done; None: nothing."""
     drop = {name: sorted(set(gone)) for name, gone in drop.items() if len(gone)}
     if model.formats:
         raise RecipeError(
@@ -52,7 +85,7 @@ def cut(model: Model, channels: Channels, drop: Mapping[str, Sequence[int]]) -> 
             fix="put structure steps (prune, shrink, factorize) before format steps in the recipe",
         )
     if not drop:
-        return model
+        return None
     plan = make_plan(channels, drop)
     check_not_emptied(plan, model.module)
     graphs = {entry: trace(model, entry) for entry in model.entries}
@@ -61,7 +94,7 @@ def cut(model: Model, channels: Channels, drop: Mapping[str, Sequence[int]]) -> 
         calls: Calls = {entry: Refit(graph, entry, plan).calls() for entry, graph in graphs.items()}
     except MisfitError as error:
         raise _cannot(error.node or error.layer, error.why) from error
-    return _Attempt(model, plan, graphs, calls).best()
+    return _Attempt(model, plan, graphs, calls)
 
 
 def _cannot(where: str, why: str) -> RecipeError:
@@ -87,28 +120,38 @@ class _Attempt:
     graphs: Mapping[str, Graph]
     calls: Calls
 
-    def best(self) -> Model:
-        """The first way that works."""
+    def best(self) -> tuple[Model, _Way]:
+        """The first way that works, and which one that is."""
         unroll, why = self._unrolling()
         wanted = None
         last = None
         if unroll is not None:
             last = self._made((unroll,))
             wanted = _outputs(last)
-        if isinstance(self.model.module, Unrolled):
-            ways: Iterator[tuple[Edit, ...]] = iter(())
-        else:
-            ways = self._ways()
-        for way in ways:
-            made = self._try(way, wanted)
+        for way, edits in self._ways():
+            made = self._try(edits, wanted)
             if made is not None:
-                return made
+                return made, way
         if last is None:
             raise _cannot(self._first_layer(), why)
         fault = self._fault(last)
         if fault:
             raise _cannot(*fault)
-        return last
+        return last, "program"
+
+    def by(self, way: _Way) -> Model | None:
+        """The model made in one way, if it runs and makes outputs of the same shapes."""
+        if way == "program":
+            unroll, _ = self._unrolling()
+            edits: tuple[Edit, ...] | None = None if unroll is None else (unroll,)
+        else:
+            edits = dict(self._ways()).get(way)
+        ran = None if edits is None else self._ran(edits)
+        if ran is None:
+            return None
+        wanted = [graph.values[name].shape for graph in self.graphs.values() for name in graph.outputs]
+        found = [tuple(one.shape) for one in ran[1] if isinstance(one, Tensor)]
+        return ran[0] if found == wanted else None
 
     def _unrolling(self) -> tuple[Unroll | None, str]:
         try:
@@ -116,16 +159,18 @@ class _Attempt:
         except MisfitError as error:
             return None, f"sizes are written into the code, and {error.why}"
 
-    def _ways(self) -> Iterator[tuple[Edit, ...]]:
+    def _ways(self) -> Iterator[tuple[_Way, tuple[Edit, ...]]]:
+        """Ways in which the module stays itself, with the edits of the user's code that each takes."""
         tensors = dict(self.model.module.named_parameters()) | dict(self.model.module.named_buffers())
-        if any(name not in tensors for name in self.plan.tensors):
+        if isinstance(self.model.module, Unrolled) or any(name not in tensors for name in self.plan.tensors):
             return  # a tensor that only the code knows
-        yield ()
+        yield "layers", ()
         before: tuple[Edit, ...] = ()
-        for nearest in (False, True):
+        ways: tuple[tuple[_Way, bool], ...] = (("numbers", False), ("nearest numbers", True))
+        for way, nearest in ways:
             found = tuple(guesses(self.model.module, self.graphs, self.calls, nearest))
             if found and found != before:
-                yield found
+                yield way, found
             before = found
 
     def _made(self, first: tuple[Edit, ...]) -> Model:
@@ -154,15 +199,19 @@ class _Attempt:
                 if name in graph.program.constants:
                     module.get_buffer(name).copy_(graph.program.constants[name].detach())
 
-    def _try(self, way: tuple[Edit, ...], wanted: list[Any] | None) -> Model | None:
+    def _try(self, edits: tuple[Edit, ...], wanted: list[Any] | None) -> Model | None:
+        ran = self._ran(edits)
+        if ran is None or (wanted is not None and not _same(ran[1], wanted)):
+            return None
+        return None if self._fault(ran[0]) else ran[0]
+
+    def _ran(self, edits: tuple[Edit, ...]) -> tuple[Model, list[Any]] | None:
+        """The model and what it makes of the example inputs; None where it does not run."""
         try:
-            made = self._made(way)
-            found = _outputs(made)
+            made = self._made(edits)
+            return made, _outputs(made)
         except Exception:  # noqa: BLE001 - the user's code raises whatever it likes when sizes do not fit
             return None
-        if wanted is not None and not _same(found, wanted):
-            return None
-        return None if self._fault(made) else made
 
     def _fault(self, made: Model) -> tuple[str, str] | None:
         """Where a traced value has another shape than predicted, and what is wrong."""
@@ -211,7 +260,12 @@ def _outputs(model: Model) -> list[Any]:
             layer.training = training
 
 
-def _same(found: list[Any], wanted: list[Any]) -> bool:
+def same_outputs(one: Model, other: Model, close: float = _CLOSE) -> bool:
+    """Whether two models make the same of their example inputs, up to a share of the largest output."""
+    return _same(_outputs(one), _outputs(other), close)
+
+
+def _same(found: list[Any], wanted: list[Any], close: float = _CLOSE) -> bool:
     """Whether outputs agree; whole numbers may hang on ties and count by their shape."""
     tensors = [[one for one in side if isinstance(one, Tensor)] for side in (found, wanted)]
     if len(tensors[0]) != len(tensors[1]):
@@ -222,7 +276,7 @@ def _same(found: list[Any], wanted: list[Any]) -> bool:
         if one.is_floating_point():
             a, b = (side.double().nan_to_num(0.0, 0.0, 0.0) for side in (one, other))
             scale = float(b.abs().max()) if b.numel() else 0.0
-            if a.numel() and float((a - b).abs().max()) > _CLOSE * max(scale, 1e-6):
+            if a.numel() and float((a - b).abs().max()) > close * max(scale, 1e-6):
                 return False
     return True
 
@@ -236,7 +290,8 @@ def cuttable(model: Model, channels: Channels) -> Channels:
     fixed = dict(channels.fixed)
     groups = {}
     for name, group in channels.groups.items():
-        why = _why_not(channels, name, graphs)
+        last = [group.size - 1]
+        why = _why_not(channels, {name: last}, graphs) if group.size > 1 else "it has one channel only"
         if why is None:
             groups[name] = group
         else:
@@ -245,11 +300,16 @@ def cuttable(model: Model, channels: Channels) -> Channels:
     return replace(channels, groups=groups, fixed=fixed)
 
 
-def _why_not(channels: Channels, name: str, graphs: Mapping[str, Graph]) -> str | None:
-    if channels.groups[name].size < 2:
-        return "it has one channel only"
+def why_not(model: Model, channels: Channels, drop: Mapping[str, Sequence[int]]) -> str | None:
+    """Why these channels cannot go; None: nothing is known against it."""
+    return _why_not(channels, drop, {entry: trace(model, entry) for entry in model.entries})
+
+
+def _why_not(
+    channels: Channels, drop: Mapping[str, Sequence[int]], graphs: Mapping[str, Graph]
+) -> str | None:
     try:
-        plan = make_plan(channels, {name: [channels.groups[name].size - 1]})
+        plan = make_plan(channels, drop)
         _check_interface(plan, graphs)
         for entry, graph in graphs.items():
             Refit(graph, entry, plan).calls()

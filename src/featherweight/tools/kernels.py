@@ -11,7 +11,7 @@ but the kernel's own stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,26 +101,34 @@ def with_smaller_kernel(
         batches: Flat inputs to solve the weights on; none: they are cut alone.
         entry: Which way of calling it.
     """
-    layer = model.module.get_submodule(kernel.path)
     solved = _solved(model, kernel, batches, entry)
-    name = f"{kernel.path}.weight"
+    made = with_smaller_kernels(model, [kernel])
+    if solved is not None:
+        with torch.no_grad():
+            made.module.get_parameter(f"{kernel.path}.weight").copy_(solved)
+    return made
+
+
+def with_smaller_kernels(model: Model, kernels: Iterable[Kernel]) -> Model:
+    """The model with some kernels cut, their inner parts as they were."""
+    edits = [edit for kernel in kernels for edit in _edits(model, kernel)]
+    module = model.copy_module()
+    for edit in edits:
+        module = make_edit(module, edit)
+    return model.evolve(module=module, edits=tuple(edits))
+
+
+def _edits(model: Model, kernel: Kernel) -> Iterator[Edit]:
+    layer = model.module.get_submodule(kernel.path)
     first = next(own for own, tensor in model.module.named_parameters() if tensor is layer.weight)
-    edits: list[Edit] = []
     for axis, (size, smaller) in enumerate(zip(kernel.size, kernel.smaller, strict=True), 2):
         side = (size - smaller) // 2
         gone = (*range(side), *range(size - side, size))
         if gone:
-            edits.append(Cut(first, axis, gone))
-    edits.append(SetAttr(kernel.path, "kernel_size", list(kernel.smaller)))
+            yield Cut(first, axis, gone)
+    yield SetAttr(kernel.path, "kernel_size", list(kernel.smaller))
     padding = _padding(layer, kernel.smaller)
-    edits.append(SetAttr(kernel.path, "padding", list(padding) if isinstance(padding, tuple) else padding))
-    module = model.copy_module()
-    for edit in edits:
-        module = make_edit(module, edit)
-    if solved is not None:
-        with torch.no_grad():
-            module.get_parameter(name).copy_(solved)
-    return model.evolve(module=module, edits=tuple(edits))
+    yield SetAttr(kernel.path, "padding", list(padding) if isinstance(padding, tuple) else padding)
 
 
 def _solved(model: Model, kernel: Kernel, batches: Iterable[tuple[Tensor, ...]], entry: str) -> Tensor | None:
