@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from featherweight.api.handing import copy_files, deliver
 from featherweight.data import Data
@@ -29,6 +29,7 @@ from featherweight.engine.sources import (
 )
 from featherweight.engine.start import start_runs, warn_of_idle_teacher
 from featherweight.engine.store import digest
+from featherweight.engine.students import lesson_of
 from featherweight.engine.targets import fit_targets
 from featherweight.engine.timetable import longest_measurement
 from featherweight.engine.timing import Limits
@@ -72,6 +73,7 @@ def fit(
     threads: int = 1,
     sampler: SamplerName = "auto",
     tune: bool = True,
+    robustness: bool | None = None,
     devices: int = 1,
     precision: Precision = "32",
     seed: int = 0,
@@ -116,6 +118,8 @@ def fit(
         threads: Cores that the runtime may use.
         sampler: What proposes recipes: tpe, nsga2, random, or auto, which is tpe but for some hundred trials.
         tune: Measure the chosen artifact with those of the runtime's options that are fastest for it.
+        robustness: Tell what compression did to scores on corrupted pictures, to calibration and to what a
+            loss gives away of the training set (docs/robustness.md); by default in a twentieth of the time.
         devices: Processes that share each batch where a step trains: on as many cores, or GPUs.
         precision: In which steps train: 32, bf16-mixed or 16-mixed.
         seed: The only source of randomness.
@@ -123,7 +127,9 @@ def fit(
         mean: For a folder of images.
         std: For a folder of images.
         inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
-        student: Another network that the steps start from; the model stays what it is compared with.
+        student: Another network that the steps start from; the model stays what it is compared with. One of
+            ``featherweight.nets`` (``mobilenetv2:width=0.35``) is built for the model's inputs and outputs;
+            ``auto`` chooses it by the budget.
         student_weights: Of the student's module.
         teacher: Another network that a step with ``teacher: teacher`` learns from.
         teacher_weights: Of the teacher's module.
@@ -152,7 +158,9 @@ def fit(
     targets = fit_targets(runtime, threads, device, isa)
     training = training_options(devices, precision)
     question = _question(recipe, budget or Budget(), prefer, confident, trials, time_limit)
-    question = replace(question, tune=tune, started=started, sampler=known_sampler(sampler))
+    question = replace(
+        question, tune=tune, started=started, sampler=known_sampler(sampler), robustness=robustness
+    )
     given = {
         "model": model, "weights": weights, "data": data, "inputs": inputs, "metric": metric,
         "image_size": image_size, "mean": mean, "std": std, "seed": seed, "allow_pickle": allow_pickle,
@@ -177,7 +185,8 @@ def fit(
         shown.note("there is no search to resume: it begins")
     if question.open_ended:
         follow(runs[0].start)
-        question = _planned(question, runs, trials, shown, None if known is None else known.plan)
+        lesson = lesson_of(runs[0].start) if learner.fresh else None
+        question = _planned(question, runs, trials, shown, None if known is None else known.plan, lesson)
     question = replace(question, ladder=question.trials > _FEW)
     name = Path(model.rpartition(":")[2] or model).stem
     key = _run_key(runs, question, limits, [name, learner.name, taught_by.name])
@@ -244,14 +253,19 @@ def _question(
 
 
 def _planned(
-    question: Question, runs: Sequence[Run], trials: int | None, progress: Progress, known: Plan | None
+    question: Question,
+    runs: Sequence[Run],
+    trials: int | None,
+    progress: Progress,
+    known: Plan | None,
+    lesson: Mapping[str, Any] | None,
 ) -> Question:
     """The question with what to try: it follows from the time and from how long a pass takes here.
 
     A search that goes on tries what it had planned.
     """
     if known is None:
-        made = plan(runs[0], question.time_limit, question.budget, trials)
+        made = plan(runs[0], question.time_limit, question.budget, trials, lesson)
         if trials is None:  # the first way is tried on each runtime
             made = replace(made, trials=made.trials + len(runs) - 1)
     else:
@@ -274,7 +288,7 @@ def _run_key(runs: Sequence[Run], question: Question, limits: Limits, names: Seq
         [*names, run.data.origin, run.data.class_names, run.data.notes],
         question.budget.model_dump(),
         [question.prefer, question.confident, question.trials, question.time_limit, question.open_ended],
-        [question.tune, question.recipe.to_dict(), question.sampler],
+        [question.tune, question.recipe.to_dict(), question.sampler, question.robustness],
         []
         if question.plan is None
         else [[way, steps.to_dict()] for way, steps in question.plan.ways.items()],

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -30,11 +30,14 @@ from featherweight.engine.template import EARLY, HALVES, Amounts, Shape, early, 
 from featherweight.examples import Examples
 from featherweight.graph import trace
 from featherweight.holes import Choice
+from featherweight.model import Model
 from featherweight.outcome import LEVELS, Budget, Effort, Level, Way
 from featherweight.recipe import Recipe, Step
 from featherweight.runtime import Target
 from featherweight.tools.costs import node_macs
+from featherweight.tools.layout import layout
 from featherweight.tools.simulate import Replay
+from featherweight.tools.simulated import Simulated
 
 _FROM: Mapping[Level, float] = {"quick": 0.0, "standard": 61.0, "thorough": 900.0}  # seconds
 _TRIALS: Mapping[Level, int] = {"quick": 4, "standard": 9, "thorough": 17}
@@ -57,11 +60,14 @@ _MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
 _PASSES_OF_ITERATION = 40.0
 _PASSES_OF_TRAINING = 4.0  # forward passes that training on one example takes, a teacher's included
 _LESSONS, _MOST_LESSONS = 0.4, 100.0  # share of the time in which a student learns, and epochs at most
+_LESSONS_OF_FRESH = 0.6  # the share of one whose weights nobody trained
 _TRAINING = 0.08  # share of the time that one fine-tuning takes at first
 _EPOCHS: Mapping[Level, float] = {"quick": 0.0, "standard": 3.0, "thorough": 10.0}
 _FEWEST_SEEN = 2000  # examples that a fine-tuning sees; below, it is not worth it
 _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
 _TIMED = 8  # examples of the timed pass
+# Of the timed updates: seconds that a forward pass may take, examples, and how many there are.
+_UPDATE_S, _FEWEST_TOGETHER, _TOGETHER, _UPDATES = 0.5, 8, 128, 4
 _ADDS: Mapping[Level, str] = {
     "quick": "",
     "standard": "equalization, rounding by GPTQ and by the reconstruction of blocks, more settings and, with "
@@ -158,6 +164,12 @@ class Pace:
         structure: Whether there are examples of the user's own, by which layers can be made smaller.
         student: Whether steps start from a student, who learns first.
         teacher: Whose outputs are learned.
+        lesson: Parameters of a student's training that differ from those of other trainings; none: its
+            weights were trained before.
+        training_s: Seconds that training on an example takes without its teacher, measured; 0: it is counted
+            in passes.
+        teacher_s: Seconds in which the teacher, which is another network, says what it has to of an example.
+        asked_again: Whether it is asked in every epoch, since examples are changed.
     """
 
     example_s: float
@@ -166,11 +178,25 @@ class Pace:
     structure: bool = False
     student: bool = False
     teacher: str = "original"
+    lesson: Mapping[str, Any] = field(default_factory=dict)
+    training_s: float = 0.0
+    teacher_s: float = 0.0
+    asked_again: bool = False
 
     @property
     def epoch_s(self) -> float:
         """Seconds in which every training example is seen once; 0 where there is none."""
-        return _PASSES_OF_TRAINING * self.training * self.example_s
+        each = self.training_s or _PASSES_OF_TRAINING * self.example_s
+        return (each + (self.teacher_s if self.asked_again else 0.0)) * self.training
+
+    @property
+    def asking_s(self) -> float:
+        """Seconds in which the teacher is asked of every example once, where it remembers what it said."""
+        return 0.0 if self.asked_again else self.teacher_s * self.training
+
+    def training_of(self, epochs: float) -> float:
+        """Seconds of so many epochs."""
+        return epochs * self.epoch_s + min(epochs, 1.0) * self.asking_s
 
     def of(self, recipe: Recipe) -> float:
         """Seconds until a recipe's model is ready, predicted."""
@@ -178,7 +204,7 @@ class Pace:
 
     def _of_step(self, step: Step) -> float:
         if step.method == "finetune":
-            return float(self.epoch_s * step.parameters["epochs"])
+            return self.training_of(float(step.parameters["epochs"]))
         if step.method not in _PASSES:
             return 0.0
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)
@@ -195,6 +221,7 @@ class Pace:
             epochs=self.epochs(level, time_s),
             structure=self.structure,
             lessons=self.lessons(time_s) if self.student else 0.0,
+            lesson=self.lesson,
             teacher=self.teacher,
         )
 
@@ -202,13 +229,15 @@ class Pace:
         """Epochs of a student, in the share of the time that is its; as few as one."""
         if not self.epoch_s:
             return 1.0
-        return round(min(max(_LESSONS * time_s / self.epoch_s, 1.0), _MOST_LESSONS), 2)
+        share = _LESSONS_OF_FRESH if self.lesson else _LESSONS
+        count = (share * time_s - self.asking_s) / self.epoch_s
+        return round(min(max(count, 1.0), _MOST_LESSONS), 2)
 
     def epochs(self, level: Level, time_s: float) -> float:
         """Of a fine-tuning, in the share of the time that is its; 0 where that is not worth it."""
         if not self.epoch_s:
             return 0.0
-        count = min(_TRAINING * time_s / self.epoch_s, _EPOCHS[level])
+        count = min(_TRAINING * time_s / (self.epoch_s + self.asking_s), _EPOCHS[level])
         return round(count, 2) if count * self.training >= min(_FEWEST_SEEN, 3 * self.training) else 0.0
 
     def samples(self, level: Level, time_s: float) -> int:
@@ -223,7 +252,13 @@ class Pace:
         return count if count >= _LEAST else 0
 
 
-def plan(run: Run, time_s: float, budget: Budget, trials: int | None = None) -> Plan:
+def plan(
+    run: Run,
+    time_s: float,
+    budget: Budget,
+    trials: int | None = None,
+    lesson: Mapping[str, Any] | None = None,
+) -> Plan:
     """What to try in so many seconds.
 
     Args:
@@ -231,13 +266,14 @@ def plan(run: Run, time_s: float, budget: Budget, trials: int | None = None) -> 
         time_s: Seconds that there are.
         budget: What mixed precision has to keep.
         trials: Artifacts to measure; None: as many as suit the effort.
+        lesson: How a student with fresh weights is trained; None: there is none.
     """
     limits: Mapping[str, Any] = {}
     if budget.bytes is not None:
         limits = {"bytes": budget.bytes}
     elif run.costs.known:
         limits = {"latency": Choice(_LATENCIES)}
-    return planned(pace_of(run), shape_of(run.start), time_s, limits, trials)
+    return planned(pace_of(run, lesson), shape_of(run.start), time_s, limits, trials)
 
 
 def planned(
@@ -278,8 +314,10 @@ def _is_late(seconds: float, pace: Pace) -> bool:
 
 def _fits(level: Level, pace: Pace, shape: Shape, time_s: float) -> bool:
     """Whether the way that a level stands for is ready in time; something quick is always tried."""
-    recipe = ways(level, shape, pace.amounts(level, time_s, {})).get(_STANDS_FOR[level])
-    ready = recipe is not None and pace.of(recipe) <= _READY * time_s
+    amounts = pace.amounts(level, time_s, {})
+    recipe = ways(level, shape, amounts).get(_STANDS_FOR[level])
+    learning = pace.training_of(amounts.lessons)  # which is done once, for all ways
+    ready = recipe is not None and pace.of(recipe) - learning <= _READY * (time_s - learning)
     return level == "quick" or (ready and time_s >= _FROM[level])
 
 
@@ -294,12 +332,21 @@ def _longer(level: Level, pace: Pace, shape: Shape) -> str:
     return f"--time {math.ceil(needed / 60)}m or more adds {_ADDS[above]}"
 
 
-def pace_of(run: Run) -> Pace:
-    """What work costs on this machine: a forward pass is timed once and remembered."""
-    key = digest("pace", run.start.key, run.data.fingerprint, _machine(), run.sources)
+def pace_of(run: Run, lesson: Mapping[str, Any] | None = None) -> Pace:
+    """What work costs on this machine: passes are timed once and remembered.
+
+    Args:
+        run: The original, its data and what steps start from.
+        lesson: How a student with fresh weights is trained; None: there is none.
+    """
+    master = run.teacher or run.original
+    key = digest("pace", run.start.key, lesson and master.key, run.data.fingerprint, _machine(), run.sources)
     known = run.store.get_json("pace", key)
     if known is None:
-        known = {"example_s": _example_seconds(run)}
+        known = {"example_s": _example_seconds(run, run.start)}
+        if lesson:
+            known["training_s"] = _training_seconds(run, known["example_s"])
+            known["teacher_s"] = _example_seconds(run, master)
         run.store.put_json("pace", key, known)
     example_s = max(known["example_s"], 1e-9)
     weights = macs = 0
@@ -317,6 +364,10 @@ def pace_of(run: Run) -> Pace:
         structure=run.data.calibration_source in ("calibration", "training"),
         student=run.student is not None,
         teacher="original" if run.teacher is None else "teacher",
+        lesson=lesson or {},
+        training_s=known.get("training_s", 0.0),
+        teacher_s=known.get("teacher_s", 0.0),
+        asked_again=run.data.augment is not None,
     )
 
 
@@ -331,9 +382,30 @@ def _machine() -> list[object]:
     return [here.cpu, here.cores, torch.__version__, torch.get_num_threads()]
 
 
-def _example_seconds(run: Run) -> float:
+def _training_seconds(run: Run, example_s: float) -> float:
+    """Seconds of one example in an update of what steps start from: forward, backward, optimizer."""
+    count = int(min(max(_UPDATE_S / max(example_s, 1e-9), _FEWEST_TOGETHER), _TOGETHER))
+    arrays = [array for batch in run.data.calibration(count) for array in batch[:1]]
+    inputs = (torch.from_numpy(np.concatenate(arrays)),)
+    net = Simulated(run.start, "forward")
+    ordered = layout(net, inputs)
+    batch = tuple(ordered(one) for one in inputs)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, nesterov=True)
+    net.train()
+    seen: list[float] = []
+    while len(seen) < _UPDATES + 1:
+        started = time.perf_counter()
+        loss: Any = torch.stack([one.float().square().mean() for one in net(*batch)]).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append((time.perf_counter() - started) / len(batch[0]))
+    return sum(seen[1:]) / _UPDATES  # the first one warms up
+
+
+def _example_seconds(run: Run, model: Model) -> float:
     """Seconds of one example in a batch, the quicker of two passes."""
-    replay = Replay(run.start, next(iter(run.start.entries)))
+    replay = Replay(model, next(iter(model.entries)))
     seen: list[float] = []
     with torch.inference_mode():
         for arrays in islice(run.data.calibration(_TIMED), 1):

@@ -25,6 +25,7 @@ from featherweight.data import (
     resolve_metric,
 )
 from featherweight.engine.store import code_digest
+from featherweight.engine.students import AUTO, build_student, names_family
 from featherweight.errors import DataError, LoadError
 from featherweight.exchange.key import root_key
 from featherweight.exchange.load import InputSpec, InputsRefused, load_model
@@ -157,14 +158,35 @@ class Given:
     @property
     def name(self) -> str:
         """What texts call it; '' where there is none."""
-        return "" if self.model is None else Path(self.model.rpartition(":")[2] or self.model).stem
+        if self.model is None:
+            return ""
+        if self.of_family:
+            return self.model
+        return Path(self.model.rpartition(":")[2] or self.model).stem
+
+    @property
+    def of_family(self) -> bool:
+        """Whether it names a family of ``featherweight.nets``, or is to be chosen among them."""
+        return self.model is not None and names_family(self.model)
+
+    @property
+    def auto(self) -> bool:
+        """Whether it is to be chosen; see ``engine/student_choice.py``."""
+        return self.model == AUTO
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is built with weights that nobody trained."""
+        return self.of_family and self.weights is None
 
 
 NOTHING = Given()
 Role = Literal["student", "teacher"]
 
 
-def load_beside(given: Given, role: Role, original: Model, *, allow_pickle: bool = False) -> Model | None:
+def load_beside(
+    given: Given, role: Role, original: Model, *, seed: int = 0, allow_pickle: bool = False
+) -> Model | None:
     """A student, which steps start from instead of the original, or a teacher, from which they learn.
 
     A student's inputs and outputs take the original's names, so that its artifact can stand where the
@@ -174,6 +196,7 @@ def load_beside(given: Given, role: Role, original: Model, *, allow_pickle: bool
         given: What the user named.
         role: What it is for.
         original: Whose inputs it takes and whose outputs it gives.
+        seed: Of the weights of a student that a family names (``engine/students.py``).
         allow_pickle: Load pickled modules, which runs their code.
 
     Returns:
@@ -191,7 +214,16 @@ def load_beside(given: Given, role: Role, original: Model, *, allow_pickle: bool
         return None
     if "forward" not in original.entries:
         raise several_entries(original, "the original", f"a {role} is for one")
+    if role == "student" and given.auto:
+        raise LoadError(
+            "--student auto is chosen by a budget and a time, which only fit has",
+            fix="name a family: --student mobilenetv2:width=0.35",
+        )
     entry = original.entries["forward"]
+    if role == "student" and given.of_family:
+        built = build_student(given.model, original, weights=given.weights, seed=seed)
+        check_alike(original, built, role=f"the student '{given.model}'")
+        return _named_as(built, entry)
     arrays = tuple(value.numpy() for value in entry.example_inputs)
     alike = f"give a {role} that takes what the original takes, and gives what it gives"
     try:

@@ -43,7 +43,7 @@ def start_runs(
     """
     tell_notes(sources, progress)
     original = sources.model
-    learner = load_beside(student, "student", original, allow_pickle=allow_pickle)
+    learner = load_beside(student, "student", original, seed=seed, allow_pickle=allow_pickle)
     taught_by = load_beside(teacher, "teacher", original, allow_pickle=allow_pickle)
     if learner is not None:
         check_examples_to_learn(sources.data)

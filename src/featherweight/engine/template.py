@@ -8,7 +8,7 @@ plain rounding stand beside it, since neither pays everywhere: what is measured 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from featherweight.graph import trace
@@ -70,6 +70,7 @@ class Amounts:
         epochs: Of fine-tuning, with the original as teacher; 0: none.
         structure: Whether there are calibration examples, by which layers can be made smaller.
         lessons: Epochs in which a student learns before anything else; 0: there is none.
+        lesson: Other parameters of that training.
         teacher: Whose outputs are learned.
     """
 
@@ -79,6 +80,7 @@ class Amounts:
     epochs: float = 0.0
     structure: bool = False
     lessons: float = 0.0
+    lesson: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = "original"
 
 
@@ -117,7 +119,8 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
         "tuned, 4 bits": (fold, Step("quantize", int4), tuned),
         "sparse": (fold, Step("sparsify", {"schedule": "cubic"}), tuned, static),
     }
-    lessons = (Step("finetune", {"epochs": amounts.lessons, **taught}),) if amounts.lessons else ()
+    lesson = {"epochs": amounts.lessons, **amounts.lesson, **taught}
+    lessons = (Step("finetune", lesson),) if amounts.lessons else ()
     return {name: Recipe((*lessons, *found[name])) for name in _order(level, shape, amounts)}
 
 

@@ -168,6 +168,20 @@ def load_model(
     return _from_module(_unpickle(path, allow_pickle=allow_pickle), spec, examples, names, method)
 
 
+def model_of_module(module: nn.Module, name: str, example_inputs: tuple[np.ndarray, ...]) -> Model:
+    """The model of a module that is there already.
+
+    Args:
+        module: Its weights are checked, and it is put into inference mode.
+        name: What errors call it.
+        example_inputs: One array per input with a leading batch.
+
+    Raises:
+        LoadError: Weights that are not finite, or inputs that it does not take.
+    """
+    return _from_module(module, name, _examples(None, example_inputs), (), "forward")
+
+
 def _examples(
     inputs: Sequence[InputSpec] | None, arrays: tuple[np.ndarray, ...] | None
 ) -> tuple[Tensor, ...] | None:
