@@ -20,7 +20,7 @@ from featherweight.checks import check_inputs, check_labels
 from featherweight.errors import DataError
 from featherweight.examples import ArraySource, Examples, RandomArrays, make_examples
 from featherweight.images import ImageSettings, read_folder
-from featherweight.metrics import Metric, Outputs, UserMetric, UserScore, find_metric
+from featherweight.metrics import Metric, Outputs, Targets, UserScore, find_metric
 from featherweight.npz import ROLES, read_npz
 from featherweight.streams import Stream
 from featherweight.usercode import call_user, defined_at, load_callable
@@ -309,11 +309,11 @@ class Data:
                     f"the model gave {outputs[0].shape if outputs else 'nothing'} for {len(pick)} examples",
                     fix="outputs need the examples on their first axis",
                 )
-            targets: np.ndarray | Outputs | None = None
+            targets: Targets = None
             if examples.targets is not None:
                 targets = examples.targets[pick]
-            if original is not None and not metric.needs_labels and not isinstance(metric, UserMetric):
-                targets = original(*inputs)
+            if original is not None and metric.compares:
+                targets = metric.beside(targets, original(*inputs))
             if metric.text:
                 outputs = (self._texts(outputs),)
             parts.append(metric.rows(outputs, targets))

@@ -26,6 +26,13 @@ def drop(metric: Metric, baseline: float, value: float) -> float:
     return float(_drops(metric, np.asarray(baseline, np.float64), np.asarray(value, np.float64)))
 
 
+def drop_of_rows(metric: Metric, rows_before: np.ndarray, rows_after: np.ndarray) -> float:
+    """How much worse the second rows are; of several tasks' rows, that of the task that loses most."""
+    pairs = zip(metric.parts(rows_before), metric.parts(rows_after), strict=True)
+    of_tasks = [drop_of_rows(own, before, after) for (own, before), (_, after) in pairs]
+    return max(of_tasks) if of_tasks else drop(metric, metric.reduce(rows_before), metric.reduce(rows_after))
+
+
 def examples_needed(
     drop: float | None, interval: tuple[float, float] | None, limit: float | None, examples: int
 ) -> int | None:
@@ -69,20 +76,37 @@ def paired_bootstrap(
         resamples: How many.
 
     Returns:
-        The lower and upper end, positive is worse.
+        The lower and upper end, positive is worse. Of several tasks: of the drop of the one that loses most
+        in each resample.
     """
     if rows_before.shape != rows_after.shape or not len(rows_before):
         raise ValueError(f"rows of the same examples are needed: {rows_before.shape} and {rows_after.shape}")
+    drops = _resampled(metric, rows_before, rows_after, seed, resamples)
+    low, high = np.quantile(drops, [0.025, 0.975], method="inverted_cdf")  # never between inf and inf
+    pairs = list(zip(metric.parts(rows_before), metric.parts(rows_after), strict=True))
+    if not pairs:
+        return _with_unseen(metric, rows_before, rows_after, float(low), float(high))
+    each = [paired_bootstrap(own, before, after, seed, resamples) for (own, before), (_, after) in pairs]
+    return max(one for one, _ in each), max(float(high), *(one for _, one in each))
+
+
+def _resampled(
+    metric: Metric, before: np.ndarray, after: np.ndarray, seed: int, resamples: int
+) -> np.ndarray:
+    """Drops of resamples, both sides with the same examples; of tasks the largest of each resample."""
+    pairs = list(zip(metric.parts(before), metric.parts(after), strict=True))
+    if pairs:  # one seed draws the same examples for all
+        each = [_resampled(own, one, other, seed, resamples) for (own, one), (_, other) in pairs]
+        count = min(map(len, each))
+        return np.max([drops[:count] for drops in each], axis=0)  # type: ignore[no-any-return]
     rng = np.random.default_rng(seed)
     if metric.additive:
-        before, after = _additive_scores(metric, rows_before, rows_after, rng, resamples)
+        one, other = _additive_scores(metric, before, after, rng, resamples)
     else:
-        picks = rng.integers(0, len(rows_before), (min(resamples, 200), len(rows_before)))
-        before = np.array([metric.reduce(rows_before[pick]) for pick in picks])
-        after = np.array([metric.reduce(rows_after[pick]) for pick in picks])
-    drops = _drops(metric, before, after)
-    low, high = np.quantile(drops, [0.025, 0.975], method="inverted_cdf")  # never between inf and inf
-    return _with_unseen(metric, rows_before, rows_after, float(low), float(high))
+        picks = rng.integers(0, len(before), (min(resamples, 200), len(before)))
+        one = np.array([metric.reduce(before[pick]) for pick in picks])
+        other = np.array([metric.reduce(after[pick]) for pick in picks])
+    return _drops(metric, one, other)
 
 
 def _with_unseen(

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from featherweight.drops import drop, paired_bootstrap
+from featherweight.drops import drop, drop_of_rows, paired_bootstrap
 from featherweight.errors import DataError, PluginError, nearest
 from featherweight.usercode import call_user, defined_at, load_callable
 
@@ -41,6 +41,7 @@ __all__ = [
     "TopK",
     "UserMetric",
     "drop",
+    "drop_of_rows",
     "find_metric",
     "paired_bootstrap",
     "predicted_classes",
@@ -75,6 +76,19 @@ class Metric(ABC):
     text: bool = False
 
     additive: ClassVar[bool] = True
+
+    @property
+    def compares(self) -> bool:
+        """Whether rows compare with the original's outputs."""
+        return not self.needs_labels
+
+    def beside(self, targets: Targets, original: Outputs) -> Targets:
+        """What rows take where they compare: labels, if there are any, and the original's outputs."""
+        return original
+
+    def parts(self, rows: np.ndarray) -> list[tuple[Metric, np.ndarray]]:
+        """The metrics of several tasks and the rows of each; none where the rows are of one."""
+        return []
 
     @abstractmethod
     def rows(self, outputs: Outputs, targets: Targets) -> np.ndarray:
@@ -305,6 +319,10 @@ class UserMetric(Metric):
 
     needs_labels: bool = False
     function: UserScore | None = None
+
+    @property
+    def compares(self) -> bool:
+        return False
 
     def rows(self, outputs: Outputs, targets: Targets) -> np.ndarray:
         if self.function is None:

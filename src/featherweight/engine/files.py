@@ -22,7 +22,6 @@ from featherweight.engine.packing import packed
 from featherweight.errors import DataError, LoadError, RunnerError
 from featherweight.exchange.load import InputSpec
 from featherweight.method import Progress
-from featherweight.metrics import UserMetric
 from featherweight.outcome import Measurement
 from featherweight.runtime import Artifact, Target
 
@@ -190,7 +189,7 @@ def _qualities(
     artifact: Artifact, twin: Artifact | None, data: Data, target: Target, limits: Limits, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The artifact's fields, and the twin's score."""
-    if twin is None and not data.metric.needs_labels and not isinstance(data.metric, UserMetric):
+    if twin is None and data.metric.compares:
         raise DataError(
             f"metric '{data.metric.name}' compares with the original, and there is no twin",
             fix="add --twin, or labels y to the data",

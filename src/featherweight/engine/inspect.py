@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from featherweight.data import Data
-from featherweight.drops import drop
+from featherweight.drops import drop_of_rows
 from featherweight.engine.costs import profiled
 from featherweight.errors import DataError, MissingRuntime, TargetError
 from featherweight.exchange.attribution import Attribution
@@ -213,10 +213,10 @@ def _add_sensitivity(
     for name, bits in progress.track(jobs, "Sensitivity (simulated)", len(jobs)):
         changed = _Compared(as_run(alone(model, weights[name], bits)), original)
         original.rewind()
-        after = metric.reduce(data.score(changed, picks, original.last)[metric.name])
+        after = data.score(changed, picks, original.last)[metric.name]
         told = rows[name].setdefault("sensitivity", {})
         told[f"int{bits}"] = {
-            "drop": _finite(drop(metric, baseline, after)),
+            "drop": _finite(drop_of_rows(metric, before, after)),
             "sqnr_db": sqnr_db(changed.signal, changed.noise),
         }
     return {

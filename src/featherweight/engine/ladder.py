@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from featherweight.data import Data
-from featherweight.drops import drop
+from featherweight.drops import drop_of_rows
 from featherweight.engine.forecast import Forecast, Forecaster
 from featherweight.engine.lanes import Lane
 from featherweight.engine.margins import Margin, Margins, median
@@ -314,8 +314,7 @@ def simulated_drop(lane: Lane, model: Model, indices: np.ndarray) -> float:
     run, twin = lane.run, lane.scales.twin_scored
     metric = run.data.metric
     scored = run.data.score(as_run(simulate(model)), indices, as_run(simulate(run.original)))
-    before, after = metric.reduce(twin.rows[metric.name][indices]), metric.reduce(scored[metric.name])
-    return drop(metric, before, after)
+    return drop_of_rows(metric, twin.rows[metric.name][indices], scored[metric.name])
 
 
 def seconds_of_ratio(measured: Sequence[Measurement]) -> float | None:

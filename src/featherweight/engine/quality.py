@@ -20,7 +20,7 @@ from featherweight.data import Data, Run
 from featherweight.engine.jobs import Served, disk_room
 from featherweight.engine.timing import Limits
 from featherweight.errors import DataError
-from featherweight.metrics import Metric, drop, paired_bootstrap, predicted_classes, sqnr_db
+from featherweight.metrics import Metric, drop_of_rows, paired_bootstrap, predicted_classes, sqnr_db
 from featherweight.outcome import ClassChange, Flips, WorstClass
 from featherweight.runtime import Artifact, Target
 from featherweight.usercode import call_user
@@ -278,7 +278,7 @@ def quality(
     return Quality(
         baseline=_finite(before),
         quality=_finite(after),
-        quality_drop=_finite(drop(metric, before, after)),
+        quality_drop=_finite(drop_of_rows(metric, rows_before, rows_after)),
         quality_drop_ci95=(_finite(low), _finite(high)),
         agreement=_agreement(compared, picked, examples),
         sqnr_db=_decibels(compared, picked, examples),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from featherweight.data import Data, Run
-from featherweight.drops import drop
+from featherweight.drops import drop_of_rows
 from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.lanes import Lane
@@ -229,7 +229,7 @@ def _simulated(
     except OutOfTime:
         return Measurement(**figures), 0
     quality = metric.reduce(rows)
-    lost = drop(metric, metric.reduce(before[picked]), quality)
+    lost = drop_of_rows(metric, before[picked], rows)
     if not np.isfinite([quality, lost]).all():
         return Measurement(**figures), 0
     return Measurement(**figures, quality=float(quality), quality_drop=lost), len(picked)

@@ -8,7 +8,7 @@ replaced by the source is taken. Layers that are then called by nobody are remov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from featherweight.graph import trace
 from featherweight.model import Edit, Layer, Model, Remove, Replace, Unroll, make_edit
 from featherweight.tools.cut_literals import MisfitError
 from featherweight.tools.cut_program import unrolling
+from featherweight.tools.programs import called, named, rewired
 from featherweight.tools.residuals import ResidualBlock
 from featherweight.tools.simulate import Replay
 
@@ -76,9 +77,9 @@ def _ways(model: Model, block: ResidualBlock) -> Iterator[tuple[Edit, ...]]:
     values = graphs[block.entry].values
     method = model.entries[block.entry].method
     source, result = values[block.source].fx_name, values[block.result].fx_name
-    program = _without(unroll.programs[method], result, source)
+    program = rewired(unroll.programs[method], {result: source})
     programs = {**unroll.programs, method: program}
-    read = {name for one in programs.values() for name in _named(one, "tensor")}
+    read = {name for one in programs.values() for name in named(one, "tensor")}
     constants = {name: what for name, what in unroll.constants.items() if name in read}
     yield (Unroll(programs, constants),)
 
@@ -154,60 +155,11 @@ def _fill(module: nn.Module, model: Model, unroll: Unroll) -> None:
 
 def _idle(module: nn.Module, unroll: Unroll, block: ResidualBlock) -> list[str]:
     """Layers of the block that no program calls or reads any more."""
-    called = {name for program in unroll.programs.values() for name in _calls(program)}
-    read = {name for program in unroll.programs.values() for name in _named(program, "tensor")}
+    used = {name for program in unroll.programs.values() for name in called(program)}
+    read = {name for program in unroll.programs.values() for name in named(program, "tensor")}
     found = []
     for path in block.layers:
         owns = any(True for _ in module.get_submodule(path).children())
-        if path and not owns and path not in called and not any(n.startswith(f"{path}.") for n in read):
+        if path and not owns and path not in used and not any(n.startswith(f"{path}.") for n in read):
             found.append(path)
     return found
-
-
-# ---- programs
-
-
-def _without(program: Mapping[str, Any], result: str, source: str) -> dict[str, Any]:
-    """A program in which one value is another one, without the steps that nobody needs then."""
-
-    def swapped(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {"value": source} if item == {"value": result} else item
-        return [swapped(one) for one in item] if isinstance(item, (list, tuple)) else item
-
-    outputs = swapped(program["outputs"])
-    needed = set(_named(outputs, "value"))
-    runs: list[dict[str, Any]] = []
-    for chunk in reversed(program["runs"]):
-        steps = []
-        for step in reversed(chunk["steps"]):
-            if step["name"] not in needed:
-                continue
-            kept = {**step, "args": swapped(step["args"])}
-            if "kwargs" in step:
-                kept["kwargs"] = {key: swapped(item) for key, item in step["kwargs"].items()}
-            read = set(_named([kept["args"], kept.get("kwargs")], "value"))
-            kept["last"] = sorted(read - needed)
-            needed |= read
-            steps.append(kept)
-        if steps:
-            runs.append({**chunk, "steps": steps[::-1]})
-    return {**program, "outputs": outputs, "runs": runs[::-1]}
-
-
-def _named(item: Any, kind: str) -> Iterator[str]:
-    """Names of all values or tensors in JSON data of a program."""
-    if isinstance(item, Mapping):
-        if set(item) == {kind}:
-            yield item[kind]
-        else:
-            for one in item.values():
-                yield from _named(one, kind)
-    elif isinstance(item, (list, tuple)):
-        for one in item:
-            yield from _named(one, kind)
-
-
-def _calls(program: Mapping[str, Any]) -> Iterator[str]:
-    for chunk in program["runs"]:
-        yield from (step["call"] for step in chunk["steps"] if "call" in step)
