@@ -27,15 +27,21 @@ from featherweight.data import Data
 from featherweight.engine.confidence import calibration
 from featherweight.engine.jobs import Served
 from featherweight.engine.robustness import corrupted_rows, some_indices, told
+from featherweight.engine.run import Run
+from featherweight.engine.store import digest
 from featherweight.membership import attack_areas
 from featherweight.metrics import find_metric
+from featherweight.model import Model
 from featherweight.outcome import Robustness
 from featherweight.picture_inputs import picture_input
 from featherweight.recipe import Recipe, Step
 from featherweight.tools.costs import totals
+from featherweight.tools.layer_report import weight_bits
+from featherweight.tools.simulate import projected_parameters
 
 Json = dict[str, Any]
 NETWORKS = ("fp32", "int8", "quarter of the MACs", "ternary weights")
+AS_FLOATS = ("ternary weights",)  # ONNX Runtime stores no such integers: it loads their values
 _ENDS = {"conv1": {"weights": "int8"}, "fc": {"weights": "int8"}}  # first and last layer
 
 
@@ -75,8 +81,8 @@ def row_of(network: str, settings: Settings, folder: Path, shown: Shown) -> Json
     """Make a network and ask its artifact everything."""
     torch.set_num_threads(1)
     run = run_of("resnet20", settings.examples, folder, settings.seed)
-    changed = run.apply(recipe_of(network, settings.epochs))
-    artifact = run.lower(changed)
+    changed = made(network, run, settings, folder)
+    artifact = run.lower(_as_floats(changed) if network in AS_FLOATS else changed)
     shown.note(f"{network}: made, {artifact.bytes:,} bytes")
     data = run.data
     assert data.scored is not None and data.scored.targets is not None
@@ -98,11 +104,26 @@ def row_of(network: str, settings: Settings, folder: Path, shown: Shown) -> Json
         "network": network,
         "recipe": recipe_of(network, settings.epochs).to_dict(),
         "macs_left": left["macs"] / whole["macs"],
+        "weight_bits": weight_bits(changed),
         "bytes": artifact.bytes,
         "confidence": seen.after.model_dump(),
         "rows": rows[..., 0].astype(int).tolist(),
         "losses": {name: own.round(6).tolist() for name, own in losses.items()},
     }
+
+
+def made(network: str, run: Run, settings: Settings, folder: Path) -> Model:
+    """The network of a row; formats that ONNX Runtime cannot store are trained for the torch runtime."""
+    if network in AS_FLOATS:
+        run = run_of("resnet20", settings.examples, folder, settings.seed, "torch")
+    return run.apply(recipe_of(network, settings.epochs))
+
+
+def _as_floats(model: Model) -> Model:
+    """The same network with the values of its formats as floats."""
+    module = model.copy_module()
+    module.load_state_dict(projected_parameters(model), strict=False)
+    return model.evolve(module=module, formats={}, key=digest("projected", model.key))
 
 
 def training_images(
@@ -143,7 +164,7 @@ def print_tables(rows: Sequence[Json], found: Sequence[Robustness]) -> None:
         "network",
         "recipe",
         "MACs",
-        "bytes",
+        "bits",
         "clean",
         "corrupted",
         "drop",
@@ -158,7 +179,7 @@ def print_tables(rows: Sequence[Json], found: Sequence[Robustness]) -> None:
                 row["network"],
                 " + ".join(name for step in row["recipe"]["steps"] for name in step) or "as it is",
                 f"{row['macs_left']:.3f}",
-                f"{row['bytes']:,}",
+                f"{row['weight_bits']:.2f}",
                 f"{100 * seen.clean_after:.2f}",
                 f"{100 * seen.mean_after:.2f}",
                 f"{100 * seen.drop_after:.2f}",
@@ -249,11 +270,11 @@ def main() -> None:
     print(f"{settings.examples:,} images; {settings.pictures:,} test images corrupted ({found[0].constants})")
     print_tables(rows, found)
     print_confidence(rows, attacks)
+    told_of = ("network", "recipe", "macs_left", "weight_bits", "bytes", "confidence")
     kept = [
-        {**{key: row[key] for key in ("network", "recipe", "macs_left", "bytes", "confidence")},
-         "robustness": seen.model_dump()}
+        {**{key: row[key] for key in told_of}, "robustness": seen.model_dump()}
         for row, seen in zip(rows, found, strict=True)
-    ]  # fmt: skip
+    ]
     finish("robustness", [*kept, *attacks], [], asdict(settings), 1)
     parts.forget()
 
