@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from featherweight import figures
+from featherweight import beside, figures
 from featherweight.charts import (
     KINDS,
     SPARK_HEIGHT,
@@ -88,6 +88,11 @@ def render(result: Result) -> str:
         recipe=yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
         most_bytes=max([layer.bytes_before for layer in result.layers] + [1]),
         classes=_class_cells(result),
+        corruptions=beside.corruption_rows(result),
+        corruptions_told=beside.corruption_caption(result),
+        curve=(beside.CURVE_WIDTH, beside.CURVE_HEIGHT),
+        confidence=beside.confidence_rows(result),
+        beside_remarks=beside.remarks(result),
         runtime_headers=RUNTIME_HEADERS,
         runtimes=[runtime_cells(row) for row in result.runtimes],
         slow=slow_kernels(result),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from featherweight import figures
+from featherweight import beside, figures
 from featherweight.figures import MISSING, Scale, on_axis, quotient, scale_of, size
 from featherweight.outcome import (
     AXES,
@@ -101,6 +101,7 @@ def before_after(result: Result) -> list[Row]:
         Row("SQNR of the outputs", MISSING, figures.decibel(new.sqnr_db)),
         Row("Flipped predictions", MISSING, figures.flips(new)),
         _worst_class(new),
+        *(Row(told.label, told.before, told.after, told.change) for told in beside.summary(result)),
         _compared("Size", size, old.bytes, new.bytes),
         _compared("Bits of a weight (mean, scales included)", figures.bits, old.weight_bits, new.weight_bits),
         _compared("Download size", size, old.packed_bytes, new.packed_bytes),

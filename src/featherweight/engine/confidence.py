@@ -6,7 +6,7 @@ training examples, which are asked of both artifacts through their runners.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +88,7 @@ def _confidence(logs: np.ndarray, labels: np.ndarray) -> Confidence:
 def membership(
     data: Data,
     outputs: Classes,
-    runs: Mapping[str, Run],
+    opened: Callable[[], Mapping[str, Run]],
     *,
     most: int,
     seed: int,
@@ -99,7 +99,7 @@ def membership(
     Args:
         data: Brings scored and training examples with their labels.
         outputs: Of all scored examples, through the runtime.
-        runs: Call the same artifacts, by the same names.
+        opened: What calls the same artifacts, by the same names; asked for when the first pass is made.
         most: Examples of each kind at most.
         seed: Of which ones.
         progress: Shows a bar.
@@ -120,7 +120,7 @@ def membership(
     random = np.random.default_rng(seed)
     others, members = (np.sort(random.permutation(len(one))[:count]) for one in (scored, train))
     outside = _told(outputs, scored.targets, others)
-    asked = {name: _outputs(run, train, members, data.batch_size, progress) for name, run in runs.items()}
+    asked = {name: _outputs(run, train, members, data.batch_size, progress) for name, run in opened().items()}
     inside = _told(asked, train.targets[members], np.arange(count), probabilities=outside.probabilities)
     names = list(outputs)
     lost = {

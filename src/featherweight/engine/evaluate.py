@@ -173,8 +173,8 @@ class Scales:
                 progress=run.progress,
             )
 
-        key = self._key("options", artifact, [dict(one) for one in sets], asdict(self.limits))
-        return dict(self._kept("options", key, compute))
+        key = self.key("options", artifact, [dict(one) for one in sets], asdict(self.limits))
+        return dict(self.kept("options", key, compute))
 
     def float_error(self) -> float | None:
         """Largest error of the original's artifact against PyTorch, relative to the largest output."""
@@ -209,8 +209,8 @@ class Scales:
         self, kind: str, artifact: Artifact, compute: Callable[[], float | None], *more: Any
     ) -> float | None:
         """A figure of an artifact on calibration examples, kept as a list of one: JSON's null is a miss."""
-        key = self._key(kind, artifact, self.run.data.fingerprint, *more)
-        kept: list[float | None] = self._kept("parity", key, lambda: [compute()])
+        key = self.key(kind, artifact, self.run.data.fingerprint, *more)
+        kept: list[float | None] = self.kept("parity", key, lambda: [compute()])
         return kept[0]
 
     def kernels(self, weighed: Weighed) -> list[KernelRow]:
@@ -220,12 +220,12 @@ class Scales:
             where = replace(self.run.target, options=weighed.options)
             return told_kernels(weighed.artifact, where, self.inputs(), limits=self.limits)
 
-        key = self._key("kernels", weighed.artifact, dict(weighed.options))
-        return [KernelRow(**row) for row in self._kept("kernels", key, compute)]
+        key = self.key("kernels", weighed.artifact, dict(weighed.options))
+        return [KernelRow(**row) for row in self.kept("kernels", key, compute)]
 
     def packed(self, artifact: Artifact) -> int:
         """What a download of an artifact takes."""
-        kept: list[int] = self._kept("packed", digest("packed", artifact.sha256), lambda: [packed(artifact)])
+        kept: list[int] = self.kept("packed", digest("packed", artifact.sha256), lambda: [packed(artifact)])
         return kept[0]
 
     def measurement(self, weighed: Weighed, indices: np.ndarray | None = None) -> Measurement:
@@ -310,7 +310,7 @@ class Scales:
             return {name: one.to_json() for name, one in found.items()}
 
         key = digest("layers", model.key, self.run.data.fingerprint, self.run.sources, torch.__version__)
-        known = self._kept("layers", key, compute)
+        known = self.kept("layers", key, compute)
         return {name: LayerFigures.from_json(one) for name, one in known.items()}
 
     # ---- parts, each kept under its own key
@@ -363,8 +363,8 @@ class Scales:
             }
 
         both = [dict(options), dict(twin_options)]
-        key = self._key("latency", artifact, self.twin.sha256, asdict(limits), both)
-        return _timing(self._kept("latency", key, compute))
+        key = self.key("latency", artifact, self.twin.sha256, asdict(limits), both)
+        return _timing(self.kept("latency", key, compute))
 
     def _memory(self, artifact: Artifact, options: Options | None = None) -> Memory:
         where = self.run.target if options is None else replace(self.run.target, options=options)
@@ -375,14 +375,16 @@ class Scales:
             )
             return asdict(seen)
 
-        return Memory(**self._kept("memory", self._key("memory", artifact, dict(where.options)), compute))
+        return Memory(**self.kept("memory", self.key("memory", artifact, dict(where.options)), compute))
 
-    def _key(self, kind: str, artifact: Artifact, *more: Any) -> str:
+    def key(self, kind: str, artifact: Artifact, *more: Any) -> str:
+        """Of a figure of an artifact, on this machine and for this target."""
         shapes = [list(array.shape) for array in self.inputs()]
         target = self.run.target.to_json()
         return digest(kind, artifact.sha256, target, self._machine, shapes, self.run.sources, *more)
 
-    def _kept(self, kind: str, key: str, compute: Any) -> Any:
+    def kept(self, kind: str, key: str, compute: Callable[[], Any]) -> Any:
+        """What the store has under a key, else what is computed; it must be JSON."""
         known = self.run.store.get_json(kind, key)
         if known is None:
             known = compute()

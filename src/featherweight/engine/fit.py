@@ -467,6 +467,7 @@ class Fit:
         rows = [] if interrupted or not timetable.allows("parity") else telling.runtimes(trial.number)
         kernels = [] if interrupted or not timetable.allows("kernels") else lane.scales.kernels(weighed)
         layers = telling.layers(lane, model, weighed)
+        beside = telling.beside(lane, weighed)
         judged = self.standing.as_both_halves_see() if chosen.violated else []
         result = Result(
             met=not chosen.violated,
@@ -507,6 +508,10 @@ class Fit:
                 unconfirmed=self.standing.unconfirmed,
             ),
             importances=self.search.importances() if question.searches else None,
+            robustness=beside.robustness,
+            calibration=beside.calibration,
+            privacy=beside.privacy,
+            omitted=dict(beside.omitted),
             examples=telling.examples(),
             effort=self._effort(),
             resumed=self.resumed,

@@ -31,6 +31,7 @@ class Question:
         anew: What a database has of this search is forgotten first.
         ladder: Look at candidates from cheap rungs first, and measure only those that may be of use.
         sampler: What proposes candidates.
+        robustness: Tell what compression did beside the score; None: where there is time.
     """
 
     budget: Budget
@@ -47,6 +48,7 @@ class Question:
     anew: bool = False
     ladder: bool = False
     sampler: SamplerName = "auto"
+    robustness: bool | None = None
 
     @property
     def searches(self) -> bool:

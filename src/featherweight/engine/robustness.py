@@ -6,6 +6,7 @@ any metric will do. docs/robustness.md tells how to read the figures.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -219,11 +220,14 @@ def affordable(data: Data, indices: np.ndarray, call_s: float, room_s: float) ->
     """
     probed = indices[:_PROBED]
     pictures = picture_input(data, indices[:MOST])
+    most = min(MOST, len(indices))
+    if math.isinf(room_s) or not room_s:
+        return most if room_s else 0
     assert data.scored is not None
     began = time.monotonic()
     (shown,) = data.scored.take(probed)
     for cell in CELLS:
         pictures.encode(corrupt(pictures.decode(shown), *cell))
     each_s = (time.monotonic() - began) / len(probed) + call_s * (1 + len(CELLS))
-    count = min(int(room_s / each_s), MOST, len(indices))
-    return count if count >= min(FEWEST, len(indices)) else 0
+    count = int(min(room_s / each_s, most))
+    return count if count >= min(FEWEST, most) else 0

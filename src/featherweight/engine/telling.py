@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from featherweight.engine.beside import SHARE, Beside, tell_beside
 from featherweight.engine.deadline import OutOfTime
 from featherweight.engine.evaluate import Weighed
 from featherweight.engine.lanes import Lane
@@ -76,6 +78,18 @@ class Telling:
         return step_rows(
             lane, weighed, recipe, seen, known=known, indices=self.standing.reporting, clock=given
         )
+
+    def beside(self, lane: Lane, weighed: Weighed) -> Beside:
+        """What compression did beside the score; unasked in a small part of the time of a search."""
+        wanted = self.standing.question.robustness
+        if wanted is False:
+            return Beside.nothing("--no-robustness")
+        if self.interrupted:
+            return Beside.nothing("the search was interrupted")
+        left = max(0.0, min(SHARE * self.time.time_limit, self.time.end - self.time.clock()))
+        room_s = math.inf if wanted else left if self.standing.question.searches else 0.0
+        told = tell_beside(lane.scales, weighed, self.standing.reporting, room_s)
+        return replace(told, omitted={name: without_paths(said) for name, said in told.omitted.items()})
 
     def runtimes(self, chosen: int) -> list[RuntimeRow]:
         """One row for each runtime of the search, and for each one that was left out."""
