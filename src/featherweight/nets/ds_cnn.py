@@ -3,7 +3,7 @@
 Zhang et al. 2017 ("Hello Edge", arXiv:1711.07128, table 6): a first convolution of 10 x 4 over 49 frames of
 10 features, then separable blocks of as many channels. ``ds_cnn_1d`` has the same channels and blocks along
 one axis: the features of a frame are its channels, or a waveform is one channel. Its first kernel is five
-strides long as there, and the strides grow with the length of the signal.
+strides long as there, and one for its middle; the strides grow with the length of the signal.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def ds_cnn_1d(
     stem_stride = 2 ** max(1, halvings - number)
     left = halvings - (stem_stride.bit_length() - 1)
     count = max(4, round(setting.channels * width))
-    reach = 5 * stem_stride
+    reach = 5 * stem_stride + 1  # odd: the strides are even
     stem = nn.Sequential(
         nn.Conv1d(channels, count, reach, stem_stride, reach // 2, bias=False),
         nn.BatchNorm1d(count),
