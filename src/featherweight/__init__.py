@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featherweight.api import load as load
     from featherweight.api import lower as lower
     from featherweight.api import measure as measure
+    from featherweight.api import merge as merge
     from featherweight.api import pack as pack
     from featherweight.api import unpack as unpack
     from featherweight.api import verify as verify
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from featherweight.runtime import Artifact as Artifact
     from featherweight.runtime import Runtime as Runtime
     from featherweight.runtime import Target as Target
+    from featherweight.side_by_side import side_by_side as side_by_side
     from featherweight.tools.simulate import simulate as simulate
     from featherweight.tools.simulated import absorb as absorb
     from featherweight.tools.simulated import simulated as simulated
@@ -71,7 +73,9 @@ _HOMES = {
     "load_model": "exchange.load",
     "lower": "api",
     "measure": "api",
+    "merge": "api",
     "pack": "api",
+    "side_by_side": "side_by_side",
     "simulate": "tools.simulate",
     "simulated": "tools.simulated",
     "unpack": "api",

@@ -209,6 +209,8 @@ def scale_of(result: Result) -> Scale:
     A metric may be the user's own function, whose name says nothing; then it is read off the
     numbers, whether the drop is the difference of the scores or a fraction of the baseline.
     """
+    if result.chosen.tasks:
+        return Scale(all(task.bounded for task in result.chosen.tasks))
     if result.metric in METRICS:
         return Scale(METRICS[result.metric].bounded)
     before, after, drop = result.baseline.quality, result.chosen.quality, result.chosen.quality_drop

@@ -69,12 +69,14 @@ class Budget(_Record):
         bytes: Largest sum of the files that the runtime loads.
         latency_s: Largest median latency, seconds.
         memory_bytes: Largest peak resident memory above the imported runtime's.
+        drops: Of several tasks, the largest drop of each one that is named; ``quality_drop`` is that of any.
     """
 
     quality_drop: float | None = None
     bytes: int | None = None
     latency_s: float | None = None
     memory_bytes: int | None = None
+    drops: dict[str, float] | None = None
 
 
 class Flips(_Record):
@@ -98,6 +100,26 @@ class ClassChange(_Record):
     examples: int
     before: float
     after: float
+
+
+class TaskScore(_Record):
+    """One of several tasks, on the same examples.
+
+    Attributes:
+        name: The user's.
+        metric: What scores it.
+        bounded: Its scores lie in 0..1, and its drop is absolute.
+        quality: Its score.
+        quality_drop: Against its own network's score.
+        quality_drop_ci95: Paired 95 % interval.
+    """
+
+    name: str
+    metric: str
+    bounded: bool = True
+    quality: float
+    quality_drop: float
+    quality_drop_ci95: tuple[float, float] | None = None
 
 
 class Latency(_Record):
@@ -131,6 +153,7 @@ class Measurement(_Record):
     macs: int | None = None
     params: int | None = None
     weight_bits: float | None = None
+    tasks: list[TaskScore] = []
 
     def size_ratio(self, baseline: Measurement) -> float | None:
         """What is stored and what is downloaded to the original's, in equal parts (their geometric mean).

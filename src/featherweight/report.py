@@ -35,6 +35,7 @@ from featherweight.summary import (
     gains,
     runtime_cells,
     slow_kernels,
+    task_rows,
     verdict_parts,
 )
 from featherweight.summary import explain as explain
@@ -75,6 +76,7 @@ def render(result: Result) -> str:
         tiles=list(_tiles(result)),
         limits=list(_limits(result)),
         rows=before_after(result),
+        tasks=task_rows(result),
         steps=waterfall(result),
         steps_told=told(result),
         step_figures=[name for _, name in FIGURES],

@@ -20,6 +20,7 @@ from featherweight.outcome import (
     Result,
     RuntimeRow,
     Trial,
+    Violation,
     score,
 )
 
@@ -96,7 +97,8 @@ def before_after(result: Result) -> list[Row]:
     if new.quality_drop_ci95 is not None:
         drop += f" {scale.interval(new.quality_drop_ci95)}"
     return [
-        Row(f"Quality ({result.metric})", scale.score(old.quality), scale.score(new.quality), drop),
+        Row(_quality_label(result), scale.score(old.quality), scale.score(new.quality), drop),
+        *task_rows(result),
         Row("Agreement with the original", MISSING, figures.percent(new.agreement)),
         Row("SQNR of the outputs", MISSING, figures.decibel(new.sqnr_db)),
         Row("Flipped predictions", MISSING, figures.flips(new)),
@@ -118,6 +120,28 @@ def before_after(result: Result) -> list[Row]:
         _compared("MACs", figures.count, old.macs, new.macs),
         _compared("Parameters", figures.count, old.params, new.params),
     ]
+
+
+def task_rows(result: Result) -> list[Row]:
+    """Each of several tasks before and after, with the limit of its own where there is one."""
+    before, limits = {task.name: task for task in result.baseline.tasks}, result.budget.drops or {}
+    rows = []
+    for task in result.chosen.tasks:
+        scale, was = Scale(task.bounded), before.get(task.name)
+        change = f"{scale.change(task.quality_drop)} {scale.interval(task.quality_drop_ci95)}"
+        if task.name in limits:
+            change += f", at most {scale.drop(limits[task.name])}"
+        label = f"Task {task.name} ({task.metric})"
+        rows.append(
+            Row(label, scale.score(None if was is None else was.quality), scale.score(task.quality), change)
+        )
+    return rows
+
+
+def _quality_label(result: Result) -> str:
+    if result.chosen.tasks:
+        return "Quality (mean of the tasks; the change is the worst one's)"
+    return f"Quality ({result.metric})"
 
 
 def _compared(
@@ -190,7 +214,7 @@ def verdict_parts(result: Result) -> tuple[str, str]:
         if result.blocking and not broken_axes(result):
             return "Not met", "the best artifact so far is worse than the original where it counts"
         return "Not met", "the best artifact so far does not keep every limit"
-    if all(getattr(result.budget, axis) is None for axis in AXES):
+    if all(getattr(result.budget, axis) is None for axis in AXES) and not result.budget.drops:
         return "Met", "nothing was limited"
     if result.budget.quality_drop is None:
         return "Met", "the measured artifact keeps every limit"
@@ -204,7 +228,13 @@ def verdict_parts(result: Result) -> tuple[str, str]:
 
 def broken_axes(result: Result) -> set[Axis]:
     """Axes whose limit blocks; a violation may also hold the artifact against the original."""
-    return {item.axis for item in result.blocking if item.limit == getattr(result.budget, item.axis)}
+    return {item.axis for item in result.blocking if _is_asked(result, item)}
+
+
+def _is_asked(result: Result, item: Violation) -> bool:
+    """Whether the limit is one of the budget's."""
+    own = (result.budget.drops or {}).values() if item.axis == "quality_drop" else ()
+    return item.limit == getattr(result.budget, item.axis) or item.limit in own
 
 
 def gains(result: Result) -> list[str]:
@@ -218,7 +248,8 @@ def gains(result: Result) -> list[str]:
     sentence = f"Measured through {new.runtime}, the artifact is {' and '.join(parts)} than the original"
     if new.quality_drop is not None:
         change = scale_of(result).change(new.quality_drop).replace("no change", "unchanged")
-        sentence += f"; its {result.metric} is {change}"
+        whose = "the task that loses most" if new.tasks else f"its {result.metric}"
+        sentence += f"; {whose} is {change}"
     return [f"{sentence}."]
 
 
@@ -227,7 +258,7 @@ def blockers(result: Result) -> list[str]:
     scale, sentences = scale_of(result), []
     for broken in result.blocking:
         name, reason = figures.AXIS_NAMES[broken.axis].capitalize(), broken.reason.rstrip(".")
-        if broken.limit != getattr(result.budget, broken.axis):  # held against the original, not a limit
+        if not _is_asked(result, broken):  # held against the original, not a limit
             sentences.append(f"{name} blocks: {reason}.")
             continue
         value = f"{on_axis(broken.axis, broken.value, scale)}, " if broken.value is not None else ""

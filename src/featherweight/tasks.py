@@ -18,7 +18,7 @@ from featherweight.errors import DataError
 from featherweight.examples import Examples
 from featherweight.metrics import Metric, Outputs, Targets
 
-__all__ = ["Columns", "Task", "TasksMetric", "tasks_data", "tasks_in"]
+__all__ = ["Columns", "Task", "TasksMetric", "tasks_data", "tasks_in", "tasks_of"]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,11 @@ class TasksMetric(Metric):
 
 def tasks_in(data: Data) -> tuple[Task, ...]:
     """The tasks that data has; none where it is of one."""
-    metric = data.metric if data.has_metric else None
+    return tasks_of(data.metric) if data.has_metric else ()
+
+
+def tasks_of(metric: Metric) -> tuple[Task, ...]:
+    """The tasks that a metric scores; none where it is of one."""
     return metric.tasks if isinstance(metric, TasksMetric) else ()
 
 

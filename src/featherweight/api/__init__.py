@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featherweight.api.looking import measure as measure
     from featherweight.api.making import apply as apply
     from featherweight.api.making import lower as lower
+    from featherweight.api.merging import merge as merge
     from featherweight.api.packing import pack as pack
     from featherweight.api.reporting import report as report
     from featherweight.api.unpacking import load as load
@@ -30,6 +31,7 @@ _HOMES = {
     **dict.fromkeys(("demo", "fit"), "api.fitting"),
     **dict.fromkeys(("compare", "inspect", "measure"), "api.looking"),
     **dict.fromkeys(("apply", "lower"), "api.making"),
+    "merge": "api.merging",
     "pack": "api.packing",
     "report": "api.reporting",
     **dict.fromkeys(("load", "unpack", "verify"), "api.unpacking"),

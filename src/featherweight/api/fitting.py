@@ -22,6 +22,7 @@ from featherweight.engine.run import Run
 from featherweight.engine.samplers import SamplerName, known_sampler
 from featherweight.engine.sources import (
     Given,
+    TaskNetworks,
     follow,
     load_sources,
     scoring_code,
@@ -45,8 +46,9 @@ from featherweight.errors import (
 )
 from featherweight.figures import seconds
 from featherweight.method import Precision, Progress, Silent
-from featherweight.outcome import Budget, Preference, Result
+from featherweight.outcome import AXES, Budget, Preference, Result
 from featherweight.recipe import Recipe
+from featherweight.tasks import tasks_in
 
 _TRIALS = 8  # of a recipe with holes and no --trials
 _FEW = 3  # trials for which no ladder is worth its rungs
@@ -54,7 +56,7 @@ _FEW = 3  # trials for which no ladder is worth its rungs
 
 @in_cluster
 def fit(
-    model: str,
+    model: str | TaskNetworks,
     data: str | Data | None = None,
     *,
     out: str | Path,
@@ -96,7 +98,8 @@ def fit(
     """Find the best artifact of a model within a budget and write it to ``out``.
 
     Args:
-        model: ``path.py:callable``, ``package.module:callable``, model.onnx or model.pt2.
+        model: ``path.py:callable``, ``package.module:callable``, model.onnx or model.pt2; or the networks of
+            several tasks, as ``merge`` gives them, side by side.
         data: file.npz, a folder of class folders of images, ``path.py:callable``, or the data itself.
         out: Folder for the artifact, recipe.yaml, result.json, report.html, model_card.md and load.py.
         weights: Of the callable's module: safetensors or a state dict.
@@ -167,7 +170,8 @@ def fit(
     }  # fmt: skip
     sources = load_sources(**given)  # type: ignore[arg-type]
     if "forward" not in sources.model.entries:
-        raise several_entries(sources.model, model, "fit scores one")
+        raise several_entries(sources.model, str(model), "fit scores one")
+    _check_drops(question.budget, sources.data)
     learner, taught_by = Given(student, student_weights), Given(teacher, teacher_weights)
     runs = start_runs(
         sources, targets, learner, taught_by, seed=seed, progress=shown, allow_pickle=allow_pickle, **training
@@ -188,7 +192,7 @@ def fit(
         lesson = lesson_of(runs[0].start) if learner.fresh else None
         question = _planned(question, runs, trials, shown, None if known is None else known.plan, lesson)
     question = replace(question, ladder=question.trials > _FEW)
-    name = Path(model.rpartition(":")[2] or model).stem
+    name = Path(model.rpartition(":")[2] or model).stem if isinstance(model, str) else "-".join(model)
     key = _run_key(runs, question, limits, [name, learner.name, taught_by.name])
     check_other_run(place, force, [key, *(known.runs if known else ())])
     store = runs[0].store
@@ -229,7 +233,8 @@ def _question(
     trials: int | None,
     time_limit: float,
 ) -> Question:
-    for axis, limit in budget.model_dump().items():
+    limits = {axis: getattr(budget, axis) for axis in AXES}
+    for axis, limit in [*limits.items(), *(budget.drops or {}).items()]:
         if limit is not None and not limit >= 0:
             raise BudgetError(f"{axis} {limit} is no limit", fix="give a number that is not negative")
     if trials is not None and trials < 1:
@@ -250,6 +255,14 @@ def _question(
         trials=(_TRIALS if trials is None else trials) if searched else 1,
         time_limit=time_limit,
     )
+
+
+def _check_drops(budget: Budget, data: Data) -> None:
+    """Refuse limits of tasks that there are not."""
+    known = [task.name for task in tasks_in(data)]
+    for name in budget.drops or {}:
+        if name not in known:
+            raise BudgetError(f"a drop is limited of '{name}', which is no task", fix=nearest(name, known))
 
 
 def _planned(

@@ -23,7 +23,7 @@ from typing import cast
 import typer
 
 from featherweight import terminal
-from featherweight.cli import looking, making, packing
+from featherweight.cli import looking, making, merging, packing
 from featherweight.cli.making import NOT_MET as NOT_MET
 
 INTERRUPTED = 130
@@ -49,7 +49,8 @@ app = typer.Typer(
 )
 
 for _command in (
-    *(making.fit, making.apply, making.lower, looking.compare, looking.measure, looking.inspect),
+    *(making.fit, merging.merge, making.apply, making.lower),
+    *(looking.compare, looking.measure, looking.inspect),
     *(packing.pack, packing.unpack, packing.verify),
     *(looking.report, looking.methods, looking.runtimes, looking.doctor, making.demo),
 ):

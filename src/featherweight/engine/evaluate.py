@@ -30,6 +30,7 @@ from featherweight.engine.measure import (
     score_artifact,
 )
 from featherweight.engine.packing import packed
+from featherweight.engine.quality import task_scores
 from featherweight.engine.run import Run
 from featherweight.engine.sources import scoring_code
 from featherweight.engine.store import digest
@@ -255,9 +256,11 @@ class Scales:
         memory = self._memory(self.twin, None if weighed is None else weighed.twin_options)
         metric = self.run.data.metric
         rows = self.twin_scored.rows[metric.name]
+        rows = rows if indices is None else rows[indices]
         return Measurement(
-            quality=metric.reduce(rows if indices is None else rows[indices]),
+            quality=metric.reduce(rows),
             quality_drop=0.0,
+            tasks=list(task_scores(metric, rows, rows, self.run.seed)),
             bytes=self.twin.bytes,
             packed_bytes=self.packed(self.twin),
             latency_s=timing.twin if timing else None,

@@ -21,8 +21,9 @@ from featherweight.engine.jobs import Served, disk_room
 from featherweight.engine.timing import Limits
 from featherweight.errors import DataError
 from featherweight.metrics import Metric, drop_of_rows, paired_bootstrap, predicted_classes, sqnr_db
-from featherweight.outcome import ClassChange, Flips, WorstClass
+from featherweight.outcome import ClassChange, Flips, TaskScore, WorstClass
 from featherweight.runtime import Artifact, Target
+from featherweight.tasks import tasks_of
 from featherweight.usercode import call_user
 
 Outputs = tuple[np.ndarray, ...]
@@ -229,6 +230,7 @@ class Quality:
     Attributes:
         baseline: The original's score on the same examples.
         classes: Recall of each class before and after, where there are labels.
+        tasks: Each of several tasks.
     """
 
     baseline: float
@@ -240,6 +242,7 @@ class Quality:
     flips: Flips | None
     worst_class: WorstClass | None
     classes: tuple[ClassChange, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """For ``Measurement(**fields)``."""
@@ -251,6 +254,7 @@ class Quality:
             "sqnr_db",
             "flips",
             "worst_class",
+            "tasks",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -285,7 +289,28 @@ def quality(
         flips=_flips(data, compared, picked, examples),
         worst_class=_worst(classes),
         classes=classes,
+        tasks=task_scores(metric, rows_before, rows_after, seed),
     )
+
+
+def task_scores(metric: Metric, before: np.ndarray, after: np.ndarray, seed: int) -> tuple[TaskScore, ...]:
+    """Each of several tasks after against before, on the same rows; none where there is one task."""
+    found = []
+    for task, (own, one), (_, other) in zip(
+        tasks_of(metric), metric.parts(before), metric.parts(after), strict=True
+    ):
+        low, high = paired_bootstrap(own, one, other, seed)
+        found.append(
+            TaskScore(
+                name=task.name,
+                metric=own.name,
+                bounded=own.bounded,
+                quality=_finite(own.reduce(other)),
+                quality_drop=_finite(drop_of_rows(own, one, other)),
+                quality_drop_ci95=(_finite(low), _finite(high)),
+            )
+        )
+    return tuple(found)
 
 
 def _finite(value: float) -> float:

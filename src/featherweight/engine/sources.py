@@ -6,7 +6,7 @@ import io
 import logging
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from featherweight.data import (
+    ArraySource,
     Data,
     Examples,
     check_inputs,
@@ -31,8 +32,11 @@ from featherweight.exchange.key import root_key
 from featherweight.exchange.load import InputSpec, InputsRefused, load_model
 from featherweight.graph import trace
 from featherweight.model import Entry, Model
+from featherweight.side_by_side import flat_outputs, side_by_side
+from featherweight.tasks import tasks_data, tasks_in
 from featherweight.tools.distill_check import check_alike
 
+TaskNetworks = Mapping[str, Mapping[str, Any]]  # name -> model, weights, data, metric
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -52,7 +56,7 @@ class Sources:
 
 
 def load_sources(
-    model: str,
+    model: str | TaskNetworks,
     *,
     weights: str | None = None,
     data: str | Data | None = None,
@@ -67,7 +71,7 @@ def load_sources(
     """Load both and see that they fit; without data, random inputs stand in (for a model with one entry).
 
     Args:
-        model: See ``load_model``.
+        model: See ``load_model``; or the networks of several tasks, see ``load_tasks``.
         weights: For a callable's module.
         data: See ``load_data``; or the data itself.
         inputs: ``[NAME=][DTYPE:]3x224x224`` each, where no data tells.
@@ -82,6 +86,8 @@ def load_sources(
         LoadError: The model or its weights.
         DataError: The data, or both together.
     """
+    if not isinstance(model, str):
+        return load_tasks(model, inputs=inputs, seed=seed, allow_pickle=allow_pickle)
     given: Data | None
     if isinstance(data, str):
         given = load_data(data, metric=metric, seed=seed, image_size=image_size, mean=mean, std=std)
@@ -109,6 +115,69 @@ def load_sources(
         checked = checked.evolve(metric=metric)
     fitted = _with_metric(checked, _outputs(original, model))
     return Sources(original, fitted, (*original.origin.notes, *fitted.notes))
+
+
+def load_tasks(
+    networks: TaskNetworks, *, inputs: Sequence[str] = (), seed: int = 0, allow_pickle: bool = False
+) -> Sources:
+    """Networks of the same inputs, side by side, and the data of all their tasks.
+
+    Args:
+        networks: By the task's name: ``model``, and ``weights``, ``data`` and ``metric``, as ``load_sources``
+            takes them. A task without data is compared with its own network, on the inputs of the others.
+        inputs: Where no data tells.
+        seed: Of random choices.
+        allow_pickle: Load pickled modules, which runs their code.
+
+    Raises:
+        LoadError: A model cannot be read, inputs differ, or a name is none.
+        DataError: The examples of two tasks differ.
+    """
+    known = next((one["data"] for one in networks.values() if one.get("data") is not None), None)
+    loaded: dict[str, Sources] = {}
+    for name, one in networks.items():
+        given = one.get("data")
+        fitting: dict[str, Any] = {"data": known if given is None else given, "metric": one.get("metric")}
+        if given is None and known is not None:
+            fitting["data"] = _inputs_alone(known, seed)
+        try:
+            loaded[name] = load_sources(
+                str(one["model"]), weights=one.get("weights"), inputs=inputs, seed=seed,
+                allow_pickle=allow_pickle, **fitting,
+            )  # fmt: skip
+        except InputsRefused as error:
+            shapes = (
+                " and ".join(str(source.shape) for source in _inputs_of(fitting["data"], seed)) or "random"
+            )
+            raise LoadError(
+                f"inputs differ: the network of '{name}' does not take what the others take, examples of "
+                f"shape {shapes}: {error.what}",
+                fix="merge models that take the same inputs, prepared in the same way",
+            ) from error
+    models = {name: one.model for name, one in loaded.items()}
+    original = side_by_side(models)
+    outputs = {name: len(flat_outputs(one)) for name, one in models.items()}
+    data = tasks_data({name: one.data for name, one in loaded.items()}, outputs)
+    notes = [f"{name}: {note}" for name, one in models.items() for note in one.origin.notes]
+    return Sources(original, data, (*notes, *data.notes))
+
+
+def _inputs_alone(data: str | Data, seed: int) -> Data:
+    """The inputs of a task's data, for a task that has no targets."""
+    whole = load_data(data, seed=seed) if isinstance(data, str) else data
+    return Data(
+        scored=None if whole.scored is None else replace(whole.scored, targets=None),
+        train=None if whole.train is None else replace(whole.train, targets=None),
+        calibration=whole.calibration_examples,
+        batch_size=whole.batch_size,
+        origin=whole.origin,
+    )
+
+
+def _inputs_of(data: str | Data | None, seed: int) -> Sequence[ArraySource]:
+    whole = load_data(data, seed=seed) if isinstance(data, str) else data
+    known = None if whole is None else whole.train or whole.scored
+    return () if known is None else known.inputs
 
 
 def several_entries(model: Model, name: str, why: str) -> LoadError:
@@ -265,7 +334,9 @@ def check_examples_to_learn(data: Data) -> None:
 
 def scoring_code(data: Data) -> str:
     """Digest of the user's files that score or train; '' without any. Edited, they must be run again."""
-    functions: list[Any] = [getattr(data.metric, "function", None), data.decode, data.loss, data.augment]
+    metrics = [data.metric, *(task.metric for task in tasks_in(data))]
+    functions: list[Any] = [getattr(metric, "function", None) for metric in metrics]
+    functions += [data.decode, data.loss, data.augment]
     if type(data).score is not Data.score:
         functions.append(type(data).score)
     return code_digest(functions)

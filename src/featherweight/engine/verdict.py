@@ -76,8 +76,12 @@ def violations(budget: Budget, measurement: Measurement, confident: bool = False
         confident: Hold the upper end of the drop's 95 % interval against its limit, not the point.
     """
     found = []
+    worst = _worst_task(budget, measurement, confident)
     for axis in AXES:
         limit = getattr(budget, axis)
+        if axis == "quality_drop" and worst is not None:
+            found.append(worst)
+            continue
         if limit is None:
             continue
         value, reason = measurement.value(axis), ABOVE
@@ -91,6 +95,20 @@ def violations(budget: Budget, measurement: Measurement, confident: bool = False
         elif value > limit:
             found.append(Violation(axis=axis, limit=limit, value=value, reason=reason))
     return found
+
+
+def _worst_task(budget: Budget, measurement: Measurement, confident: bool) -> Violation | None:
+    """Of tasks with a limit each, the one that breaks its own most; None: all are kept."""
+    broken = []
+    for task in measurement.tasks:
+        own = (budget.drops or {}).get(task.name, budget.quality_drop)
+        seen = task.quality_drop_ci95[1] if confident and task.quality_drop_ci95 else task.quality_drop
+        if own is not None and budget.drops and seen > own:
+            end = _UPPER_END if confident else ABOVE
+            broken.append(
+                Violation(axis="quality_drop", limit=own, value=seen, reason=f"{end} of task '{task.name}'")
+            )
+    return max(broken, key=excess, default=None)
 
 
 def excess(violation: Violation) -> float:

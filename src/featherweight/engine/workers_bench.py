@@ -61,7 +61,9 @@ def site(
     Raises:
         DataError: The data is an object of this process.
     """
-    if not isinstance(sources["data"], str | None):
+    networks = sources["model"]
+    each = [] if isinstance(networks, str) else [one.get("data") for one in networks.values()]
+    if not all(isinstance(data, str | None) for data in (sources["data"], *each)):
         raise DataError(
             "workers load the data themselves, and this is an object of one process",
             fix="give a file, a folder, or path.py:callable",
