@@ -1,4 +1,4 @@
-"""Writes the generated tables of docs/methods.md, runtimes.md and onnx.md from the code that they describe.
+"""Writes the generated tables of docs/methods.md, runtimes.md, onnx.md and nets.md from the code.
 
 ``python docs/generate.py`` rewrites them, ``--check`` leaves with 1 where they differ.
 """
@@ -16,8 +16,12 @@ from featherweight.engine.catalog import methods
 from featherweight.errors import TargetError
 from featherweight.exchange.onnx_in.operators.about import operator_table
 from featherweight.formats import FloatCast, IntQuant, PerChannel, PerGroup, PerTensor, TensorFormat
+from featherweight.model import Entry, Model
+from featherweight.nets import FAMILIES, build
+from featherweight.nets.published import PUBLISHED, Published
 from featherweight.plugins import find_runtime, runtime_names
 from featherweight.runtime import Role, Target
+from featherweight.tools.costs import totals
 
 FOLDER = Path(__file__).parent
 OPERATORS = (
@@ -124,6 +128,42 @@ def _grids(name: str) -> list[str]:
     return lines
 
 
+def net_tables() -> str:
+    """The families of networks, then what each one has at the settings of its paper."""
+    lines = ["| family | settings | widths worth trying | paper |", "|---|---|---|---|"]
+    for name, family in FAMILIES.items():
+        widths = ", ".join(f"{width:.3g}" for width in family.widths)
+        lines.append(f"| `{name}` | {', '.join(family.settings)} | {widths} | {family.paper} |")
+    lines += ["", "Multiply-accumulates are of one example, as `featherweight inspect` counts them.", ""]
+    lines += [
+        "| network | input | parameters | paper | multiply-accumulates | paper | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_published(row) for row in PUBLISHED)])
+
+
+def _published(row: Published) -> str:
+    sides = (row.resolution, row.resolution) if isinstance(row.resolution, int) else row.resolution
+    net = build(row.spec, channels=row.channels, classes=row.classes, resolution=row.resolution)
+    entry = Entry((torch.zeros(1, row.channels, *sides),), ("x",), ("y",))
+    found = totals(Model(net.eval(), {"forward": entry}))
+    shape = " x ".join(str(size) for size in (row.channels, *sides))
+    paper = [
+        f"{text or 'not told'}{' (differs)' * (kind in row.differs)}"
+        for kind, text in (("params", row.params), ("macs", row.macs))
+    ]
+    cells = [
+        f"`{row.spec}`",
+        shape,
+        f"{found['params']:,}",
+        paper[0],
+        f"{found['macs'] / 1e6:,.1f}M",
+        paper[1],
+        row.note,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def written(text: str, name: str, table: str) -> str:
     """The page with its generated part replaced."""
     pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -133,7 +173,12 @@ def written(text: str, name: str, table: str) -> str:
 def main() -> int:
     """Write the pages, or compare them."""
     stale = 0
-    tables = (("methods", method_table()), ("runtimes", runtime_tables()), ("onnx", operator_table()))
+    tables = (
+        ("methods", method_table()),
+        ("runtimes", runtime_tables()),
+        ("onnx", operator_table()),
+        ("nets", net_tables()),
+    )
     for name, table in tables:
         page = FOLDER / f"{name}.md"
         fresh = written(page.read_text(), name, table)
