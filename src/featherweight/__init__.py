@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from featherweight.api import measure as measure
     from featherweight.api import merge as merge
     from featherweight.api import pack as pack
+    from featherweight.api import robustness as robustness
     from featherweight.api import unpack as unpack
     from featherweight.api import verify as verify
     from featherweight.data import Data as Data
@@ -75,6 +76,7 @@ _HOMES = {
     "measure": "api",
     "merge": "api",
     "pack": "api",
+    "robustness": "api",
     "side_by_side": "side_by_side",
     "simulate": "tools.simulate",
     "simulated": "tools.simulated",

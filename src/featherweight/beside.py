@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from featherweight import figures
 from featherweight.figures import MISSING, Scale, scale_of
-from featherweight.outcome import Attack, Confidence, Result
+from featherweight.metrics import METRICS
+from featherweight.outcome import Attack, Calibration, Confidence, Privacy, Result, Robustness
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 24  # of a small curve, in the units of its drawing
 WHAT = {
@@ -35,27 +37,70 @@ class Told:
     change: str = MISSING
 
 
-def summary(result: Result) -> list[Told]:
+@dataclass(frozen=True)
+class Aside:
+    """What is known beside the score; the fields are those of ``Result``.
+
+    Attributes:
+        metric: Its name.
+        scale: How its scores are written.
+        robustness: On corrupted pictures.
+        calibration: Of class probabilities.
+        privacy: Of training examples.
+        omitted: What is not told, and why.
+    """
+
+    metric: str
+    scale: Scale
+    robustness: Robustness | None
+    calibration: Calibration | None
+    privacy: Privacy | None
+    omitted: Mapping[str, str]
+
+    @classmethod
+    def of(cls, result: Result) -> Aside:
+        """Of a fit."""
+        kept = result.robustness, result.calibration, result.privacy, result.omitted
+        return cls(result.metric, scale_of(result), *kept)
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Aside:
+        """Of what the command ``robustness`` found, as JSON."""
+        seen, calibration, privacy = (told[name] for name in WHAT)
+        robustness = None if seen is None else Robustness.model_validate(seen)
+        known = METRICS.get(told["metric"])
+        clean = 0.0 if robustness is None else robustness.clean_after
+        return cls(
+            told["metric"],
+            Scale(0 <= clean <= 1 if known is None else known.bounded),
+            robustness,
+            None if calibration is None else Calibration.model_validate(calibration),
+            None if privacy is None else Privacy.model_validate(privacy),
+            told["omitted"],
+        )
+
+
+def summary(told: Aside) -> list[Told]:
     """One row for each of the three that was looked at; nothing for the others."""
     rows: list[Told] = []
-    seen, scale = result.robustness, scale_of(result)
+    seen, scale = told.robustness, told.scale
     if seen is not None:
         change = scale.change(seen.extra_drop)
         if seen.extra_drop_ci95 is not None:
             change += f" {scale.interval(seen.extra_drop_ci95)}"
         label = f"Drop by corruption ({seen.examples} pictures, {len(seen.rows)} ways)"
         rows.append(Told(label, scale.drop(seen.drop_before), scale.drop(seen.drop_after), change))
-    if result.calibration is not None:
-        before, after = result.calibration.before, result.calibration.after
+    if told.calibration is not None:
+        before, after = told.calibration.before, told.calibration.after
         rows.append(_points("Calibration error (ECE)", None if before is None else before.ece, after.ece))
-    if result.privacy is not None:
-        rows.append(_attack_row("Membership attack (AUC)", result))
+    if told.privacy is not None:
+        rows.append(_attack_row("Membership attack (AUC)", told))
     return rows
 
 
-def corruption_rows(result: Result) -> list[dict[str, Any]]:
+def corruption_rows(told: Aside) -> list[dict[str, Any]]:
     """Two rows for each corruption, one a network: scores at severity 0 to 5 and their mean, and a curve."""
-    seen, scale = result.robustness, scale_of(result)
+    seen, scale = told.robustness, told.scale
     if seen is None:
         return []
     ends = [seen.clean_before, seen.clean_after, *(one.before for one in seen.rows)]
@@ -80,11 +125,11 @@ def corruption_rows(result: Result) -> list[dict[str, Any]]:
     return found
 
 
-def confidence_rows(result: Result) -> list[Told]:
+def confidence_rows(told: Aside) -> list[Told]:
     """Calibration and membership, figure by figure."""
     rows: list[Told] = []
-    if result.calibration is not None:
-        before, after = result.calibration.before, result.calibration.after
+    if told.calibration is not None:
+        before, after = told.calibration.before, told.calibration.after
         for name, label in (
             ("ece", "Calibration error (ECE, 15 bins of equal width)"),
             ("adaptive_ece", "The same, bins of equally many examples"),
@@ -93,29 +138,31 @@ def confidence_rows(result: Result) -> list[Told]:
         ):
             rows.append(_points(label, _of(before, name), getattr(after, name)))
         rows.append(_nats("Cross-entropy, nats", _of(before, "loss"), after.loss))
-    if result.privacy is not None:
-        old, new = result.privacy.before, result.privacy.after
-        rows.append(_attack_row("Membership attack by the loss (AUC; 0.5 tells nothing)", result))
+    if told.privacy is not None:
+        old, new = told.privacy.before, told.privacy.after
+        rows.append(_attack_row("Membership attack by the loss (AUC; 0.5 tells nothing)", told))
         rows.append(_nats("Loss of training examples, nats", _of(old, "member_loss"), new.member_loss))
         rows.append(_nats("Loss of scored examples, nats", _of(old, "other_loss"), new.other_loss))
     return rows
 
 
-def remarks(result: Result) -> list[str]:
+def remarks(told: Aside) -> list[str]:
     """What is not told, and why."""
-    return [f"{WHAT.get(name, name)}: {reason}." for name, reason in result.omitted.items()]
+    return [f"{WHAT.get(name, name)}: {reason}." for name, reason in told.omitted.items()]
 
 
-def corruption_caption(result: Result) -> str:
+def corruption_caption(told: Aside) -> str:
     """What the table of corruptions shows, and the two figures that sum it up."""
-    seen, scale = result.robustness, scale_of(result)
+    seen, scale = told.robustness, told.scale
     if seen is None:
         return ""
     text = (
-        f"{result.metric} on {seen.examples} scored pictures ({seen.pictures}), as they are (0) and with "
-        f"corruptions of rising severity, constants of {seen.constants}; both networks see the same ones."
+        f"{told.metric} on {seen.examples} scored pictures ({seen.pictures}), as they are (0) and with "
+        f"corruptions of rising severity, constants of {seen.constants}."
     )
-    if seen.drop_before is not None:
+    if seen.drop_before is None:
+        text += f" On average corruption costs {scale.drop(seen.drop_after)}."
+    else:
         text += (
             f" On average corruption costs the original {scale.drop(seen.drop_before)} and the artifact "
             f"{scale.drop(seen.drop_after)}."
@@ -140,8 +187,8 @@ def _nats(label: str, before: float | None, after: float) -> Told:
     return Told(label, MISSING if before is None else f"{before:.4f}", f"{after:.4f}", change)
 
 
-def _attack_row(label: str, result: Result) -> Told:
-    seen = result.privacy
+def _attack_row(label: str, told: Aside) -> Told:
+    seen = told.privacy
     assert seen is not None
     change = MISSING
     if seen.change is not None and seen.change_ci95 is not None:

@@ -61,7 +61,7 @@ def render(result: Result) -> str:
         "decibel": figures.decibel,
         "recipe": figures.recipe_line,
     }
-    plots = pareto_plots(result)
+    plots, aside = pareto_plots(result), beside.Aside.of(result)
     return environment.get_template("report.html.j2").render(
         result=result,
         missing=MISSING,
@@ -90,11 +90,11 @@ def render(result: Result) -> str:
         recipe=yaml.safe_dump(result.recipe, sort_keys=False, allow_unicode=True),
         most_bytes=max([layer.bytes_before for layer in result.layers] + [1]),
         classes=_class_cells(result),
-        corruptions=beside.corruption_rows(result),
-        corruptions_told=beside.corruption_caption(result),
+        corruptions=beside.corruption_rows(aside),
+        corruptions_told=beside.corruption_caption(aside),
         curve=(beside.CURVE_WIDTH, beside.CURVE_HEIGHT),
-        confidence=beside.confidence_rows(result),
-        beside_remarks=beside.remarks(result),
+        confidence=beside.confidence_rows(aside),
+        beside_remarks=beside.remarks(aside),
         runtime_headers=RUNTIME_HEADERS,
         runtimes=[runtime_cells(row) for row in result.runtimes],
         slow=slow_kernels(result),

@@ -103,7 +103,10 @@ def before_after(result: Result) -> list[Row]:
         Row("SQNR of the outputs", MISSING, figures.decibel(new.sqnr_db)),
         Row("Flipped predictions", MISSING, figures.flips(new)),
         _worst_class(new),
-        *(Row(told.label, told.before, told.after, told.change) for told in beside.summary(result)),
+        *(
+            Row(told.label, told.before, told.after, told.change)
+            for told in beside.summary(beside.Aside.of(result))
+        ),
         _compared("Size", size, old.bytes, new.bytes),
         _compared("Bits of a weight (mean, scales included)", figures.bits, old.weight_bits, new.weight_bits),
         _compared("Download size", size, old.packed_bytes, new.packed_bytes),

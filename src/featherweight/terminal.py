@@ -191,6 +191,28 @@ def print_measurement(told: dict[str, Any], as_json: bool) -> None:
         )
 
 
+def print_beside(told: dict[str, Any], as_json: bool) -> None:
+    """Scores by corruption and severity, calibration and membership, of an artifact and of its twin."""
+    if as_json:
+        print_json(told)
+        return
+    from featherweight import beside
+
+    aside = beside.Aside.read(told)
+    rows = beside.corruption_rows(aside)
+    if rows:
+        print_table(
+            ["corruption", "network", "0", "1", "2", "3", "4", "5", "mean of 1 to 5"],
+            [[row["kind"], name, *scores, mean] for row in rows for name, scores, mean in row["networks"]],
+        )
+        print_text(beside.corruption_caption(aside))
+    figures = [[row.label, row.before, row.after, row.change] for row in beside.confidence_rows(aside)]
+    if figures:
+        print_table(["", "twin", "artifact", "change"], figures)
+    for remark in beside.remarks(aside):
+        print_text(remark)
+
+
 def print_packed(told: dict[str, Any], as_json: bool) -> None:
     """What each file takes in a bundle, what the whole takes, and what an update saves."""
     from featherweight import figures

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from featherweight.api.looking import compare as compare
     from featherweight.api.looking import inspect as inspect
     from featherweight.api.looking import measure as measure
+    from featherweight.api.looking import robustness as robustness
     from featherweight.api.making import apply as apply
     from featherweight.api.making import lower as lower
     from featherweight.api.merging import merge as merge
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(("demo", "fit"), "api.fitting"),
-    **dict.fromkeys(("compare", "inspect", "measure"), "api.looking"),
+    **dict.fromkeys(("compare", "inspect", "measure", "robustness"), "api.looking"),
     **dict.fromkeys(("apply", "lower"), "api.making"),
     "merge": "api.merging",
     "pack": "api.packing",

@@ -1,4 +1,4 @@
-"""``measure``, ``compare`` and ``inspect``: what artifacts and networks say."""
+"""``measure``, ``robustness``, ``compare`` and ``inspect``: what artifacts and networks say."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featherweight.data import Data
+from featherweight.engine.beside_files import look_beside
 from featherweight.engine.compare import compare_artifacts
 from featherweight.engine.delivered import delivered
 from featherweight.engine.files import load_examples, weigh_files
@@ -25,6 +26,7 @@ from featherweight.errors import (
     TargetError,
 )
 from featherweight.method import Progress, Silent
+from featherweight.runtime import Artifact, Target
 
 
 def measure(
@@ -60,15 +62,7 @@ def measure(
         UserError: The input is at fault.
         RunnerError: The runtime crashed or hangs.
     """
-    given = [delivered(path, runtime) for path in (artifact, twin) if path is not None]
-    target = fit_targets(given[0].artifact.runtime, threads, device, given[0].target.isa)[0]
-    target = replace(target, options=given[0].target.options)
-    weighed, other = given[0].artifact, given[1].artifact if len(given) > 1 else None
-    if other is not None and other.runtime != weighed.runtime:
-        raise TargetError(
-            f"'{artifact}' is for {weighed.runtime} and '{twin}' for {other.runtime}",
-            fix=f"lower the twin for {weighed.runtime}",
-        )
+    weighed, other, target = _pair(artifact, twin, runtime, threads, device)
     return weigh_files(
         weighed,
         other,
@@ -81,6 +75,65 @@ def measure(
         seed=seed,
         progress=progress or Silent(),
     )
+
+
+def robustness(
+    artifact: str | Path,
+    *,
+    data: str | Data,
+    twin: str | Path | None = None,
+    metric: str | None = None,
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    examples: int = 500,
+    runtime: str = "onnxruntime",
+    device: str = "local",
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What an artifact does beside the score: on corrupted pictures, in its confidence, to its training set.
+
+    Args are those of :func:`fit`, and:
+        artifact: A folder that ``fit`` or ``lower`` wrote, or a file.
+        twin: What to compare with, usually the original lowered by ``lower``.
+        examples: Pictures of each corruption and severity at most.
+        runtime: Which runtime loads a file; a folder says so itself.
+
+    Returns:
+        ``robustness``, ``calibration`` and ``privacy`` as in docs/result.md, None where it does not apply;
+        ``omitted`` has the reasons. Beside them ``metric``, ``runtime`` and ``sha256``.
+
+    Raises:
+        UserError: The input is at fault, or nothing of it applies.
+        RunnerError: The runtime crashed or hangs.
+    """
+    if examples < 1:
+        raise DataError(f"{examples} examples are none", fix="--examples 500")
+    weighed, other, target = _pair(artifact, twin, runtime, threads, device)
+    given = load_examples(
+        data, metric=metric, inputs=(), image_size=image_size, mean=mean, std=std, seed=seed
+    )
+    return look_beside(
+        weighed, other, given, target, examples=examples, seed=seed, progress=progress or Silent()
+    )
+
+
+def _pair(
+    artifact: str | Path, twin: str | Path | None, runtime: str, threads: int, device: str
+) -> tuple[Artifact, Artifact | None, Target]:
+    """What is looked at, what it is compared with, and where both run."""
+    given = [delivered(path, runtime) for path in (artifact, twin) if path is not None]
+    target = fit_targets(given[0].artifact.runtime, threads, device, given[0].target.isa)[0]
+    target = replace(target, options=given[0].target.options)
+    weighed, other = given[0].artifact, given[1].artifact if len(given) > 1 else None
+    if other is not None and other.runtime != weighed.runtime:
+        raise TargetError(
+            f"'{artifact}' is for {weighed.runtime} and '{twin}' for {other.runtime}",
+            fix=f"lower the twin for {weighed.runtime}",
+        )
+    return weighed, other, target
 
 
 def compare(

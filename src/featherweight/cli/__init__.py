@@ -50,7 +50,7 @@ app = typer.Typer(
 
 for _command in (
     *(making.fit, merging.merge, making.apply, making.lower),
-    *(looking.compare, looking.measure, looking.inspect),
+    *(looking.compare, looking.measure, looking.robustness, looking.inspect),
     *(packing.pack, packing.unpack, packing.verify),
     *(looking.report, looking.methods, looking.runtimes, looking.doctor, making.demo),
 ):

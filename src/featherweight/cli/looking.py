@@ -125,6 +125,69 @@ def measure(
     terminal.print_measurement(summary, as_json)
 
 
+def robustness(
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT",
+            show_default=False,
+            help="A folder that fit or lower wrote, or a file that the runtime loads.",
+        ),
+    ],
+    data: options.NeededData,
+    twin: Annotated[
+        Path | None,
+        typer.Option("--twin", metavar="PATH", help="What to compare with: the original, written by lower."),
+    ] = None,
+    metric: options.Metric = None,
+    image_size: options.ImageSize = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            "--examples", metavar="N", min=1, help="Pictures of each corruption and severity at most."
+        ),
+    ] = 500,
+    runtime: options.Runtime = "onnxruntime",
+    device: options.Device = "local",
+    threads: options.Threads = 1,
+    seed: options.Seed = 0,
+    quiet: options.NoBars = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what an artifact does beside the score.
+
+    Scores on pictures with noise, blur, less contrast, more brightness, a hidden square and JPEG, each in
+    five severities; how far its confidence is from the truth; and, with x_train and y_train, how well a
+    loss tells what it was trained on. With a twin, the same of that.
+
+    \b
+    Examples:
+      featherweight robustness fitted --data data.npz
+      featherweight robustness fitted --twin original --data data.npz --json
+    """
+    from featherweight import api
+
+    with Bars(quiet) as progress:
+        told = api.robustness(
+            artifact,
+            twin=twin,
+            data=data,
+            metric=metric,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            examples=examples,
+            runtime=runtime,
+            device=device,
+            threads=threads,
+            seed=seed,
+            progress=progress,
+        )
+    terminal.print_beside(told, as_json)
+
+
 def inspect(
     model: options.Model,
     data: options.Data = None,

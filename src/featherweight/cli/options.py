@@ -57,6 +57,16 @@ Data = Annotated[
         "or path.py:callable. Without it inputs are random.",
     ),
 ]
+NeededData = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        show_default=False,
+        help="file.npz (x, y, x_train, y_train), a folder of class-named folders of images, or "
+        "path.py:callable.",
+    ),
+]
 Metric = Annotated[
     str | None,
     typer.Option(

@@ -120,7 +120,9 @@ def membership(
     random = np.random.default_rng(seed)
     others, members = (np.sort(random.permutation(len(one))[:count]) for one in (scored, train))
     outside = _told(outputs, scored.targets, others)
-    asked = {name: _outputs(run, train, members, data.batch_size, progress) for name, run in opened().items()}
+    asked = {
+        name: first_outputs(run, train, members, data.batch_size, progress) for name, run in opened().items()
+    }
     inside = _told(asked, train.targets[members], np.arange(count), probabilities=outside.probabilities)
     names = list(outputs)
     lost = {
@@ -148,11 +150,13 @@ def membership(
     )
 
 
-def _outputs(run: Run, train: Examples, members: np.ndarray, size: int, progress: Progress) -> np.ndarray:
-    """First output of these training examples."""
-    batches = [members[i : i + size] for i in range(0, len(members), size)]
-    shown = progress.track(batches, "Asking for training examples", total=len(batches))
-    return np.concatenate([run(*train.take(pick))[0] for pick in shown])
+def first_outputs(
+    run: Run, examples: Examples, picks: np.ndarray, size: int, progress: Progress
+) -> np.ndarray:
+    """First output of these examples, so many a call."""
+    batches = [picks[i : i + size] for i in range(0, len(picks), size)]
+    shown = progress.track(batches, "Asking for outputs", total=len(batches))
+    return np.concatenate([run(*examples.take(pick))[0] for pick in shown])
 
 
 def _told(

@@ -115,16 +115,13 @@ def weigh_files(
         RunnerError: The runtime crashed or hangs.
     """
     example = tuple(array[:1] for array in data.example_inputs())
-    outputs = _first_call(artifact, target, example)
+    outputs = first_call(artifact, target, example)
     if twin is not None:
-        _first_call(twin, target, example)
+        first_call(twin, target, example)
     fields: dict[str, Any] = {}
     baseline: dict[str, Any] = {}
     if scored:
-        if not data.has_metric:
-            data = data.evolve(metric=resolve_metric(data, outputs))
-        if data.metric.classes and outputs[0].ndim >= 2:
-            check_labels(data, outputs[0].shape[1])
+        data = scorable(data, outputs, alone=twin is None)
         fields, baseline = _qualities(artifact, twin, data, target, limits, seed)
     timing = measure_latency(artifact, twin, target, example, limits=limits, progress=progress)
     memory = measure_memory(artifact, target, example, limits=limits, progress=progress)
@@ -156,9 +153,30 @@ def weigh_files(
     return told
 
 
-def _first_call(
-    artifact: Artifact, target: Target, example: tuple[np.ndarray, ...]
-) -> tuple[np.ndarray, ...]:
+def scorable(data: Data, outputs: tuple[np.ndarray, ...], *, alone: bool) -> Data:
+    """The data with a metric that suits an artifact's outputs.
+
+    Args:
+        data: Brings the metric, or labels that it follows from.
+        outputs: Of one example.
+        alone: There is no twin to compare with.
+
+    Raises:
+        DataError: Labels do not fit the outputs, or the metric compares with a twin.
+    """
+    if not data.has_metric:
+        data = data.evolve(metric=resolve_metric(data, outputs))
+    if data.metric.classes and outputs[0].ndim >= 2:
+        check_labels(data, outputs[0].shape[1])
+    if alone and data.metric.compares:
+        raise DataError(
+            f"metric '{data.metric.name}' compares with the original, and there is no twin",
+            fix="add --twin, or labels y to the data",
+        )
+    return data
+
+
+def first_call(artifact: Artifact, target: Target, example: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
     """What a file answers to one example: before anything is measured, it must open and take it."""
     file = artifact.files[0]
     try:
@@ -189,11 +207,6 @@ def _qualities(
     artifact: Artifact, twin: Artifact | None, data: Data, target: Target, limits: Limits, seed: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The artifact's fields, and the twin's score."""
-    if twin is None and data.metric.compares:
-        raise DataError(
-            f"metric '{data.metric.name}' compares with the original, and there is no twin",
-            fix="add --twin, or labels y to the data",
-        )
     with tempfile.TemporaryDirectory(prefix="featherweight-") as folder:
         before = score_artifact(twin or artifact, target, data, Path(folder) / "twin", limits=limits)
         if twin is None:
