@@ -1,0 +1,176 @@
+"""Supernet: the smallest subnet learns, only what may change does, and it says what it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featherweight.data import Data
+from featherweight.elastic import Space, space_of_supernet
+from featherweight.errors import DataError, RecipeError
+from featherweight.method import Context
+from featherweight.methods.supernet import Supernet
+from featherweight.model import Model
+from featherweight.tools.batch_norms import reestimate, with_statistics
+from featherweight.tools.channels import channel_groups
+from featherweight.tools.distill_losses import soft_target_loss
+from featherweight.tools.elastic_cut import Extractor
+from featherweight.tools.elastic_space import find_space, space_channels
+from golden import context, data, model, model_of
+from training import Kept, Told, problem, same
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+def residual(seed: int = 0) -> Model:
+    """A stem, two residual blocks and a head: 4 classes of (2, 6, 6)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = [nn.Conv2d(2, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = nn.Sequential(Block(16), Block(16))
+        head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 4)]
+        return model_of(nn.Sequential(*stem, blocks, *head), torch.randn(2, 2, 6, 6))
+
+
+def around(net: Model, given: Data | None = None, **more: Any) -> Context:
+    return replace(context(net, given or problem()), models={"original": net}, **more)
+
+
+def trained(net: Model, given: Data | None = None, **how: Any) -> Model:
+    told = {key: how.pop(key) for key in ("progress", "checkpoint", "seed") if key in how}
+    asked = {"epochs": 6, "batch_size": 16, "learning_rate": 0.1, "importance": "l2", **how}
+    return Supernet.model_validate(asked).apply(net, around(net, given, **told))
+
+
+def space_of(net: Model) -> Space:
+    space = space_of_supernet(net)
+    assert space is not None
+    return space
+
+
+def smallest_loss(net: Model, space: Space) -> float:
+    """Cross entropy of the smallest subnet on the training examples, norms as it needs them."""
+    sub = Extractor(net, space, space_channels(net, space)).extract(space.smallest())
+    train = problem().train
+    assert train is not None
+    assert train.targets is not None
+    x = torch.from_numpy(train.take(np.arange(len(train)))[0])
+    sub = with_statistics(sub, reestimate(sub, [(x,)]))
+    with torch.no_grad():
+        return float(F.cross_entropy(sub.module(x), torch.from_numpy(train.targets)))
+
+
+def smallest_distance(net: Model, original: Model) -> float:
+    """How far the class scores of the smallest subnet are from the original's, on the training examples."""
+    space, channels, _ = find_space(residual(), widths=Supernet().widths)
+    sub = Extractor(net, space, channels).extract(space.smallest())
+    train = problem().train
+    assert train is not None
+    x = torch.from_numpy(train.take(np.arange(len(train)))[0])
+    sub = with_statistics(sub, reestimate(sub, [(x,)]))
+    with torch.no_grad():
+        return float(soft_target_loss(sub.module(x), original.module(x), 1.0))
+
+
+class TestTrains:
+    def test_the_smallest_subnet_learns(self) -> None:
+        done = trained(residual(), epochs=10)
+        space = space_of(done)
+        assert smallest_loss(done, space) < 0.5 * smallest_loss(residual(), space)
+
+    def test_subnets_learn_from_the_largest_network_alone(self) -> None:
+        """With an original as teacher no labels are needed."""
+        given = problem()
+        assert given.train is not None
+        bare = Data.of(x_train=given.train.take(np.arange(64))[0])
+        done = trained(residual(), bare, teacher="original", alpha=1.0)
+        assert smallest_distance(done, residual()) < 0.9 * smallest_distance(residual(), residual())
+
+    def test_says_what_may_be_taken(self) -> None:
+        done = trained(residual(), epochs=1, widths=(0.5, 1.0), round_to=8)
+        space = space_of(done)
+        assert set(space.widths.values()) == {(8, 16)}
+        assert sum(map(len, space.depths.values())) == 1
+        rebuilt = residual().rebuild(done.edits, done.module.state_dict())
+        assert rebuilt.elastic == done.module.elastic == space.to_json()
+        parts = trained(residual(), epochs=1, depth=False, kernels=False, inputs=(0.5, 1.0))
+        assert not space_of(parts).depths
+        assert not space_of(parts).kernels
+        assert space_of(parts).inputs == (0.5, 1.0)
+
+    def test_the_same_every_time_and_another_seed_is_another_run(self) -> None:
+        torch.manual_seed(1)
+        one = trained(residual(), epochs=2).module.state_dict()
+        torch.manual_seed(2)
+        assert same(trained(residual(), epochs=2).module.state_dict(), one)
+        assert not same(trained(residual(), epochs=2, seed=1).module.state_dict(), one)
+
+    def test_goes_on_where_it_was_left(self) -> None:
+        kept = Kept()
+        whole = trained(residual(), epochs=4, shrink=0.5, checkpoint=kept)
+        assert len(kept.states) == 4
+        again = trained(residual(), epochs=4, shrink=0.5, checkpoint=replace(kept, at=1))
+        assert same(again.module.state_dict(), whole.module.state_dict())
+
+    @pytest.mark.parametrize("name", ["residual", "depthwise", "concat", "shuffle", "attention", "lstm"])
+    def test_golden_nets(self, name: str) -> None:
+        method = Supernet.model_validate({"epochs": 2, "importance": "l2", "round_to": 2, "kernels": False})
+        done = method.apply(model(name), context(model(name), data(name)))
+        assert not space_of(done).is_trivial
+        assert all(value.isfinite().all() for value in done.module.state_dict().values())
+        assert space_channels(done, space_of(done)).groups.keys() <= channel_groups(done).groups.keys()
+
+
+class TestWhere:
+    def test_others_stay_bit_for_bit_statistics_too(self) -> None:
+        done = trained(residual(), epochs=2, where={"exclude": ["3.0.*"]})
+        before, after = residual().module.state_dict(), done.module.state_dict()
+        stayed = {name for name, value in before.items() if torch.equal(value, after[name])}
+        assert {name for name in before if name.startswith("3.0.")} <= stayed
+        assert "3.1.conv1.weight" not in stayed
+
+
+class TestRefuses:
+    def test_a_network_with_nothing_elastic(self) -> None:
+        net = model_of(nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), torch.randn(2, 2, 6, 6))
+        with pytest.raises(RecipeError, match="nothing elastic") as caught:
+            trained(net)
+        assert caught.value.fix is not None
+
+    def test_no_examples(self) -> None:
+        x = problem().scored.take(np.arange(8))[0]  # type: ignore[union-attr]
+        with pytest.raises(DataError, match="no training examples"):
+            trained(residual(), Data.of(x=x))
+
+    def test_examples_without_labels(self) -> None:
+        x = problem().train.take(np.arange(8))[0]  # type: ignore[union-attr]
+        with pytest.raises(DataError, match="needs labels"):
+            trained(residual(), Data.of(x_train=x))
+
+    def test_mixed_examples(self) -> None:
+        with pytest.raises(ValueError, match="shift"):
+            Supernet.model_validate({"augment": ["mixup"]})
+
+
+def test_tells_how_far_it_is() -> None:
+    told = Told()
+    trained(residual(), epochs=2, progress=told)
+    assert ("training", 8) in told.bars
