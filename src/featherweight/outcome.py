@@ -646,6 +646,36 @@ class Privacy(_Record):
     change_ci95: tuple[float, float] | None = None
 
 
+class StudentRow(_Record):
+    """A network that ``--student auto`` looked at.
+
+    Attributes:
+        student: As ``--student`` takes it.
+        params: Its parameters.
+        macs: Its multiply-accumulates for one example.
+        predicted_bytes: Of its int8 artifact, before it was lowered.
+        bytes: Of its int8 artifact, lowered untrained; empty where it was not.
+        predicted_latency_s: Of a call, before it was timed.
+        latency_s: Of a call, measured.
+        epochs: Of all training examples, in the short training.
+        quality_drop: What it lost against the original after that, in float; empty where it was not trained.
+        chosen: It is the student.
+        reason: What became of it.
+    """
+
+    student: str
+    params: int
+    macs: int
+    predicted_bytes: int | None = None
+    bytes: int | None = None
+    predicted_latency_s: float | None = None
+    latency_s: float | None = None
+    epochs: float = 0.0
+    quality_drop: float | None = None
+    chosen: bool = False
+    reason: str = ""
+
+
 class Environment(_Record):
     """Where it was measured."""
 
@@ -696,6 +726,7 @@ class Result(_Record):
     examples: dict[str, Any] = {}
     effort: Effort | None = None
     student: str = ""
+    students: list[StudentRow] = []
     teacher: str = ""
     resumed: int = 0
     run: str = ""

@@ -28,8 +28,9 @@ from featherweight.engine.sources import (
     scoring_code,
     several_entries,
 )
-from featherweight.engine.start import start_runs, warn_of_idle_teacher
+from featherweight.engine.start import auto_run, start_runs, warn_of_idle_teacher
 from featherweight.engine.store import digest
+from featherweight.engine.student_choice import SHARE, choose_student
 from featherweight.engine.students import lesson_of
 from featherweight.engine.targets import fit_targets
 from featherweight.engine.timetable import longest_measurement
@@ -173,6 +174,22 @@ def fit(
         raise several_entries(sources.model, str(model), "fit scores one")
     _check_drops(question.budget, sources.data)
     learner, taught_by = Given(student, student_weights), Given(teacher, teacher_weights)
+    choice = None
+    if learner.auto:
+        choice = choose_student(
+            auto_run(
+                sources,
+                targets[0],
+                learner,
+                taught_by,
+                seed=seed,
+                progress=shown,
+                allow_pickle=allow_pickle,
+                **training,
+            ),
+            question,
+        )
+        learner = choice.student
     runs = start_runs(
         sources, targets, learner, taught_by, seed=seed, progress=shown, allow_pickle=allow_pickle, **training
     )
@@ -190,7 +207,10 @@ def fit(
     if question.open_ended:
         follow(runs[0].start)
         lesson = lesson_of(runs[0].start) if learner.fresh else None
-        question = _planned(question, runs, trials, shown, None if known is None else known.plan, lesson)
+        left = (1 - SHARE if choice else 1.0) * time_limit
+        question = _planned(
+            question, runs, trials, shown, None if known is None else known.plan, lesson, left
+        )
     question = replace(question, ladder=question.trials > _FEW)
     name = Path(model.rpartition(":")[2] or model).stem if isinstance(model, str) else "-".join(model)
     key = _run_key(runs, question, limits, [name, learner.name, taught_by.name])
@@ -212,7 +232,8 @@ def fit(
         loaded = partial(site, given, learner, taught_by, runs, limits, training)
         with hired(workers_at, loaded, device, shown) as crew:
             fitted = Fit(lanes, question, left_out, crew).answer()
-        told = {"run": key, "student": learner.name, "teacher": taught_by.name}
+        told: dict[str, Any] = {"run": key, "student": learner.name, "teacher": taught_by.name}
+        told["students"] = list(choice.rows) if choice else []
         fitted = replace(fitted, result=fitted.result.model_copy(update=told))
         if not fitted.finished:
             write_folder(place, lambda folder: deliver(folder, fitted, name))
@@ -272,20 +293,21 @@ def _planned(
     progress: Progress,
     known: Plan | None,
     lesson: Mapping[str, Any] | None,
+    left: float,
 ) -> Question:
     """The question with what to try: it follows from the time and from how long a pass takes here.
 
     A search that goes on tries what it had planned.
     """
     if known is None:
-        made = plan(runs[0], question.time_limit, question.budget, trials, lesson)
+        made = plan(runs[0], left, question.budget, trials, lesson)
         if trials is None:  # the first way is tried on each runtime
             made = replace(made, trials=made.trials + len(runs) - 1)
     else:
-        made = replace(known, time_s=question.time_limit, trials=known.trials if trials is None else trials)
+        made = replace(known, time_s=left, trials=known.trials if trials is None else trials)
     progress.note(
         f"effort {made.level}: {', then '.join(made.ways)}; {made.trials} trials at most in "
-        f"{seconds(question.time_limit)} ({seconds(made.example_s)} a pass of one example). {made.longer}"
+        f"{seconds(left)} ({seconds(made.example_s)} a pass of one example). {made.longer}"
     )
     return replace(question, plan=made, trials=made.trials)
 

@@ -8,6 +8,7 @@ from typing import Any
 from featherweight.engine.run import Run
 from featherweight.engine.sources import NOTHING, Given, Sources, check_examples_to_learn, load_beside
 from featherweight.engine.store import Store
+from featherweight.errors import LoadError
 from featherweight.method import Progress
 from featherweight.recipe import Choice, Recipe
 from featherweight.runtime import Target
@@ -50,6 +51,36 @@ def start_runs(
     options: dict[str, Any] = {"seed": seed, "progress": progress, "student": learner, "teacher": taught_by}
     store = Store()
     return [Run(original, sources.data, target, store, **options, **training) for target in targets]
+
+
+def auto_run(
+    sources: Sources,
+    target: Target,
+    student: Given,
+    teacher: Given,
+    *,
+    seed: int,
+    progress: Progress,
+    allow_pickle: bool,
+    **training: Any,
+) -> Run:
+    """A run on which a student is chosen; see ``start_runs``.
+
+    Raises:
+        LoadError: Weights are given, and nobody knows for which network; or the original has several entries.
+        DataError: A student has nothing to learn from.
+    """
+    original = sources.model
+    if student.weights is not None:
+        raise LoadError(
+            "--student-weights are of one network, and --student auto has yet to choose it",
+            fix="name it: --student mobilenetv2:width=0.35 --student-weights FILE",
+        )
+    check_examples_to_learn(sources.data)
+    taught_by = load_beside(teacher, "teacher", original, allow_pickle=allow_pickle)
+    return Run(
+        original, sources.data, target, Store(), seed=seed, progress=progress, teacher=taught_by, **training
+    )
 
 
 def tell_notes(sources: Sources, progress: Progress) -> None:
