@@ -1,11 +1,11 @@
 """``--student auto``: which family and width a student shall have, by what it costs on the target.
 
-Of each family and depth the widest network is taken that keeps the limits, as predicted and then as found by
-lowering it untrained (``student_table.py``). Those with the largest capacity, parameters x layers, and at
-most one of a paper, are trained briefly, all for the same time on the same examples: what is cheap to train
-learns more in the time that there is. The worse half leaves, the others learn longer (successive halving:
-Jamieson and Talwalkar 2016, arXiv:1502.07943). The best one is the student; where the objective is not quality
-alone, the best by the objective that is as good as it has to be.
+Of each family and depth the widest network is taken that keeps the limits, as predicted and then as found
+by lowering it untrained (``student_table.py``). Those with the largest capacity, parameters x layers, and
+at most one of a paper, are trained briefly, all for the same time on the same examples: what is cheap to
+train learns more in the time that there is. The worse half leaves, the others learn longer (successive
+halving: Jamieson and Talwalkar 2016, arXiv:1502.07943). The best one is the student; where the objective is
+not quality alone, the best by the objective that is as good as it has to be.
 """
 
 from __future__ import annotations

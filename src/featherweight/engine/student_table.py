@@ -1,8 +1,8 @@
 """What students of ``featherweight.nets`` cost on a target: counted, predicted, found by lowering them.
 
 Parameters and multiply-accumulates are counted on shapes alone. What a file holds beside its int8 weights,
-and the seconds of a call, are read from candidates that were lowered untrained, as int8 and for the target; of
-those that were not yet they are predicted by the nonnegative least squares of all that were::
+and the seconds of a call, are read from candidates that were lowered untrained, as int8 and for the target;
+of those that were not yet they are predicted by the nonnegative least squares of all that were::
 
     bytes   = weights + a layers + b channels
     seconds = c MACs + d layers
