@@ -22,7 +22,7 @@ from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model
 from featherweight.recipe import Choice, Hole, Range
 from featherweight.tools.batch_norms import reestimate
-from featherweight.tools.batches import calibration_batches
+from featherweight.tools.batches import calibration_batches, entry_of
 from featherweight.tools.costs import totals
 from featherweight.tools.cutting import cut
 from featherweight.tools.excluded import free_channels, held_tensors
@@ -120,7 +120,7 @@ class Prune(Method, frozen=True, extra="forbid"):
             return self._nothing(model, channels, context)
         batches = self._batches(context)
         solve = self._solves(context)
-        entry = _entry_of(model, batches)
+        entry = entry_of(model, batches)
         candidate = self._candidate(model, channels, batches, context, entry)
         drop = {name: tuple(sorted(gone)) for name, gone in candidate.dropped.items() if gone}
         if not drop:
@@ -298,10 +298,3 @@ PLUGIN = Prune
 
 def _calibrated(context: Context) -> bool:
     return context.data.calibration_source in ("calibration", "training")
-
-
-def _entry_of(model: Model, batches: Sequence[tuple[Tensor, ...]]) -> str:
-    """The first way of calling the module that takes as many inputs as the examples have."""
-    inputs = len(batches[0]) if batches else 0
-    fitting = [name for name, entry in model.entries.items() if len(entry.input_names) == inputs]
-    return next(iter(fitting or model.entries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from featherweight.errors import DataError
 from featherweight.method import Context
-from featherweight.model import Entry
+from featherweight.model import Entry, Model
 
 
 def calibration_batches(context: Context, samples: int, step: str) -> list[tuple[Tensor, ...]]:
@@ -47,3 +48,10 @@ def single_calls(context: Context, samples: int, entry: Entry, step: str) -> lis
     if not found:
         raise DataError(f"{step} found no calibration examples", fix="give x_calibration or x_train")
     return found
+
+
+def entry_of(model: Model, batches: Sequence[tuple[Tensor, ...]]) -> str:
+    """The first way of calling the module that takes as many inputs as the examples have."""
+    inputs = len(batches[0]) if batches else 0
+    fitting = [name for name, entry in model.entries.items() if len(entry.input_names) == inputs]
+    return next(iter(fitting or model.entries))

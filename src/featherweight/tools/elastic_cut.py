@@ -10,6 +10,7 @@ the supernet's own parameters, so that gradients flow back into these::
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from featherweight.tools.resolution import with_smaller_input
 
 _BASES = 1 << 29  # bytes of parameters that bases may hold together
 _FEWEST = 4  # bases that are held, whatever they take
-_Key = tuple[tuple[str, ...], float]  # blocks that are gone, share of the input
+BaseKey = tuple[tuple[str, ...], float]  # blocks that are gone, share of the input
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Extractor:
         self._model, self._space, self._channels = model, space, channels
         size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters.values())
         self._most = max(_FEWEST, room // max(size, 1))
-        self._bases: OrderedDict[_Key, _Base] = OrderedDict()
+        self._bases: OrderedDict[BaseKey, Base] = OrderedDict()
         order = [block.name for block in residual_blocks(model)] if space.depths else []
         self._order = {name: place for place, name in enumerate(order)}
 
@@ -184,13 +185,25 @@ class Extractor:
         wrong = next(self._space.misfits(subnet), None)
         if wrong is not None:
             raise RecipeError(f"the supernet holds no such subnet: {wrong}")
-        gone = [name for stage, count in subnet.depths.items() for name in self._space.depths[stage][:count]]
-        base = self._base((tuple(sorted(gone, key=self._order.__getitem__)), subnet.input))
-        made = base.cut(self._space, subnet)
+        base = self.base(subnet)
+        made = base.cut(subnet)
         made = _with_kernels(made, subnet.kernels)
         if made is self._model:
             made = self._model.evolve(module=self._model.copy_module())
         return self._refilled(made)
+
+    def base(self, subnet: Subnet) -> Base:
+        """The supernet without the blocks and pixels that a subnet lacks, its channels and kernels whole."""
+        gone = [name for stage, count in subnet.depths.items() for name in self._space.depths[stage][:count]]
+        return self._base((tuple(sorted(gone, key=self._order.__getitem__)), subnet.input))
+
+    def signature(self, subnet: Subnet) -> str:
+        """The same text for subnets that are the same network: what went with a block counts no more."""
+        base = self.base(subnet)
+        layers = dict(base.model.module.named_modules())
+        widths = {name: len(gone) for name, gone in base.dropped(subnet).items()}
+        kernels = {path: size for path, size in subnet.kernels.items() if path in layers}
+        return json.dumps([base.key, widths, kernels], sort_keys=True)
 
     def slices(self, sub: Model) -> Slices:
         """Where the tensors of an extracted subnet come from."""
@@ -205,7 +218,7 @@ class Extractor:
                 own[name].copy_(value)
         return made
 
-    def _base(self, key: _Key) -> _Base:
+    def _base(self, key: BaseKey) -> Base:
         """From the base with one block more: the last ones of the network go first, so that names stay."""
         if key in self._bases:
             self._bases.move_to_end(key)
@@ -221,39 +234,47 @@ class Extractor:
             made = removed(before, block)
         else:
             made = self._model
-        self._bases[key] = found = _Base(made, self._channels)
+        self._bases[key] = found = Base(made, self._channels, key)
         while len(self._bases) > self._most:
             self._bases.popitem(last=False)
         return found
 
 
-class _Base:
+class Base:
     """A supernet without some blocks and pixels, and its groups of channels.
 
     Args:
         model: What is left.
         whole: The supernet's groups.
+        key: What went.
+
+    Attributes:
+        channels: The groups of what is left that are some of the supernet's.
     """
 
-    def __init__(self, model: Model, whole: Channels) -> None:
-        self.model = model
+    def __init__(self, model: Model, whole: Channels, key: BaseKey) -> None:
+        self.model, self.key = model, key
         found = channel_groups(model)
         self._same = {
             name: own
             for name, group in found.groups.items()
             if (own := _counterpart(group, whole)) is not None
         }
-        self._channels = Channels({name: found.groups[name] for name in self._same})
-        self._cutter = Cutter(model, self._channels)
+        self.channels = Channels({name: found.groups[name] for name in self._same})
+        self._cutter = Cutter(model, self.channels)
 
-    def cut(self, space: Space, subnet: Subnet) -> Model:
+    def cut(self, subnet: Subnet) -> Model:
         """With the first channels of each group alone."""
+        return self._cutter.cut(self.dropped(subnet))
+
+    def dropped(self, subnet: Subnet) -> dict[str, list[int]]:
+        """Group of what is left -> its channels that a subnet lacks."""
         drop = {}
         for name, (group, channels) in self._same.items():
             width = subnet.widths.get(group)
             if width is not None:
                 drop[name] = [place for place, channel in enumerate(channels) if channel >= width]
-        return self._cutter.cut(drop)
+        return drop
 
 
 def _counterpart(group: ChannelGroup, whole: Channels) -> tuple[str, list[int]] | None:

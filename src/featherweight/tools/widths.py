@@ -149,7 +149,13 @@ def _tensors(model: Model) -> dict[str, Tensor]:
 # ---- terms
 
 
-def terms_of(model: Model, channels: Channels, unit: Unit, costs: Costs | None = None) -> list[Term]:
+def terms_of(
+    model: Model,
+    channels: Channels,
+    unit: Unit,
+    costs: Costs | None = None,
+    others: Collection[Axis] = (),
+) -> list[Term]:
     """The parts of a cost that removing channels changes, and one for all the rest.
 
     Args:
@@ -157,6 +163,7 @@ def terms_of(model: Model, channels: Channels, unit: Unit, costs: Costs | None =
         channels: Its groups.
         unit: What is counted. Seconds are of one call of every entry, in float.
         costs: Measured prices, for ``latency``.
+        others: Axes of tensors that may become shorter beside those of the groups, e.g. of kernels.
 
     Returns:
         Terms; none where nothing is known about the unit (``latency`` without prices).
@@ -165,7 +172,7 @@ def terms_of(model: Model, channels: Channels, unit: Unit, costs: Costs | None =
         return [_product(group.size, [_itself(group)]) for group in channels.groups.values()]
     if unit == "latency":
         return _latency(model, channels, costs)
-    cut = {axis for group in channels.groups.values() for axis in axes_of_group(group)}
+    cut = {axis for group in channels.groups.values() for axis in axes_of_group(group)} | set(others)
     if unit == "macs":
         found: list[Term] = []
         for entry in model.entries:

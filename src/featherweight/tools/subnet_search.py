@@ -1,0 +1,201 @@
+"""Which subnets of a supernet lose least for what they cost: a front, found by NSGA-II.
+
+Deb et al. 2002, doi:10.1109/4235.996017, on two objectives: what a subnet costs on the target, told by
+tables, and what its outputs lose against the original's on a few examples, with batch-norm statistics of its
+own. No labels are needed. A space that is smaller than the number of evaluations is looked through whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from featherweight.data import Data
+from featherweight.elastic import Axis, Space, Subnet
+from featherweight.errors import RecipeError
+from featherweight.model import Model
+from featherweight.tools.batch_norms import reestimate
+from featherweight.tools.distill_losses import output_kinds
+from featherweight.tools.distillation import outputs_loss
+from featherweight.tools.elastic_cut import Extractor
+from featherweight.tools.output_error import Batches, outputs
+from featherweight.tools.subnet_costs import SubnetCosts
+from featherweight.tools.widths import Unit
+from featherweight.where import Where
+
+_LEVELS = (1.0, 0.0, 0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)  # uniform subnets that are looked at first
+_STATISTICS = 128  # examples that tell batch-norm statistics of a subnet that is judged
+_GENERATIONS = 8
+_FEWEST, _MOST = 10, 50  # members of a population
+_REPEATS = 5  # proposals for each evaluation; the others were known
+
+Track = Callable[[Iterable[int], str, int], Iterator[int]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A subnet that was looked at.
+
+    Attributes:
+        subnet: Which one.
+        costs: What it costs, by unit.
+        loss: What its outputs lose against the original's.
+    """
+
+    subnet: Subnet
+    costs: Mapping[Unit, float]
+    loss: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"subnet": self.subnet.to_json(), "costs": dict(self.costs), "loss": self.loss}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Seen:
+        """What :meth:`to_json` wrote."""
+        return cls(Subnet.from_json(data["subnet"]), dict(data["costs"]), float(data["loss"]))
+
+
+def front(seen: Sequence[Seen], unit: Unit) -> list[Seen]:
+    """Those that nothing cheaper is as good as, the cheapest first."""
+    found: list[Seen] = []
+    for one in sorted(seen, key=lambda one: (one.costs[unit], one.loss)):
+        if not found or one.loss < found[-1].loss:
+            found.append(one)
+    return found
+
+
+class Judge:
+    """What subnets lose against the original on a few examples.
+
+    Args:
+        extractor: Of the supernet.
+        original: Whose outputs are wanted.
+        batches: Flat inputs of the examples.
+        data: What the outputs hold.
+        where: Which layers' statistics may change.
+        entry: Which way of calling it.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        original: Model,
+        batches: Batches,
+        data: Data,
+        where: Where,
+        entry: str = "forward",
+    ) -> None:
+        self._extractor, self._batches, self._where, self._entry = extractor, batches, where, entry
+        self._wanted = outputs(original, batches, entry)
+        self._kinds = output_kinds(self._wanted[0], data)
+        counts = list(itertools.accumulate(len(batch[0]) for batch in batches))
+        enough = next((place for place, count in enumerate(counts) if count >= _STATISTICS), len(counts))
+        self._first = batches[: enough + 1]
+
+    def loss(self, subnet: Subnet) -> float:
+        """Mean over the examples; infinite where outputs are not finite.
+
+        Raises:
+            RecipeError: The module's code cannot follow.
+        """
+        sub = self._extractor.extract(subnet)
+        with torch.no_grad():
+            for name, value in reestimate(sub, self._first, self._where.selects, self._entry).items():
+                sub.module.get_buffer(name).copy_(value)
+        made = outputs(sub, self._batches, self._entry)
+        total = count = 0.0
+        for found, wanted, batch in zip(made, self._wanted, self._batches, strict=True):
+            total += len(batch[0]) * float(outputs_loss(found, wanted, self._kinds, 1.0))
+            count += len(batch[0])
+        loss = total / count
+        return loss if loss == loss else float("inf")
+
+
+def search(
+    space: Space,
+    costs: SubnetCosts,
+    judge: Judge,
+    extractor: Extractor,
+    unit: Unit,
+    *,
+    evaluations: int,
+    seed: int,
+    track: Track,
+) -> list[Seen]:
+    """Look at subnets, from all over the space and then near those that did well.
+
+    Args:
+        space: What may be chosen.
+        costs: Tell what one costs.
+        judge: Tells what it loses.
+        extractor: Tells which subnets are the same network.
+        unit: The cost that is made small.
+        evaluations: How many are looked at.
+        seed: The only source of randomness.
+        track: Shows how far it is.
+
+    Returns:
+        All that were looked at.
+    """
+    known: dict[str, Seen | None] = {}
+
+    def look(subnet: Subnet) -> Seen | None:
+        key = extractor.signature(subnet)
+        if key not in known:
+            try:
+                known[key] = Seen(subnet, costs.of(subnet), judge.loss(subnet))
+            except RecipeError:  # e.g. two groups that cannot both be so narrow
+                known[key] = None
+        return known[key]
+
+    proposals = _all(space) if space.count <= evaluations else _bred(space, look, unit, evaluations, seed)
+    several = min(space.count, evaluations)
+    for _ in track(range(several), "looking for the best subnets", several):
+        before = len(known)
+        for _, subnet in zip(range(_REPEATS), proposals, strict=False):
+            look(subnet)
+            if len(known) > before:
+                break
+    return [one for one in known.values() if one is not None]
+
+
+def _all(space: Space) -> Iterator[Subnet]:
+    for options in itertools.product(*(axis.options for axis in space.axes)):
+        yield space.chosen(options)
+
+
+def _bred(
+    space: Space, look: Callable[[Subnet], Seen | None], unit: Unit, evaluations: int, seed: int
+) -> Iterator[Subnet]:
+    """Proposals of NSGA-II; each is looked at before the next one is asked for."""
+    import optuna  # only here: it takes a while to import
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    size = min(max(evaluations // _GENERATIONS, _FEWEST), _MOST)
+    sampler = optuna.samplers.NSGAIISampler(population_size=size, seed=seed)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    axes = space.axes
+    for level in _LEVELS:
+        chosen = space.options(space.at(level))
+        study.enqueue_trial(
+            {_name(axis): axis.options.index(one) for axis, one in zip(axes, chosen, strict=True)}
+        )
+    while True:
+        trial = study.ask()
+        picks = [trial.suggest_int(_name(axis), 0, len(axis.options) - 1) for axis in axes]
+        subnet = space.chosen([axis.options[pick] for axis, pick in zip(axes, picks, strict=True)])
+        yield subnet
+        seen = look(subnet)
+        if seen is None:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, [seen.costs[unit], seen.loss])
+
+
+def _name(axis: Axis) -> str:
+    return f"{axis.kind} {axis.name}"
