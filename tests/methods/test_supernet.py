@@ -138,8 +138,23 @@ class TestTrains:
         assert all(value.isfinite().all() for value in done.module.state_dict().values())
         assert space_channels(done, space_of(done)).groups.keys() <= channel_groups(done).groups.keys()
 
+    def test_without_epochs_channels_are_sorted_and_outputs_stay(self) -> None:
+        done, x = trained(residual(), epochs=0), torch.randn(4, 2, 6, 6)
+        assert space_of(done) == space_of(trained(residual(), epochs=0.1))
+        weight = done.module.get_parameter("3.0.conv1.weight")
+        assert not torch.equal(weight, residual().module.get_parameter("3.0.conv1.weight"))
+        with torch.no_grad():
+            assert torch.allclose(done.module(x), residual().module(x), atol=1e-5)
+
 
 class TestWhere:
+    def test_nothing_elastic_is_left(self) -> None:
+        told = Told()
+        done = trained(residual(), where={"exclude": ["*"]}, progress=told)
+        assert same(done.module.state_dict(), residual().module.state_dict())
+        assert space_of_supernet(done) is None
+        assert any("nothing elastic" in note for note in told.notes)
+
     def test_others_stay_bit_for_bit_statistics_too(self) -> None:
         done = trained(residual(), epochs=2, where={"exclude": ["3.0.*"]})
         before, after = residual().module.state_dict(), done.module.state_dict()

@@ -67,7 +67,7 @@ class Supernet(Method, frozen=True, extra="forbid"):
             like.
         importance: Which channels come first, as ``prune`` has it.
         samples: Calibration examples that tell it.
-        epochs: Passes over the training examples; may be a fraction.
+        epochs: Passes over the training examples; may be a fraction. 0: channels are sorted, and that is all.
         batch_size: Examples of one update.
         accumulate: Parts of a batch that go through the networks one after the other, to save memory.
         optimizer: sgd (Nesterov momentum) or adamw; auto: sgd for networks with batch norms.
@@ -97,7 +97,7 @@ class Supernet(Method, frozen=True, extra="forbid"):
     round_to: Annotated[int, Field(ge=1)] | None = None
     importance: Importance | Literal["auto"] = "auto"
     samples: Annotated[int, Field(ge=1)] = 512
-    epochs: Annotated[float, Field(gt=0)] = 10.0
+    epochs: Annotated[float, Field(ge=0)] = 10.0
     batch_size: Annotated[int, Field(ge=1)] = 128
     accumulate: Annotated[int, Field(ge=1)] = 1
     optimizer: OptimizerName | Literal["auto"] = "auto"
@@ -126,6 +126,8 @@ class Supernet(Method, frozen=True, extra="forbid"):
     def apply(self, model: Model, context: Context) -> Model:
         entry = trained_entry(model, "supernet")
         space, channels = self._space(model, context)
+        if space.is_trivial:
+            return model.evolve(module=model.copy_module())
         examples = training_examples(
             context.data,
             taught=self.teacher != "none",
@@ -133,6 +135,8 @@ class Supernet(Method, frozen=True, extra="forbid"):
             seed=context.seed,
         )
         begun = sorted_channels(model, channels, self._order(model, channels, context, entry))
+        if self.epochs == 0:
+            return _marked(begun, space)
         objective = self._objective(begun, examples, context, entry)
         settings = self._settings(model, context)
         net = Simulated(begun, entry)
@@ -157,8 +161,7 @@ class Supernet(Method, frozen=True, extra="forbid"):
             still=settings.frozen,
         )
         train(net, sandwich, examples, settings, context)
-        trained, edit = net.absorb(), mark(space)
-        return trained.evolve(module=make_edit(trained.copy_module(), edit), edits=(edit,))
+        return _marked(net.absorb(), space)
 
     # ---- what is elastic
 
@@ -174,8 +177,12 @@ class Supernet(Method, frozen=True, extra="forbid"):
         )
         if space.is_trivial:
             told = "; ".join(f"'{part}': {why}" for part, why in list(reasons.items())[:_NAMED])
+            what = "supernet finds nothing elastic: no channels, blocks or kernels that may go"
+            if self.where.rules:  # it was asked to leave them alone
+                context.progress.note(f"warning: {what}; {told}")
+                return space, channels
             raise RecipeError(
-                "supernet finds nothing elastic: no channels, blocks or kernels that may go",
+                what,
                 where=told or None,
                 fix="check where, widths, depth, kernels and round_to, or choose another network: --student",
             )
@@ -231,3 +238,9 @@ class Supernet(Method, frozen=True, extra="forbid"):
 
 
 PLUGIN = Supernet
+
+
+def _marked(model: Model, space: Space) -> Model:
+    """A model that says which networks it holds."""
+    edit = mark(space)
+    return model.evolve(module=make_edit(model.copy_module(), edit), edits=(edit,))
