@@ -19,6 +19,7 @@ from featherweight.methods.quantize import Quantize
 from featherweight.model import Entry, Model
 from featherweight.plugins import find_runtime
 from featherweight.runtime import Target
+from featherweight.side_by_side import side_by_side
 from nets import NETS
 
 
@@ -99,3 +100,22 @@ def decibels(signal: np.ndarray | Tensor, other: np.ndarray | Tensor) -> float:
     """Signal-to-noise ratio of a tensor against another one."""
     one, two = (torch.as_tensor(np.asarray(x)).double() for x in (signal, other))
     return float(10 * torch.log10(one.square().sum() / (one - two).square().sum().clamp(min=1e-30)))
+
+
+@cache
+def another(name: str, seed: int = 5) -> Model:
+    """The same golden net as if it had been trained for another task."""
+    module, example = NETS[name]()
+    drawn = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            spread = parameter.std().item() if parameter.numel() > 1 else 0.1
+            parameter.add_(0.3 * (spread or 0.1) * torch.randn(parameter.shape, generator=drawn))
+    return model_of(module, example)
+
+
+@cache
+def beside(name: str) -> Model:
+    """A golden net and another one of its kind, side by side."""
+    both = side_by_side({"one": model(name), "other": another(name)})
+    return both.evolve(key=root_key(both.module, both.entries))
