@@ -148,17 +148,13 @@ def _published(row: Published) -> str:
     entry = Entry((torch.zeros(1, row.channels, *sides),), ("x",), ("y",))
     found = totals(Model(net.eval(), {"forward": entry}))
     shape = " x ".join(str(size) for size in (row.channels, *sides))
-    paper = [
-        f"{text or 'not told'}{' (differs)' * (kind in row.differs)}"
-        for kind, text in (("params", row.params), ("macs", row.macs))
-    ]
     cells = [
         f"`{row.spec}`",
         shape,
         f"{found['params']:,}",
-        paper[0],
+        row.params or "not told",
         f"{found['macs'] / 1e6:,.1f}M",
-        paper[1],
+        f"{row.macs or 'not told'}{' (differs)' * row.differs}",
         row.note,
     ]
     return f"| {' | '.join(cells)} |"
