@@ -106,6 +106,23 @@ def test_in_inference_the_largest_network_counts_alone() -> None:
     assert not spy.asked
 
 
+def test_where_a_teacher_stays_the_largest_network_runs_now_and_then() -> None:
+    spy, (x, targets) = Spy(model("residual")), batch("residual")
+    objective = sandwich(spy, Layers(random=1, steps=4, every=2, inplace=False))
+    losses, calls = [], []
+    for step in range(4):
+        net = Simulated(model("residual"))
+        net.register_forward_hook(lambda *_, step=step: calls.append(step))
+        objective.advance(step / 4)
+        losses.append(objective.step(net, x, targets))
+    assert calls == [0, 2]
+    sub = spy.extract(spy.space.smallest()).module.train()
+    wanted = TaskLoss(highest=9)((sub(*x),), x, targets)
+    alone = sandwich(spy, Layers(random=0, steps=2, every=2, inplace=False))
+    alone.advance(0.5)
+    assert torch.allclose(alone.step(Simulated(model("residual")), x, targets), wanted)
+
+
 def test_excluded_layers_run_as_in_inference() -> None:
     spy, (x, targets) = Spy(model("residual")), batch("residual")
     norms = [path for path, one in model("residual").module.named_modules() if "Norm" in type(one).__name__]

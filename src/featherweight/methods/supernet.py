@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from featherweight.elastic import Space, mark
@@ -51,6 +51,7 @@ from featherweight.tools.training_examples import TrainingExamples, training_exa
 _NAMED = 3  # reasons that are told
 _POOL = 8  # subnets that are ready
 _STEPS = 4  # of which one cuts a new subnet
+_LARGEST = 4  # of which one runs the largest network, where it does not teach
 Share = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -80,9 +81,13 @@ class Supernet(Method, frozen=True, extra="forbid"):
         precision: 32, bf16-mixed or 16-mixed; auto is what --precision says.
         augment: Of images, in this order: shift, flip, crop.
         teacher: Whose outputs the largest network learns beside or instead of labels: original, teacher
-            (--teacher).
+            (--teacher), float.
         alpha: Share of the teacher's outputs in its loss; the labels have the rest.
         temperature: Softens class scores, of the teacher and of the largest network.
+        learn: Whom subnets learn from: the ``largest`` network, as it is just then, or the ``teacher``, and
+            labels as it does. auto: the teacher where there is one.
+        every: The largest network runs in one of so many steps; None: in all where it teaches, else in one of
+            four, since the other networks are what a step is for.
         subnets: Random ones of a step, beside the largest and the smallest.
         shrink: Share of the training in which the space opens: kernels, then depths, then widths.
     """
@@ -112,6 +117,8 @@ class Supernet(Method, frozen=True, extra="forbid"):
     teacher: TeacherName = "none"
     alpha: Alpha = 0.9
     temperature: Temperature = 1.0
+    learn: Literal["auto", "largest", "teacher"] = "auto"
+    every: Annotated[int, Field(ge=1)] | None = None
     subnets: Annotated[int, Field(ge=0)] = 2
     shrink: Fraction = 0.0
 
@@ -119,6 +126,26 @@ class Supernet(Method, frozen=True, extra="forbid"):
     @classmethod
     def _said_as_number(cls, value: Any) -> Any:
         return "32" if value == 32 else value
+
+    @property
+    def targetless(self) -> bool:
+        return self.round_to is not None
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Supernet:
+        if self.learn == "teacher" and self.teacher == "none":
+            raise ValueError("learn: teacher, and there is none: give teacher: original, or learn: largest")
+        if self._inplace and self.every not in (None, 1):
+            raise ValueError(
+                f"every: {self.every}, and subnets learn from the largest network in every step: "
+                "leave it out, or give a teacher"
+            )
+        return self
+
+    @property
+    def _inplace(self) -> bool:
+        """Whether subnets learn from the largest network."""
+        return self.learn == "largest" or (self.learn == "auto" and self.teacher == "none")
 
     def part(self, share: float) -> Supernet:
         return self.model_copy(update={"epochs": share * self.epochs})
@@ -154,6 +181,9 @@ class Supernet(Method, frozen=True, extra="forbid"):
                 drawn=steps // _STEPS,
                 pool=_POOL,
                 shrink=self.shrink,
+                steps=steps,
+                every=1 if context.devices > 1 else self.every or (1 if self._inplace else _LARGEST),
+                inplace=self._inplace,
                 temperature=self.temperature,
                 seed=context.seed,
             ),

@@ -5,10 +5,14 @@ For a batch x, with weights w and the parts w_s of them that subnet s has::
     loss = mean of  L(f(x; w)),  d(f_s(x; w_s), f(x; w))  for s = smallest, and some that are drawn
 
 The subnets learn what the largest one says of the same batch, which has no gradient there (the sandwich
-rule and in-place distillation: Yu and Huang 2019, arXiv:1903.05134). What may be drawn opens while training
-goes on (progressive shrinking: Cai et al. 2020, arXiv:1908.09791). A subnet is the module that is cut one
-day (tools/elastic_cut.py), run with slices of the supernet's parameters: nothing is masked, so a small one
-costs little, and gradients flow into the supernet. Norms of a subnet use the statistics of the batch.
+rule and in-place distillation: Yu and Huang 2019, arXiv:1903.05134). Where there is a teacher that stays as
+it is, they learn from it instead, L(f_s(x; w_s)), and the largest one, which then teaches nobody and takes
+most of a step's time, need not run in every step. What may be drawn opens while training goes on (progressive
+shrinking: Cai et al. 2020, arXiv:1908.09791).
+
+A subnet is the module that is cut one day (tools/elastic_cut.py), run with slices of the supernet's
+parameters: nothing is masked, so a small one costs little, and gradients flow into the supernet. Norms of a
+subnet use the statistics of the batch.
 """
 
 from __future__ import annotations
@@ -42,8 +46,10 @@ class Layers:
         drawn: Different ones that are cut in the whole training: each takes some time.
         pool: The last ones that were cut, from which a step takes its own.
         shrink: Share of the training in which the space opens.
-        temperature: Softens class scores that subnets learn.
-        weight: Of a subnet's loss against the largest network's.
+        steps: Of the whole training.
+        every: The largest network runs in one of so many steps.
+        inplace: Subnets learn from the largest network, in every step; else its objective is theirs too.
+        temperature: Softens class scores that subnets learn in place.
         seed: Of what is drawn.
     """
 
@@ -51,9 +57,15 @@ class Layers:
     drawn: int = 256
     pool: int = 16
     shrink: float = 0.0
+    steps: int = 1
+    every: int = 1
+    inplace: bool = True
     temperature: float = 1.0
-    weight: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.inplace and self.every > 1:
+            raise ValueError("the largest network teaches in every step")
 
 
 def opened(space: Space, layers: Layers, share: float) -> Openness:
@@ -120,18 +132,21 @@ class Sandwich(Objective):
 
     def step(self, net: Net, inputs: tuple[Tensor, ...], targets: Tensor | None) -> Tensor:
         """Run the largest network, and in training the subnets on parts of its parameters."""
-        watched = Watched(net)
-        loss = self.largest.step(watched, inputs, targets)
         if not self.training:
-            return loss
+            return self.largest.step(net, inputs, targets)
+        watched, losses = Watched(net), []
+        if round(self._share * self.layers.steps) % self.layers.every == 0:
+            losses.append(self.largest.step(watched, inputs, targets))
         said = tuple(one.detach() for one in watched.outputs)
         parameters = dict(cast(_Holds, net).module.named_parameters())
-        losses = []
         for sub in self._pool.chosen(self._share):
             outputs = sub(parameters, inputs)
-            losses.append(outputs_loss(outputs, said, self._kinds, self.layers.temperature, targets))
-        weight = self.layers.weight
-        return (loss + weight * torch.stack(losses).sum()) / (1 + weight * len(losses))
+            losses.append(
+                outputs_loss(outputs, said, self._kinds, self.layers.temperature, targets)
+                if self.layers.inplace
+                else self.largest(outputs, inputs, targets)
+            )
+        return torch.stack(losses).mean()
 
 
 class _Holds(Protocol):
