@@ -128,14 +128,16 @@ class Merge(Method, frozen=True, extra="forbid"):
             for source, point in beside.pairs(trunk, task)
         }
         alike = similarities(model, sorted(pairs), batches)
-        options = {
-            trunk: [
-                self._allowed(beside, trunk, partings(beside, trunk, task, alike))
-                for task in beside.tasks
-                if task != trunk
-            ]
-            for trunk in trunks
-        }
+        options: dict[str, list[list[Parting]]] = {}
+        for trunk in trunks:
+            each = [partings(beside, trunk, task, alike) for task in beside.tasks if task != trunk]
+            allowed = [self._allowed(beside, trunk, found) for found in each]
+            if all(allowed):
+                options[trunk] = allowed
+        if not options:
+            raise RecipeError(
+                "where leaves merge no layer that networks could share", fix="leave where out, or widen it"
+            )
         found = [picked for one in options.values() if (picked := chosen(one, keep)) is not None]
         if found:
             return max(found, key=lambda picked: min(one.similarity for one in picked))
@@ -170,12 +172,7 @@ class Merge(Method, frozen=True, extra="forbid"):
                 )
             found = [one for one in found if one.source.name == inside[-1]]
         types = {node.name: (node.layer, node.layer_type) for node in beside.graph}
-        allowed = [one for one in found if all(self.where.selects(*types[name]) for name in one.point.before)]
-        if not allowed:
-            raise RecipeError(
-                "where leaves merge no layer that networks could share", fix="leave where out, or widen it"
-            )
-        return allowed
+        return [one for one in found if all(self.where.selects(*types[name]) for name in one.point.before)]
 
     # ---- training
 
