@@ -1,0 +1,373 @@
+"""One supernet for many budgets, beside networks that were trained for one (``make bench-nets``).
+
+ResNet-20 on Fashion-MNIST is made elastic and trained once, for T minutes of one core. The subnets that the
+search finds are measured through ONNX Runtime: accuracy on the 10,000 test images, latency in turn with the
+original's. Beside them, with the same images, augmentation, rate and teacher:
+
+- *alone*: the same subnets, from the same sorted start, trained by themselves for as many epochs;
+- *prune*: networks that are pruned to the same measured latency, or the next slower one, and fine-tuned for
+  T / 4 each; ours are fine-tuned for a little too, and the supernet has that much less, so both took T.
+
+How many updates a time buys is measured first, in seconds of this process's own computing, so that other work
+on the machine changes no row. Nothing is asserted; an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, Bar, Parts, Shown, finish, table, tell_load
+from fine_tuned import AUGMENT, images, run_of
+from interleaved import against_original
+from networks import EXAMPLES
+
+from featherweight import api
+from featherweight.engine.store import digest
+from featherweight.errors import RecipeError
+from featherweight.method import Method
+from featherweight.methods.finetune import Finetune
+from featherweight.methods.supernet import Supernet
+from featherweight.model import Model, make_edit
+from featherweight.outcome import Budget
+from featherweight.recipe import Recipe, Step
+from featherweight.tools.costs import totals
+
+Json = dict[str, Any]
+NETWORK = "resnet20"
+_MINUTES = 60.0
+_POINTS = 0.3  # that a subnet may be below the same one trained alone
+_FRONT = 8
+_SHORT = 4  # updates that are not timed
+_FASTER = (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)  # amounts that prune is tried with
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the parts depend on.
+
+    Attributes:
+        minutes: T, of one core.
+        tuned: Share of T that goes into fine-tuning the subnets of the four budgets.
+        examples: Training images.
+        amounts: Of the latency, where subnets are taken.
+        budgets: Of the latency, where both sides are fine-tuned.
+        alone: Fractions of the multiply-accumulates of the subnets that are trained alone too.
+        rate: Of learning.
+        timed: Updates that are timed.
+        seconds: Of each timing of artifacts.
+        evaluations: Subnets that the search looks at.
+    """
+
+    minutes: float = 28.0
+    tuned: float = 0.4
+    examples: int = 50_000
+    amounts: tuple[float, ...] = (0.95, 0.8, 0.7, 0.6, 0.52, 0.45, 0.38, 0.32, 0.27, 0.22)
+    budgets: tuple[float, ...] = (0.7, 0.55, 0.42, 0.3)
+    alone: tuple[float, ...] = (0.5, 0.25)
+    rate: float = 0.08
+    timed: int = 40
+    seconds: float = 60.0
+    evaluations: int = 200
+
+
+QUICK = Settings(0.5, 0.4, 2000, (0.7, 0.4), (0.5,), (0.5,), 0.08, 4, 5.0, 12)
+
+
+class Bench:
+    """The rows, each from a recipe whose steps are in the store."""
+
+    def __init__(self, settings: Settings, parts: Parts, work: Path, shown: Shown) -> None:
+        torch.set_num_threads(1)
+        self.settings, self.parts, self.work, self.shown = settings, parts, work, shown
+        self.run = run_of(NETWORK, settings.examples, work / "store")
+        self.whole = totals(self.run.original)
+        self.how: Json = {
+            "teacher": "original",
+            "alpha": 0.9,
+            "temperature": 1.0,
+            "augment": AUGMENT,
+            "learning_rate": settings.rate,
+        }
+
+    # ---- recipes
+
+    def supernet(self, epochs: float) -> Step:
+        """The step that all subnets share."""
+        return Step("supernet", {"epochs": round(epochs, 4), **self.how})
+
+    def subnet(self, unit: str, amount: float) -> Step:
+        """The best subnet within an amount."""
+        return Step("subnet", {unit: amount, "evaluations": self.settings.evaluations})
+
+    def tuned(self, steps: int) -> Step:
+        """Fine-tuning for so many updates."""
+        return Step("finetune", {"steps": steps, **self.how})
+
+    def model(self, *steps: Step) -> Model:
+        """What a recipe makes of the original."""
+        return self.run.apply(Recipe(steps))
+
+    # ---- how many updates a time buys
+
+    def rate(self, name: str, method: Callable[[int], Method], model: Model) -> float:
+        """Seconds of an update, of this process's computing."""
+
+        def timed(steps: int) -> float:
+            began = time.process_time()
+            method(steps).apply(model, self.run.context(model))
+            return time.process_time() - began
+
+        def compute() -> float:
+            steps = self.settings.timed
+            return max(timed(_SHORT + steps) - timed(_SHORT), 1e-3) / steps
+
+        seconds = float(self.parts.get(f"rate-{name}", compute))
+        self.shown.note(f"{name}: {seconds:.3f} s an update")
+        return seconds
+
+    def supernet_rate(self) -> float:
+        """Of a step with the largest, the smallest and random networks."""
+        per_epoch = self.settings.examples // Supernet().batch_size
+
+        def method(steps: int) -> Method:
+            return Supernet.model_validate(self.supernet(steps / per_epoch).parameters)
+
+        return self.rate("supernet", method, self.run.original)
+
+    def updates(self, name: str, model: Model, seconds: float) -> int:
+        """Of fine-tuning a network for so long."""
+
+        def method(steps: int) -> Method:
+            return Finetune.model_validate(self.tuned(steps).parameters)
+
+        return max(1, round(seconds / self.rate(name, method, model)))
+
+    # ---- what is measured
+
+    def row(self, model: Model, name: str) -> Json:
+        """Accuracy, latency and size of a network's artifact."""
+        artifact = self.run.lower(model)
+        call = self.run.runtime.open(artifact, self.run.target)
+        (rows,) = self.run.data.evolve(metric="accuracy").score(call).values()
+        left = totals(model)
+        return {
+            "accuracy": 100 * float(np.mean(rows)),
+            "macs": left["macs"] / self.whole["macs"],
+            "params": left["params"] / self.whole["params"],
+            "bytes": artifact.bytes,
+            **self.timed(model, name),
+        }
+
+    def timed(self, model: Model, name: str) -> Json:
+        """Latency in turn with the original's."""
+        seen = against_original(self.run, model, self.settings.seconds, self.work / "timing" / name)
+        return {"ratio": seen.ratio.median, "ci95": seen.ratio.ci95, "original_ms": 1000 * seen.original_s}
+
+    def measured(self, name: str, *steps: Step) -> Json:
+        """The row of a recipe."""
+        row: Json = self.parts.get(name, lambda: self.row(self.model(*steps), name))
+        self.shown.note(f"{name}: {row['accuracy']:.2f} % at {row['ratio']:.3f} of the latency")
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="half a minute of training, few rows")
+    parser.add_argument("--minutes", type=float, default=Settings.minutes, help="of the supernet's side")
+    parser.add_argument("--until", choices=("supernet", "front", "all"), default="all", help="stop after it")
+    args = parser.parse_args()
+    shown = Shown()
+    tell_load(shown)
+    settings = QUICK if args.quick else Settings(minutes=args.minutes)
+    parts = Parts("supernet", asdict(settings), shown)
+    work = RESULTS / "work" / ("supernet-quick" if args.quick else "supernet")
+    bench = Bench(settings, parts, work, shown)
+    rows = rows_of(bench, args.until)
+    if args.until != "all":
+        return
+    print(f"\nFashion-MNIST, ResNet-20, {settings.minutes:g} minutes of one core, {settings.examples} images")
+    print(table(HEADERS, [cells(row) for row in rows]))
+    finish("supernet", rows, bars_of(rows, settings), asdict(settings), 1)
+    parts.forget()
+
+
+def rows_of(bench: Bench, until: str) -> list[Json]:
+    """Everything, in the order in which it is needed."""
+    settings = bench.settings
+    seconds = 60 * settings.minutes
+    per_epoch = settings.examples // Supernet().batch_size
+    tune = settings.tuned * seconds / len(settings.budgets)
+    epochs = (1 - settings.tuned) * seconds / bench.supernet_rate() / per_epoch
+    step = bench.supernet(epochs)
+
+    def trained() -> Json:
+        began, wall = time.process_time(), time.monotonic()
+        bench.model(step)
+        return {"cpu_s": time.process_time() - began, "wall_s": time.monotonic() - wall, "epochs": epochs}
+
+    took = bench.parts.get("supernet", trained)
+    bench.shown.note(f"supernet: {took['epochs']:.2f} epochs in {took['cpu_s']:.0f} s of one core")
+    if until == "supernet":
+        return []
+    rows = [{"table": "training", "what": "supernet", **took}]
+    rows.append({"table": "front", "what": "supernet itself", **bench.measured("whole", step)})
+    for amount in settings.amounts:
+        row = bench.measured(f"front-{amount:g}", step, bench.subnet("latency", amount))
+        rows.append({"table": "front", "what": "subnet", "asked": amount, **row})
+    if until == "front":
+        return rows
+    for macs in settings.alone:
+        rows += _alone(bench, macs, epochs, step)
+    for budget in settings.budgets:
+        rows += _budget(bench, budget, tune, seconds / len(settings.budgets), step)
+    rows.append(bench.parts.get("second", partial(_second_fit, bench, step)))
+    return rows
+
+
+def _alone(bench: Bench, macs: float, epochs: float, step: Step) -> list[Json]:
+    """A subnet as it is, and the same one from the same start, trained by itself for as many epochs."""
+    name = f"{macs:g} of MACs"
+    as_it_is = bench.measured(f"alone-{macs:g}-subnet", step, bench.subnet("macs", macs))
+    updates = round(epochs * (bench.settings.examples // Supernet().batch_size))
+
+    def by_itself() -> Json:
+        supernet, chosen = bench.model(step), bench.model(step, bench.subnet("macs", macs))
+        begun = bench.model(Step("supernet", {**step.parameters, "epochs": 0}))
+        module = begun.copy_module()
+        edits = chosen.edits[len(supernet.edits) :]
+        for edit in edits:  # the same cuts of the network as it was before it trained
+            module = make_edit(module, edit)
+        key = digest(begun.key, chosen.key)
+        start = begun.evolve(module=module, edits=edits, key=key)
+        tuned = bench.run.step(start, Finetune.model_validate(bench.tuned(updates).parameters))
+        return bench.row(tuned, f"alone-{macs:g}-own")
+
+    own = bench.parts.get(f"alone-{macs:g}-own", by_itself)
+    return [
+        {"table": "alone", "what": f"subnet, {name}", "asked": macs, "side": "ours", **as_it_is},
+        {"table": "alone", "what": f"trained alone, {name}", "asked": macs, "side": "alone", **own},
+    ]
+
+
+def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) -> list[Json]:
+    """Ours and what is pruned to the same latency, both fine-tuned."""
+    taken = bench.subnet("latency", budget)
+    start = bench.model(step, taken)
+    updates = bench.updates(f"tuned-{budget:g}", start, tune)
+    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates))
+    amount = bench.parts.get(f"peer-{budget:g}-amount", partial(_amount, bench, budget, ours["ratio"]))
+    prune = Step("prune", {"latency": amount})
+    updates = bench.updates(f"peer-{budget:g}", bench.model(prune), whole)
+    peer = bench.measured(f"peer-{budget:g}", prune, bench.tuned(updates))
+    return [
+        {"table": "budget", "what": "subnet, tuned", "asked": budget, "side": "ours", **ours},
+        {"table": "budget", "what": "prune, finetune", "asked": budget, "side": "prune", **peer},
+    ]
+
+
+def _amount(bench: Bench, budget: float, ratio: float) -> float:
+    """What prune is asked for so that it is as fast as this, or the least slower one that it makes."""
+    best = 0.95
+    for amount in _FASTER:
+        try:
+            model = bench.model(Step("prune", {"latency": amount}))
+        except RecipeError:  # it goes no further
+            break
+        if bench.timed(model, f"amount-{budget:g}-{amount:g}")["ratio"] < ratio:
+            break
+        best = amount
+    return best
+
+
+def _second_fit(bench: Bench, step: Step) -> Json:
+    """``fit`` with one budget, then with another from the supernet that is cached."""
+    os.environ["FEATHERWEIGHT_CACHE"] = str(bench.work / "store")
+    subnet = {"latency": {"range": [0.15, 1.0]}, "evaluations": bench.settings.evaluations}
+    steps = [{"supernet": dict(step.parameters)}, {"subnet": subnet}]
+    recipe = Recipe.from_dict({"version": 1, "steps": steps})
+    seen = {"table": "fit", "what": "fit, its seconds"}
+    for name, drop in (("first", 0.02), ("second", 0.01)):
+        began = time.monotonic()
+        result = api.fit(
+            f"{EXAMPLES / 'nets.py'}:{NETWORK}",
+            images(bench.settings.examples),
+            weights=str(EXAMPLES / f"{NETWORK}.safetensors"),
+            out=bench.work / f"fit-{name}",
+            budget=Budget(quality_drop=drop),
+            prefer="latency",
+            recipe=recipe,
+            trials=4,
+            tune=False,
+            robustness=False,
+            force=True,
+        )
+        seen |= {name: time.monotonic() - began, f"{name}_ratio": result.chosen.latency_ratio}
+    return seen
+
+
+HEADERS = ("what", "asked", "MACs", "params", "KB", "latency ratio", "95 %", "accuracy, %")
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A line of the table."""
+    if row["table"] in ("training", "fit"):
+        words = ", ".join(f"{key} {value:.3g}" for key, value in row.items() if isinstance(value, float))
+        return [row["what"], words, "", "", "", "", "", ""]
+    ends = row["ci95"]
+    return [
+        row["what"],
+        f"{row['asked']:g}" if "asked" in row else "",
+        f"{row['macs']:.3f}",
+        f"{row['params']:.3f}",
+        f"{row['bytes'] / 1000:.0f}",
+        f"{row['ratio']:.3f}",
+        "" if ends is None else f"[{ends[0]:.3f}, {ends[1]:.3f}]",
+        f"{row['accuracy']:.2f}",
+    ]
+
+
+def pareto(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that no other one beats in latency and accuracy."""
+    return [
+        row
+        for row in rows
+        if not any(
+            other is not row
+            and other["ratio"] <= row["ratio"]
+            and other["accuracy"] >= row["accuracy"]
+            and (other["ratio"], other["accuracy"]) != (row["ratio"], row["accuracy"])
+            for other in rows
+        )
+    ]
+
+
+def bars_of(rows: Sequence[Json], settings: Settings) -> list[Bar]:
+    """What the project promises."""
+    took = settings.minutes
+    bars = [Bar("supernet", f"trained in <= {_MINUTES:g} minutes", f"{took:g}", took <= _MINUTES)]
+    front = pareto([row for row in rows if row["table"] == "front"])
+    different = len({(row["ratio"], row["accuracy"]) for row in front})
+    bars.append(Bar("supernet", f"a front of at least {_FRONT}", str(different), different >= _FRONT))
+    for table_, other, most in (("alone", "alone", _POINTS), ("budget", "prune", 0.0)):
+        mine = [row for row in rows if row["table"] == table_]
+        for asked in dict.fromkeys(row["asked"] for row in mine):
+            pair = {row["side"]: row for row in mine if row["asked"] == asked}
+            lost = pair[other]["accuracy"] - pair["ours"]["accuracy"]
+            words = f"at most {most:g} points below {other}" if most else f"not below {other} and finetune"
+            bars.append(Bar(f"subnet at {asked:g} ({table_})", words, f"{-lost:+.2f}", lost <= most))
+    return bars
+
+
+if __name__ == "__main__":
+    main()
