@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 
 from featherweight.outcome import (
+    Attack,
     Budget,
+    Calibration,
     Chosen,
     ClassChange,
+    Confidence,
+    CorruptionRow,
     Dropped,
     Effort,
     Environment,
@@ -17,8 +21,10 @@ from featherweight.outcome import (
     Latency,
     LayerRow,
     Measurement,
+    Privacy,
     Relaxation,
     Result,
+    Robustness,
     RungRow,
     Spread,
     StepRow,
@@ -141,6 +147,42 @@ LADDER = [
     RungRow(name="measured", candidates=12, seconds=55.0),
 ]
 
+ROBUSTNESS = Robustness(
+    examples=500,
+    pictures="28 x 28, grey, 0..1 (all values are within it)",
+    constants="CIFAR-10-C",
+    clean_before=0.93,
+    clean_after=0.928,
+    mean_before=0.66,
+    mean_after=0.65,
+    drop_before=0.27,
+    drop_after=0.278,
+    extra_drop=0.008,
+    extra_drop_ci95=(0.003, 0.0131),
+    error_ratio=1.06,
+    rows=[
+        CorruptionRow(
+            kind=kind, severity=severity, before=0.9 - 0.08 * severity, after=0.89 - 0.081 * severity
+        )
+        for kind in ("noise", "blur", "contrast", "brightness", "occlusion", "jpeg")
+        for severity in (1, 2, 3, 4, 5)
+    ],
+)
+CALIBRATION = Calibration(
+    examples=2000,
+    outputs="scores",
+    before=Confidence(ece=0.0358, adaptive_ece=0.0351, confidence=0.905, accuracy=0.9325, loss=0.2035),
+    after=Confidence(ece=0.0412, adaptive_ece=0.0409, confidence=0.901, accuracy=0.93, loss=0.2101),
+)
+PRIVACY = Privacy(
+    members=2000,
+    others=2000,
+    before=Attack(auc=0.531, auc_ci95=(0.513, 0.549), member_loss=0.15, other_loss=0.2035),
+    after=Attack(auc=0.527, auc_ci95=(0.509, 0.545), member_loss=0.16, other_loss=0.2101),
+    change=-0.004,
+    change_ci95=(-0.009, 0.001),
+)
+
 
 def trials() -> list[Trial]:
     """Twelve trials of every state; number 3 is the chosen one."""
@@ -232,6 +274,9 @@ def full_result(**changes: object) -> Result:
         "dropped": DROPPED,
         "importances": IMPORTANCES,
         "ladder": LADDER,
+        "robustness": ROBUSTNESS,
+        "calibration": CALIBRATION,
+        "privacy": PRIVACY,
         "examples_needed": 7840,
         "environment": ENVIRONMENT,
         "warnings": ["calibration falls back to 512 training examples"],
@@ -328,4 +373,7 @@ def hostile_result() -> Result:
             evaluator=HOSTILE, trials=1, best=0.5, rows=[Importance(parameter=HOSTILE, bytes=1.0)]
         ),
         examples={HOSTILE: HOSTILE},
+        robustness=ROBUSTNESS.model_copy(update={"pictures": HOSTILE, "constants": HOSTILE}),
+        calibration=None,
+        omitted={"calibration": HOSTILE},
     )

@@ -40,6 +40,7 @@ SECTIONS = [
     "recipe",
     "layers",
     "classes",
+    "robustness",
     "examples",
     "warnings",
     "environment",
@@ -343,7 +344,7 @@ def test_docs_describe_every_field_and_no_other() -> None:
         for cls in vars(outcome).values()
         if isinstance(cls, type) and issubclass(cls, Result.__bases__[0]) and cls.__name__[0] != "_"
     ]
-    assert len(records) == 26
+    assert len(records) >= 26  # else nothing is held against the page
     for cls in records:
         inherited = outcome.Measurement.model_fields if cls is outcome.Chosen else {}
         fields = {field.alias or name for name, field in cls.model_fields.items() if name not in inherited}
@@ -411,6 +412,38 @@ class TestEffort:
     def test_of_a_given_recipe_is_not_told(self) -> None:
         assert "Effort" not in render(full_result(effort=None))
         assert not any("Effort" in sentence for sentence in explain(full_result(effort=None)))
+
+
+class TestBesideTheScore:
+    def test_corruptions_are_a_table_with_curves(self) -> None:
+        text = render(full_result())
+        page = Page(text)
+        assert "accuracy on 500 scored pictures (28 x 28, grey, 0..1" in page.text
+        assert "costs the original 27.00 points and the artifact 27.80 points" in page.text
+        assert "Original 93.0% 82.0% 74.0% 66.0% 58.0% 50.0% 66.0%" in page.text
+        assert "Artifact 92.8% 80.9% 72.8% 64.7% 56.6% 48.5% 64.7%" in page.text
+        curves = [tag["d"] for tag in page.attributes("path") if tag.get("class") in ("before", "after")]
+        assert len(curves) == 12
+        assert all(str(curve).startswith("M0.0 ") and str(curve).count(" L") == 5 for curve in curves)
+
+    def test_confidence_and_the_attack_are_told_with_intervals(self) -> None:
+        text = Page(render(full_result())).text
+        assert "Calibration error (ECE, 15 bins of equal width) 3.58% 4.12% +0.54 points" in text
+        assert "0.531 [0.513, 0.549] 0.527 [0.509, 0.545] -0.004 [-0.009, +0.001]" in text
+        rows = {label: cells for label, *cells in terminal_table(full_result())}
+        assert rows["Calibration error (ECE)"] == ["3.58%", "4.12%", "+0.54 points"]
+        assert rows["Drop by corruption (500 pictures, 30 ways)"] == [
+            "27.00 points",
+            "27.80 points",
+            "0.80 points worse [0.30, 1.31]",
+        ]
+
+    def test_what_is_left_out_says_why(self) -> None:
+        nothing = {"robustness": None, "calibration": None, "privacy": None}
+        result = full_result(**nothing, omitted={"robustness": "corruptions are for pictures"})
+        assert "Corrupted pictures: corruptions are for pictures." in Page(render(result)).text
+        assert "Nobody looked at corrupted pictures" in Page(render(bare_result())).text
+        assert not any("ECE" in label for label, *_ in terminal_table(bare_result()))
 
 
 def test_mean_bits_of_the_weights_are_told() -> None:
