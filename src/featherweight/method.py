@@ -208,6 +208,14 @@ class Method(BaseModel, frozen=True, extra="forbid"):
 
     where: Where = Where()
 
+    @property
+    def targetless(self) -> bool:
+        """Whether it gives the same for every target, so that one result serves several runtimes.
+
+        Then it must ask nothing of ``context.target``, ``supports`` and ``costs``.
+        """
+        return False
+
     @abstractmethod
     def apply(self, model: Model, context: Context) -> Model:
         """The changed model; the input is untouched."""

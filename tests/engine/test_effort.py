@@ -239,6 +239,20 @@ class TestTraining:
             "mixed_precision",
         } <= tried
 
+    def test_of_a_supernet_takes_its_share_of_a_long_time(self) -> None:
+        pace = Pace(0.002, 2.0, training=2000, structure=True)
+        made = planned(pace, CONVOLUTIONS, 7200.0)
+        recipe = made.ways["subnet"]
+        assert steps(recipe)[:4] == ["supernet", "subnet", "finetune", "fold"]
+        assert recipe.steps[0].parameters["round_to"] == 8
+        assert recipe.steps[0].build().targetless  # so that it serves every runtime
+        assert 0.2 * 7200 < pace.of(recipe) < 0.5 * 7200
+        assert "subnet" not in planned(pace, CONVOLUTIONS, 600.0).ways
+        slow = Pace(0.002, 2.0, training=200_000, structure=True)
+        assert planned(slow, CONVOLUTIONS, 3600.0).level == "thorough"
+        assert "subnet" not in planned(slow, CONVOLUTIONS, 3600.0).ways
+        assert pace.elastic("thorough", 1e9) == 60
+
     def test_of_a_student_comes_first_and_once(self) -> None:
         pace = Pace(0.002, 2.0, training=2000, structure=True, student=True, teacher="teacher")
         made = planned(pace, CONVOLUTIONS, 600.0)

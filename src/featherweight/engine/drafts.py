@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from featherweight.engine.ladder import SHARE, Climb, Ladder
+from featherweight.engine.ladder import Climb, Ladder, shortened
 from featherweight.engine.run import Run
 from featherweight.engine.search import Candidate
 from featherweight.errors import RecipeError
@@ -61,7 +61,7 @@ def draft(
         if index == steps - 1 and not accept(candidate):
             return None
         method = candidate.recipe.steps[index].build()
-        if not whole and method.part(SHARE) is not None:
+        if not whole and shortened(method) is not None:
             left_out.append(step.method)
             continue
         try:
@@ -79,7 +79,7 @@ def in_part(run: Run, recipe: Recipe) -> Model:
     """What a recipe makes when its long steps do a share of their work."""
     model = run.start
     for number, method in enumerate(recipe.methods(), 1):
-        model = run.step(model, method.part(SHARE) or method, number)
+        model = run.step(model, shortened(method) or method, number)
     return model
 
 

@@ -53,7 +53,7 @@ _RECONSTRUCTION = 0.2  # share of the time that goes to the reconstruction of bl
 # seen on EfficientNet-Lite0, whose layers are many and small.
 _PASSES = {
     **{"equalize": 6.0, "quantize": 4.0, "correct_bias": 11.0, "rounding": 4.0, "mixed_precision": 12.0},
-    **{"prune": 40.0, "shrink": 40.0, "factorize": 4.0},
+    **{"prune": 40.0, "shrink": 40.0, "factorize": 4.0, "subnet": 60.0},
 }
 _OF_WEIGHTS = {"rounding": 1.0, "mixed_precision": 1.0}  # how often all weights are rounded by GPTQ
 _MACS_OF_WEIGHT = 1e5  # that rounding one weight takes as long as
@@ -64,6 +64,8 @@ _LESSONS_OF_FRESH = 0.75  # the share of one whose weights nobody trained
 _TRAINING = 0.08  # share of the time that one fine-tuning takes at first
 _EPOCHS: Mapping[Level, float] = {"quick": 0.0, "standard": 3.0, "thorough": 10.0}
 _FEWEST_SEEN = 2000  # examples that a fine-tuning sees; below, it is not worth it
+_ELASTIC, _FEWEST_ELASTIC, _MOST_ELASTIC = 0.3, 3.0, 60.0  # share of the time of a supernet, and its epochs
+_SANDWICH = 2.0  # epochs of an ordinary training that one of a supernet takes; 1.4 to 1.9 on ResNet-20
 _LATENCIES = (0.75, 0.6)  # of the float network's, which mixed precision leaves to layers in float
 _TIMED = 8  # examples of the timed pass
 # Of the timed updates: seconds that a forward pass may take, examples, and how many there are.
@@ -73,7 +75,7 @@ _ADDS: Mapping[Level, str] = {
     "standard": "equalization, rounding by GPTQ and by the reconstruction of blocks, more settings and, with "
     "examples to train on, smaller networks",
     "thorough": "iterations of the reconstruction of blocks, mixed precision, more settings, smaller "
-    "networks without training and, with examples, fine-tuned integers and zeros",
+    "networks without training and, with examples, fine-tuned integers and zeros, and a supernet",
 }
 
 
@@ -205,6 +207,8 @@ class Pace:
     def _of_step(self, step: Step) -> float:
         if step.method == "finetune":
             return self.training_of(float(step.parameters["epochs"]))
+        if step.method == "supernet":
+            return self.training_of(_SANDWICH * float(step.parameters["epochs"]))
         if step.method not in _PASSES:
             return 0.0
         passes = _PASSES[step.method] * step.parameters.get("samples", _MOST)
@@ -223,7 +227,15 @@ class Pace:
             lessons=self.lessons(time_s) if self.student else 0.0,
             lesson=self.lesson,
             teacher=self.teacher,
+            elastic=self.elastic(level, time_s),
         )
+
+    def elastic(self, level: Level, time_s: float) -> float:
+        """Epochs of a supernet, in the share of the time that is its; 0 where that is not worth it."""
+        if level != "thorough" or not self.structure or not self.epoch_s:
+            return 0.0
+        count = min((_ELASTIC * time_s - self.asking_s) / (_SANDWICH * self.epoch_s), _MOST_ELASTIC)
+        return round(count, 2) if count >= _FEWEST_ELASTIC else 0.0
 
     def lessons(self, time_s: float) -> float:
         """Epochs of a student, in the share of the time that is its; as few as one."""

@@ -293,7 +293,12 @@ _NAMES: Mapping[Rung, str] = {
 
 def parts(methods: Sequence[Method]) -> list[int]:
     """Which steps take long: those that can be done in part."""
-    return [index for index, method in enumerate(methods) if method.part(SHARE) is not None]
+    return [index for index, method in enumerate(methods) if shortened(method) is not None]
+
+
+def shortened(method: Method) -> Method | None:
+    """A share of a long step; None where it is quick, or changes what later steps may vary (supernet)."""
+    return None if method.kind == "structure" else method.part(SHARE)
 
 
 def picked(data: Data, indices: np.ndarray | None, example_s: float | None) -> np.ndarray | None:

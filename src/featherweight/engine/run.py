@@ -265,19 +265,12 @@ class Run:
         others = [f"{role} {one.key}" for role, one in beside.items() if one is not None]
         if "training" in method.needs:
             others += [self.precision, str(self.devices), code_digest(_training_code(method, self.data))]
-        return self._key("step", model, name, method.model_dump(mode="json"), examples, *others)
+        more = [name, method.model_dump(mode="json"), examples, *others]
+        return self._key("step", model, *more, targetless=method.targetless)
 
-    def _key(self, kind: str, model: Model, *more: Any) -> str:
-        return digest(
-            kind,
-            model.key,
-            *more,
-            self.seed,
-            self.sources,
-            torch.__version__,
-            self.target.runtime,
-            self.target.isa,
-        )
+    def _key(self, kind: str, model: Model, *more: Any, targetless: bool = False) -> str:
+        target = [] if targetless else [self.target.runtime, self.target.isa]
+        return digest(kind, model.key, *more, self.seed, self.sources, torch.__version__, *target)
 
     def lower(self, model: Model) -> Artifact:
         """The model's artifact for the target, from the store if it was made before."""

@@ -24,6 +24,7 @@ _LINEAR = frozenset({"linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "scale
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _DOMINATES = 0.5  # share of the multiply-accumulates from which on a network is of that kind
 _FEW = 64  # calibration examples of an early answer
+_WIDTHS = 8  # that a supernet's are multiples of: one for every runtime, so that one supernet serves them all
 _GROUP = 32  # weights of a matrix that share a scale at 4 bits
 
 
@@ -72,6 +73,7 @@ class Amounts:
         lessons: Epochs in which a student learns before anything else; 0: there is none.
         lesson: Other parameters of that training.
         teacher: Whose outputs are learned.
+        elastic: Epochs of a supernet, from which a network for every budget is taken; 0: there is none.
     """
 
     samples: int
@@ -82,6 +84,7 @@ class Amounts:
     lessons: float = 0.0
     lesson: Mapping[str, Any] = field(default_factory=dict)
     teacher: str = "original"
+    elastic: float = 0.0
 
 
 def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
@@ -98,6 +101,7 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
     prune, shrink, factorize = Step("prune", few), Step("shrink", few), Step("factorize", few)
     tuned = Step("finetune", {"epochs": amounts.epochs, **taught})  # longer where it pays: pursuit.py
     again = (tuned,) if amounts.epochs else ()
+    supernet = Step("supernet", {"epochs": amounts.elastic, "round_to": _WIDTHS, **taught})
     integers = (fold, dynamic, gptq) if shape.of_matrices else (fold, equalize, static, gptq)
     found: dict[str, tuple[Step, ...]] = {
         "nearest": (fold, static, Step("correct_bias", few)),
@@ -115,6 +119,7 @@ def ways(level: Level, shape: Shape, amounts: Amounts) -> dict[str, Recipe]:
         "shrunk": (shrink, *again, *integers),
         "shrunk and pruned": (shrink, prune, *again, *integers),
         "factorized": (factorize, *again, *integers),
+        "subnet": (supernet, Step("subnet", few), *again, *integers),
         "tuned": (fold, static, tuned),
         "tuned, 4 bits": (fold, Step("quantize", int4), tuned),
         "sparse": (fold, Step("sparsify", {"schedule": "cubic"}), tuned, static),
@@ -162,6 +167,7 @@ def _order(level: Level, shape: Shape, amounts: Amounts) -> list[str]:
             "weights",
             "halves",
             *smaller,
+            "subnet",
             "tuned",
             "tuned, 4 bits",
         ]
@@ -170,6 +176,7 @@ def _order(level: Level, shape: Shape, amounts: Amounts) -> list[str]:
         *(() if shape.of_matrices else _ON_MATRICES),
         *(() if amounts.structure else _SMALLER),
         *(() if amounts.epochs else _TUNED),
+        *(() if amounts.elastic else ("subnet",)),
         *(() if amounts.limits else ("mixed",)),
         *(() if amounts.iterations else ("blocks",)),
     }
