@@ -10,7 +10,7 @@ EXTRAS ?= onnxruntime,keras,transformers
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist worksteal
 RUNTIMES := onnxruntime,openvino,litert,executorch,mnn,ncnn,coreml,ray
 
-.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train bench-fit bench-size fashion clean
+.PHONY: setup runtimes demo test test-full check bench bench-quantize bench-prune bench-train bench-fit bench-size bench-nets fashion clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,14 @@ bench-train: runtimes fashion
 bench-size: setup fashion
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/size.py $(QUICK)
+
+# New networks: a supernet beside networks of their own, students, merged tasks, and robustness; it goes on.
+bench-nets: runtimes fashion
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/supernet.py $(QUICK)
+	$(BIN)/python benchmarks/student.py $(QUICK)
+	$(BIN)/python benchmarks/merge.py $(QUICK)
+	$(BIN)/python benchmarks/robustness.py $(QUICK)
 
 # What fit chooses by itself, beside the runtimes' own quantizers (70 minutes); the search beside chance (hours),
 # one worker beside two, and what is left of searches that are stopped.

@@ -61,7 +61,9 @@ class Settings:
         amounts: Of the latency, where subnets are taken.
         budgets: Of the latency, where both sides are fine-tuned.
         alone: Fractions of the multiply-accumulates of the subnets that are trained alone too.
-        rate: Of learning.
+        rate: Of learning, of everything but what is fine-tuned from a supernet.
+        gently: Of that.
+        widths: Of the space.
         timed: Updates that are timed.
         seconds: Of each timing of artifacts.
         evaluations: Subnets that the search looks at.
@@ -70,16 +72,27 @@ class Settings:
     minutes: float = 28.0
     tuned: float = 0.4
     examples: int = 50_000
-    amounts: tuple[float, ...] = (0.95, 0.8, 0.7, 0.6, 0.52, 0.45, 0.38, 0.32, 0.27, 0.22)
+    amounts: tuple[float, ...] = (0.95, 0.85, 0.75, 0.67, 0.6, 0.53, 0.47, 0.42, 0.37, 0.32, 0.27, 0.22)
     budgets: tuple[float, ...] = (0.7, 0.55, 0.42, 0.3)
     alone: tuple[float, ...] = (0.5, 0.25)
     rate: float = 0.08
+    gently: float = 0.04
+    widths: tuple[float, ...] = (0.5, 0.75, 1.0)
     timed: int = 40
     seconds: float = 60.0
     evaluations: int = 200
 
 
-QUICK = Settings(0.5, 0.4, 2000, (0.7, 0.4), (0.5,), (0.5,), 0.08, 4, 5.0, 12)
+QUICK = Settings(
+    minutes=0.5,
+    examples=2000,
+    amounts=(0.7, 0.4),
+    budgets=(0.5,),
+    alone=(0.5,),
+    timed=4,
+    seconds=5.0,
+    evaluations=12,
+)
 
 
 class Bench:
@@ -102,15 +115,18 @@ class Bench:
 
     def supernet(self, epochs: float) -> Step:
         """The step that all subnets share."""
-        return Step("supernet", {"epochs": round(epochs, 4), **self.how})
+        return Step(
+            "supernet", {"epochs": round(epochs, 4), "widths": list(self.settings.widths), **self.how}
+        )
 
     def subnet(self, unit: str, amount: float) -> Step:
         """The best subnet within an amount."""
         return Step("subnet", {unit: amount, "evaluations": self.settings.evaluations})
 
-    def tuned(self, steps: int) -> Step:
+    def tuned(self, steps: int, gently: bool = False) -> Step:
         """Fine-tuning for so many updates."""
-        return Step("finetune", {"steps": steps, **self.how})
+        rate = {"learning_rate": self.settings.gently} if gently else {}
+        return Step("finetune", {"steps": steps, **self.how, **rate})
 
     def model(self, *steps: Step) -> Model:
         """What a recipe makes of the original."""
@@ -223,7 +239,11 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
     rows = [{"table": "training", "what": "supernet", **took}]
     rows.append({"table": "front", "what": "supernet itself", **bench.measured("whole", step)})
     for amount in settings.amounts:
-        row = bench.measured(f"front-{amount:g}", step, bench.subnet("latency", amount))
+        try:
+            row = bench.measured(f"front-{amount:g}", step, bench.subnet("latency", amount))
+        except RecipeError as error:  # below the smallest one
+            bench.shown.note(f"front-{amount:g}: {error.what}")
+            continue
         rows.append({"table": "front", "what": "subnet", "asked": amount, **row})
     if until == "front":
         return rows
@@ -265,7 +285,7 @@ def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) 
     taken = bench.subnet("latency", budget)
     start = bench.model(step, taken)
     updates = bench.updates(f"tuned-{budget:g}", start, tune)
-    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates))
+    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates, gently=True))
     amount = bench.parts.get(f"peer-{budget:g}-amount", partial(_amount, bench, budget, ours["ratio"]))
     prune = Step("prune", {"latency": amount})
     updates = bench.updates(f"peer-{budget:g}", bench.model(prune), whole)
