@@ -76,6 +76,7 @@ def _split(split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
 def row_of(student: str, seed: int, settings: Settings, work: Path, shown: Shown) -> Json:
     """Fit, and score what is handed back on the test images."""
     torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
     result = fw.fit(
         SPEC,
         images(settings),

@@ -417,6 +417,36 @@ CASES = [
         ("a student learns from examples", "x_train"),
     ),
     Case(
+        "student of no family",
+        fit("nets.py:net --student mobilnetv2:width=0.5 --recipe ok.yaml --data teach.npz"),
+        ("no family of featherweight.nets", "did you mean 'mobilenetv2'?"),
+    ),
+    Case(
+        "student of a family for signals",
+        fit("nets.py:net --student ds-cnn-1d --recipe ok.yaml --data teach.npz"),
+        ("ds-cnn-1d is for a signal", "the original takes a picture"),
+    ),
+    Case(
+        "student of an odd width",
+        fit("nets.py:net --student ds-cnn:width=wide --recipe ok.yaml --data teach.npz"),
+        ("width is 'wide'",),
+    ),
+    Case(
+        "auto with weights",
+        fit("nets.py:net --student auto --student-weights state.pt --recipe ok.yaml --data teach.npz"),
+        ("--student auto has yet to choose it",),
+    ),
+    Case(
+        "auto of apply",
+        "apply nets.py:net --student auto --recipe ok.yaml --data teach.npz --out out",
+        ("which only fit has", "--student mobilenetv2:width=0.35"),
+    ),
+    Case(
+        "auto without examples",
+        fit("nets.py:net --student auto --recipe ok.yaml"),
+        ("a student learns from examples", "x_train"),
+    ),
+    Case(
         "student of apply",
         "apply nets.py:net --student nets.py:seven --recipe ok.yaml --data teach.npz --out out",
         ("gives float32 (3, 7)",),

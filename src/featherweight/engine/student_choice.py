@@ -48,6 +48,7 @@ _FEWEST, _PASSES = (
     2000,
     3.0,
 )  # examples that a candidate learns from at least, and how often the slowest sees them
+_MOST_EPOCHS = 30.0  # of those examples
 _JUDGING = 2000  # scored examples at most
 _CLOSE = 0.01  # of quality, within which the objective decides where no limit of the drop does
 
@@ -274,7 +275,7 @@ class _Choosing:
         what = f"student auto: training {', '.join(one.counted.spec for one in left)}"
         for one, own, pace in run.progress.track(list(zip(left, runs, paces, strict=True)), what, len(left)):
             epochs = (seconds - examples * pace.teacher_s) / (examples * pace.training_s)
-            epochs = round(min(max(epochs, 1.0), 30.0), 2)
+            epochs = round(min(max(epochs, 1.0), _MOST_EPOCHS), 2)
             lesson = {"teacher": pace.teacher, **lesson_of(own.start), "epochs": epochs}
             own.data = data
             trained = own.apply(Recipe((Step("finetune", lesson),)))
