@@ -127,7 +127,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         "name", [name for name in FAMILIES if name not in ("vit", "ds-cnn", "ds-cnn-1d")]
     )
-    @pytest.mark.parametrize(("resolution", "side"), [(28, 4), (32, 4), (64, 4), (96, 3), (128, 4)])
+    @pytest.mark.parametrize(("resolution", "side"), [(28, 4), (32, 4), (64, 4), (65, 3), (96, 3), (128, 4)])
     def test_small_pictures_keep_a_last_map(self, name: str, resolution: int, side: int) -> None:
         net = build(f"{name}:width=0.15,depth=0.2", channels=1, classes=2, resolution=resolution)
         assert last_map(net, torch.zeros(1, 1, resolution, resolution)) == (side, side)

@@ -60,7 +60,7 @@ def side(resolution: int | tuple[int, ...]) -> int:
 def fitted_strides(strides: Sequence[int], resolution: int | tuple[int, ...]) -> list[int]:
     """The paper's strides, the first ones 1 where the last map would be smaller than 3 x 3.
 
-    A picture of 96 pixels or more keeps them all when their product is 32; one of 28 or 32 ends in 4 x 4.
+    A picture of more than 64 pixels keeps them all when their product is 32; one of 28 or 32 ends in 4 x 4.
     """
     fitted = list(strides)
     for index in range(len(fitted)):
