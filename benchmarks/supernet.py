@@ -8,8 +8,8 @@ original's. Beside them, with the same images, augmentation, rate and teacher:
 - *prune*: networks that are pruned to the same measured latency, or the next slower one, and fine-tuned for
   T / 4 each; ours are fine-tuned for a little too, and the supernet has that much less, so both took T.
 
-How many updates a time buys is measured first, in seconds of this process's own computing, so that other work
-on the machine changes no row. Nothing is asserted; an interrupted run goes on.
+How many updates a time buys is measured, by turns with updates of the original, so that other work on the
+machine changes no row. Nothing is asserted; an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,22 +31,26 @@ from interleaved import against_original
 from networks import EXAMPLES
 
 from featherweight import api
+from featherweight.elastic import space_of_supernet
 from featherweight.engine.store import digest
 from featherweight.errors import RecipeError
-from featherweight.method import Method
+from featherweight.method import Method, Silent
 from featherweight.methods.finetune import Finetune
 from featherweight.methods.supernet import Supernet
 from featherweight.model import Model, make_edit
 from featherweight.outcome import Budget
 from featherweight.recipe import Recipe, Step
 from featherweight.tools.costs import totals
+from featherweight.tools.elastic_cut import Extractor
+from featherweight.tools.elastic_space import space_channels
 
+T = TypeVar("T")
 Json = dict[str, Any]
 NETWORK = "resnet20"
 _MINUTES = 60.0
 _POINTS = 0.3  # that a subnet may be below the same one trained alone
 _FRONT = 8
-_SHORT = 4  # updates that are not timed
+_SHORT = 8  # updates that are not timed
 _FASTER = (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)  # amounts that prune is tried with
 
 
@@ -64,7 +68,7 @@ class Settings:
         rate: Of learning, of everything but what is fine-tuned from a supernet.
         gently: Of that.
         widths: Of the space.
-        timed: Updates that are timed.
+        timed: Updates that are timed, one more than a multiple of four.
         seconds: Of each timing of artifacts.
         evaluations: Subnets that the search looks at.
     """
@@ -78,7 +82,7 @@ class Settings:
     rate: float = 0.08
     gently: float = 0.04
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
-    timed: int = 40
+    timed: int = 33
     seconds: float = 60.0
     evaluations: int = 200
 
@@ -89,10 +93,27 @@ QUICK = Settings(
     amounts=(0.7, 0.4),
     budgets=(0.5,),
     alone=(0.5,),
-    timed=4,
+    timed=5,
     seconds=5.0,
     evaluations=12,
 )
+
+
+class Stopwatch(Silent):
+    """Progress that writes down when each update begins."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        for item in items:
+            if description == "training":
+                self.seen.append(time.process_time())
+            yield item
+
+
+def _plain(steps: int) -> Method:
+    return Finetune(steps=steps)
 
 
 class Bench:
@@ -135,20 +156,33 @@ class Bench:
     # ---- how many updates a time buys
 
     def rate(self, name: str, method: Callable[[int], Method], model: Model) -> float:
-        """Seconds of an update, of this process's computing."""
-
-        def timed(steps: int) -> float:
-            began = time.process_time()
-            method(steps).apply(model, self.run.context(model))
-            return time.process_time() - began
+        """Seconds of an update when nothing else runs: by turns with one of the original, which is known."""
 
         def compute() -> float:
-            steps = self.settings.timed
-            return max(timed(_SHORT + steps) - timed(_SHORT), 1e-3) / steps
+            ratios = [
+                self.update_s(method, model) / self.update_s(_plain, self.run.original) for _ in range(3)
+            ]
+            return float(np.median(ratios))
 
-        seconds = float(self.parts.get(f"rate-{name}", compute))
+        seconds = float(self.parts.get(f"rate-{name}", compute)) * self.plain_rate()
         self.shown.note(f"{name}: {seconds:.3f} s an update")
         return seconds
+
+    def plain_rate(self) -> float:
+        """Seconds of an update of the original on labels, the least of some."""
+
+        def compute() -> float:
+            return min(self.update_s(_plain, self.run.original) for _ in range(5))
+
+        return float(self.parts.get("rate-original", compute))
+
+    def update_s(self, method: Callable[[int], Method], model: Model) -> float:
+        """Seconds of this process's computing, the mean of some updates after the first ones."""
+        watch = Stopwatch()
+        steps = _SHORT + self.settings.timed
+        method(steps).apply(model, replace(self.run.context(model), progress=watch))
+        times = watch.seen[_SHORT:steps]
+        return (times[-1] - times[0]) / (len(times) - 1)
 
     def supernet_rate(self) -> float:
         """Of a step with the largest, the smallest and random networks."""
@@ -158,6 +192,21 @@ class Bench:
             return Supernet.model_validate(self.supernet(steps / per_epoch).parameters)
 
         return self.rate("supernet", method, self.run.original)
+
+    def cutting(self) -> float:
+        """Seconds to cut a random subnet of ResNet-20, when its depth was seen before or not."""
+
+        def compute() -> float:
+            begun = self.model(Step("supernet", {**self.supernet(0).parameters, "epochs": 0}))
+            space = space_of_supernet(begun)
+            assert space is not None
+            extractor = Extractor(begun, space, space_channels(begun, space))
+            rng, began = np.random.default_rng(0), time.process_time()
+            for _ in range(self.settings.timed):
+                extractor.slices(extractor.extract(space.sample(rng)))
+            return (time.process_time() - began) / self.settings.timed
+
+        return float(self.parts.get("cutting", compute))
 
     def updates(self, name: str, model: Model, seconds: float) -> int:
         """Of fine-tuning a network for so long."""
@@ -236,7 +285,9 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
     bench.shown.note(f"supernet: {took['epochs']:.2f} epochs in {took['cpu_s']:.0f} s of one core")
     if until == "supernet":
         return []
-    rows = [{"table": "training", "what": "supernet", **took}]
+    speed = {"update_s": bench.supernet_rate(), "plain_update_s": bench.plain_rate()}
+    speed["cut_s"] = bench.cutting()
+    rows = [{"table": "training", "what": "supernet", **took, **speed}]
     rows.append({"table": "front", "what": "supernet itself", **bench.measured("whole", step)})
     for amount in settings.amounts:
         try:
