@@ -414,6 +414,16 @@ class TestEffort:
         assert not any("Effort" in sentence for sentence in explain(full_result(effort=None)))
 
 
+def test_energy_of_a_call_is_told_where_it_was_read() -> None:
+    result = full_result(
+        baseline=BASELINE.model_copy(update={"energy_j": 0.042}), chosen=chosen(energy_j=0.0105)
+    )
+    rows = {label: cells for label, *cells in terminal_table(result)}
+    assert rows["Energy of a call"] == ["42.0 mJ", "10.5 mJ", "0.25×"]
+    assert "Energy of a call 42.0 mJ 10.5 mJ 0.25×" in Page(render(result)).text
+    assert "Energy of a call" not in {label for label, *_ in terminal_table(full_result())}
+
+
 class TestBesideTheScore:
     def test_corruptions_are_a_table_with_curves(self) -> None:
         text = render(full_result())
