@@ -29,6 +29,7 @@ from featherweight.engine.sources import load_sources
 from featherweight.engine.store import Store
 from featherweight.engine.student_table import Table, count
 from featherweight.plugins import find_runtime
+from featherweight.recipe import Recipe
 from featherweight.runtime import Artifact, Target
 
 Json = dict[str, Any]
@@ -73,8 +74,10 @@ def _split(split: str, most: int) -> tuple[np.ndarray, np.ndarray]:
     return x, read_idx(f"{split}-labels-idx1-ubyte.gz")[:most].astype(np.int64)
 
 
-def row_of(student: str, seed: int, settings: Settings, work: Path, shown: Shown) -> Json:
-    """Fit, and score what is handed back on the test images."""
+def row_of(
+    student: str, seed: int, settings: Settings, work: Path, shown: Shown, recipe: Json | None = None
+) -> Json:
+    """Fit, and score what is handed back on the test images; with a recipe nothing is searched."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     result = fw.fit(
@@ -87,8 +90,9 @@ def row_of(student: str, seed: int, settings: Settings, work: Path, shown: Shown
         trials=settings.trials,
         time_limit=settings.time_s,
         seed=seed,
+        recipe=None if recipe is None else Recipe.from_dict(recipe),
         out=work / "fitted",
-        resume=True,
+        resume=recipe is None,
         force=True,
         progress=shown,
     )
@@ -107,6 +111,13 @@ def row_of(student: str, seed: int, settings: Settings, work: Path, shown: Shown
         "seconds": None if result.effort is None else result.effort.seconds,
         "considered": [row.model_dump() for row in result.students],
     }
+
+
+def trained_on(recipe: Json, epochs: float) -> Json:
+    """The recipe with a second training behind the first one, at half of its rate."""
+    first, *others = recipe["steps"]
+    again = {**first["finetune"], "epochs": epochs, "learning_rate": first["finetune"]["learning_rate"] / 2}
+    return {**recipe, "steps": [first, {"finetune": again}, *others]}
 
 
 def accuracy(folder: Path, count: int) -> float:
@@ -144,6 +155,7 @@ def main() -> None:
     parser.add_argument("--time", type=float, default=Settings.time_s, help="seconds of each fit")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--auto-only", action="store_true", help="train no named family")
+    parser.add_argument("--more", type=float, default=0.0, help="epochs of a second training, behind auto's")
     args = parser.parse_args()
     settings = Settings(time_s=args.time, named=not args.auto_only)
     if args.quick:
@@ -160,12 +172,17 @@ def main() -> None:
         return made
 
     rows = [fitted("auto", seed) for seed in args.seeds]
+    if args.more:
+        auto = rows[0]
+        longer = trained_on(auto["recipe"], args.more)
+        made = partial(row_of, "auto", auto["seed"], settings, work / "longer", shown, longer)
+        rows.append(parts.get("longer", made) | {"asked": f"auto, {args.more:g} more epochs"})
     named: list[Json] = parts.get("named", partial(named_rows, settings, work / "named"))
     fits = [row["student"] for row in named if row.get("bytes", settings.bytes + 1) <= settings.bytes]
     widest = {name.partition(":")[0]: name for name in fits}
     rows += [fitted(name, args.seeds[0]) for name in widest.values() if settings.named]
     tell(rows, named, settings)
-    best = [row["test"] for row in rows if row["asked"] == "auto"]
+    best = [row["test"] for row in rows if row["asked"].startswith("auto")]
     bars = [
         Bar(
             "auto",

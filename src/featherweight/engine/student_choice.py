@@ -40,7 +40,11 @@ from featherweight.tools.training_examples import training_examples
 
 SHARE = 0.15  # of the time, in which a student is chosen
 _TABLE = 0.5  # of that share: after it, no further candidate is lowered for the table
-_SPARE = 0.98  # of a limit: what the steps change of a file that was lowered untrained
+_SPARE = {
+    "bytes": 0.999,
+    "latency_s": 0.95,
+    "memory_bytes": 0.95,
+}  # of a limit; timing is noisy, a file is not
 _SMALLER = (1.0, 0.5, 0.25)  # of the limits, where the objective asks for less than they allow
 _LARGEST = 0.5  # of the original's bytes and multiply-accumulates, where there is no limit
 _TRAINED, _ROUNDS = 6, 2  # candidates that are trained at most, and how often they are judged
@@ -173,7 +177,7 @@ class _Choosing:
 
         def within(candidate: Counted) -> bool:
             guess = self.table.found.get(candidate.spec) or self.table.predicted(candidate)
-            return candidate.macs <= macs and (guess is None or not _broken(guess, limits, _SPARE))
+            return candidate.macs <= macs and (guess is None or not _broken(guess, limits))
 
         widest = [(ladder, index) for ladder in self.table.ladders if (index := ladder.widest(within)) >= 0]
         widest.sort(key=lambda pair: -pair[0][pair[1]].capacity)
@@ -203,7 +207,7 @@ class _Choosing:
             if found is None:
                 self._consider(candidate, self.table.failed[candidate.spec])
                 return fitting
-            broken = _broken(found, limits, _SPARE)
+            broken = _broken(found, limits)
             if broken:
                 self._consider(candidate, f"{broken[0]} above the limit", predicted)
                 if fitting is not None:
@@ -233,7 +237,7 @@ class _Choosing:
             seen = self.table.lower(candidate)
             if seen is None:
                 continue
-            broken = ", ".join(_broken(seen, limits, _SPARE)) or "multiply-accumulates"
+            broken = ", ".join(_broken(seen, limits)) or "multiply-accumulates"
             return BudgetError(
                 f"no student of featherweight.nets keeps the limits: the smallest, {candidate.spec}, takes "
                 f"{_costs(seen)} on {self.run.target.runtime} ({broken} above the limit)",
@@ -370,10 +374,14 @@ def _times(limits: Budget, factor: float) -> Budget:
 _NAMES = {"bytes": "size", "latency_s": "latency", "memory_bytes": "memory"}
 
 
-def _broken(found: Found, limits: Budget, spare: float) -> list[str]:
+def _broken(found: Found, limits: Budget) -> list[str]:
     """Limits that a candidate does not keep, in words; what is not known keeps them."""
-    pairs = [(name, getattr(found, axis), getattr(limits, axis)) for axis, name in _NAMES.items()]
-    return [name for name, value, limit in pairs if None not in (value, limit) and value > spare * limit]
+    broken = []
+    for axis, name in _NAMES.items():
+        value, limit = getattr(found, axis), getattr(limits, axis)
+        if value is not None and limit is not None and value > _SPARE[axis] * limit:
+            broken.append(name)
+    return broken
 
 
 def _excess(found: Found, limits: Budget) -> float:
