@@ -5,8 +5,8 @@ search finds are measured through ONNX Runtime: accuracy on the 10,000 test imag
 original's. Beside them, with the same images, augmentation, rate and teacher:
 
 - *alone*: the same subnets, from the same sorted start, trained by themselves for as many epochs;
-- *prune*: networks that are pruned to the same measured latency, or the next slower one, and fine-tuned for
-  T / 4 each; ours are fine-tuned for a little too, and the supernet has that much less, so both took T.
+- *prune*: networks that are pruned and fine-tuned for T / 4 each, and the subnets that take no longer as
+  measured; those are fine-tuned for a little too, and the supernet has that much less, so both sides took T.
 
 How many updates a time buys is measured, by turns with updates of the original, so that other work on the
 machine changes no row. Nothing is asserted; an interrupted run goes on.
@@ -51,7 +51,7 @@ _MINUTES = 60.0
 _POINTS = 0.3  # that a subnet may be below the same one trained alone
 _FRONT = 8
 _SHORT = 8  # updates that are not timed
-_FASTER = (0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15)  # amounts that prune is tried with
+_BISECTED, _EQUAL = 6, 1.01  # times are as equal as this
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Settings:
         minutes: T, of one core.
         tuned: Share of T that goes into fine-tuning the subnets of the four budgets.
         examples: Training images.
-        amounts: Of the latency, where subnets are taken.
-        budgets: Of the latency, where both sides are fine-tuned.
+        amounts: Of the latency that costs of layers foretell, where subnets are taken.
+        budgets: Likewise, where networks are pruned; subnets are as fast as those measured.
         alone: Fractions of the multiply-accumulates of the subnets that are trained alone too.
         rate: Of learning, of everything but what is fine-tuned from a supernet.
         gently: Of that.
@@ -76,8 +76,11 @@ class Settings:
     minutes: float = 28.0
     tuned: float = 0.4
     examples: int = 50_000
-    amounts: tuple[float, ...] = (0.95, 0.85, 0.75, 0.67, 0.6, 0.53, 0.47, 0.42, 0.37, 0.32, 0.27, 0.22)
-    budgets: tuple[float, ...] = (0.7, 0.55, 0.42, 0.3)
+    amounts: tuple[float, ...] = (
+        *(0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77),
+        *(0.72, 0.67, 0.61, 0.55, 0.48, 0.42, 0.36),
+    )
+    budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
     alone: tuple[float, ...] = (0.5, 0.25)
     rate: float = 0.08
     gently: float = 0.04
@@ -91,7 +94,7 @@ QUICK = Settings(
     minutes=0.5,
     examples=2000,
     amounts=(0.7, 0.4),
-    budgets=(0.5,),
+    budgets=(0.7,),
     alone=(0.5,),
     timed=5,
     seconds=5.0,
@@ -332,33 +335,38 @@ def _alone(bench: Bench, macs: float, epochs: float, step: Step) -> list[Json]:
 
 
 def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) -> list[Json]:
-    """Ours and what is pruned to the same latency, both fine-tuned."""
-    taken = bench.subnet("latency", budget)
-    start = bench.model(step, taken)
-    updates = bench.updates(f"tuned-{budget:g}", start, tune)
-    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates, gently=True))
-    amount = bench.parts.get(f"peer-{budget:g}-amount", partial(_amount, bench, budget, ours["ratio"]))
-    prune = Step("prune", {"latency": amount})
-    updates = bench.updates(f"peer-{budget:g}", bench.model(prune), whole)
+    """What is pruned, and the best subnet that is as fast, both fine-tuned."""
+    prune = Step("prune", {"latency": budget})
+    try:
+        pruned = bench.model(prune)
+    except RecipeError as error:  # it goes no further
+        bench.shown.note(f"peer-{budget:g}: {error.what}")
+        return []
+    updates = bench.updates(f"peer-{budget:g}", pruned, whole)
     peer = bench.measured(f"peer-{budget:g}", prune, bench.tuned(updates))
+    amount = bench.parts.get(f"tuned-{budget:g}-amount", partial(_amount, bench, peer["ratio"], step))
+    taken = bench.subnet("latency", amount)
+    updates = bench.updates(f"tuned-{budget:g}", bench.model(step, taken), tune)
+    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates, gently=True))
     return [
         {"table": "budget", "what": "subnet, tuned", "asked": budget, "side": "ours", **ours},
         {"table": "budget", "what": "prune, finetune", "asked": budget, "side": "prune", **peer},
     ]
 
 
-def _amount(bench: Bench, budget: float, ratio: float) -> float:
-    """What prune is asked for so that it is as fast as this, or the least slower one that it makes."""
-    best = 0.95
-    for amount in _FASTER:
+def _amount(bench: Bench, ratio: float, step: Step) -> float:
+    """What subnet is asked for so that it takes no longer than this, by bisection on measured latencies."""
+    low, high = bench.settings.amounts[-1], 1.0
+    for tried in range(_BISECTED):
+        middle = round((low + high) / 2, 3)
         try:
-            model = bench.model(Step("prune", {"latency": amount}))
-        except RecipeError:  # it goes no further
-            break
-        if bench.timed(model, f"amount-{budget:g}-{amount:g}")["ratio"] < ratio:
-            break
-        best = amount
-    return best
+            model = bench.model(step, bench.subnet("latency", middle))
+        except RecipeError:  # below the smallest one
+            low = middle
+            continue
+        seen = bench.timed(model, f"amount-{ratio:.3f}-{tried}")["ratio"]
+        low, high = (middle, high) if seen <= ratio * _EQUAL else (low, middle)
+    return low
 
 
 def _second_fit(bench: Bench, step: Step) -> Json:
