@@ -65,15 +65,16 @@ class Settings:
         amounts: Of the latency that costs of layers foretell, where subnets are taken.
         budgets: Likewise, where networks are pruned; subnets are as fast as those measured.
         alone: Fractions of the multiply-accumulates of the subnets that are trained alone too.
-        rate: Of learning, of everything but what is fine-tuned from a supernet.
-        gently: Of that.
+        rate: Of learning, of the supernet and of what is trained alone.
+        tuning: Of what is pruned and fine-tuned.
+        gently: Of what is fine-tuned from a supernet.
         widths: Of the space.
         timed: Updates that are timed, one more than a multiple of four.
         seconds: Of each timing of artifacts.
         evaluations: Subnets that the search looks at.
     """
 
-    minutes: float = 28.0
+    minutes: float = 25.0
     tuned: float = 0.4
     examples: int = 50_000
     amounts: tuple[float, ...] = (
@@ -82,7 +83,8 @@ class Settings:
     )
     budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
     alone: tuple[float, ...] = (0.5, 0.25)
-    rate: float = 0.08
+    rate: float = 0.15
+    tuning: float = 0.08
     gently: float = 0.04
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
     timed: int = 33
@@ -147,10 +149,9 @@ class Bench:
         """The best subnet within an amount."""
         return Step("subnet", {unit: amount, "evaluations": self.settings.evaluations})
 
-    def tuned(self, steps: int, gently: bool = False) -> Step:
+    def tuned(self, steps: int, rate: float) -> Step:
         """Fine-tuning for so many updates."""
-        rate = {"learning_rate": self.settings.gently} if gently else {}
-        return Step("finetune", {"steps": steps, **self.how, **rate})
+        return Step("finetune", {"steps": steps, **self.how, "learning_rate": rate})
 
     def model(self, *steps: Step) -> Model:
         """What a recipe makes of the original."""
@@ -215,7 +216,7 @@ class Bench:
         """Of fine-tuning a network for so long."""
 
         def method(steps: int) -> Method:
-            return Finetune.model_validate(self.tuned(steps).parameters)
+            return Finetune.model_validate(self.tuned(steps, self.settings.gently).parameters)
 
         return max(1, round(seconds / self.rate(name, method, model)))
 
@@ -324,7 +325,9 @@ def _alone(bench: Bench, macs: float, epochs: float, step: Step) -> list[Json]:
             module = make_edit(module, edit)
         key = digest(begun.key, chosen.key)
         start = begun.evolve(module=module, edits=edits, key=key)
-        tuned = bench.run.step(start, Finetune.model_validate(bench.tuned(updates).parameters))
+        tuned = bench.run.step(
+            start, Finetune.model_validate(bench.tuned(updates, bench.settings.rate).parameters)
+        )
         return bench.row(tuned, f"alone-{macs:g}-own")
 
     own = bench.parts.get(f"alone-{macs:g}-own", by_itself)
@@ -343,11 +346,11 @@ def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) 
         bench.shown.note(f"peer-{budget:g}: {error.what}")
         return []
     updates = bench.updates(f"peer-{budget:g}", pruned, whole)
-    peer = bench.measured(f"peer-{budget:g}", prune, bench.tuned(updates))
+    peer = bench.measured(f"peer-{budget:g}", prune, bench.tuned(updates, bench.settings.tuning))
     amount = bench.parts.get(f"tuned-{budget:g}-amount", partial(_amount, bench, peer["ratio"], step))
     taken = bench.subnet("latency", amount)
     updates = bench.updates(f"tuned-{budget:g}", bench.model(step, taken), tune)
-    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates, gently=True))
+    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates, bench.settings.gently))
     return [
         {"table": "budget", "what": "subnet, tuned", "asked": budget, "side": "ours", **ours},
         {"table": "budget", "what": "prune, finetune", "asked": budget, "side": "prune", **peer},
