@@ -164,6 +164,15 @@ class TestWhere:
 
 
 class TestRefuses:
+    def test_lessons_that_nobody_gives(self) -> None:
+        with pytest.raises(ValueError, match="there is none"):
+            Supernet.model_validate({"learn": "teacher"})
+        with pytest.raises(ValueError, match="in every step"):
+            Supernet.model_validate({"every": 2})
+        with pytest.raises(ValueError, match="in every step"):
+            Supernet.model_validate({"every": 2, "teacher": "original", "learn": "largest"})
+        assert Supernet.model_validate({"every": 2, "teacher": "original"}).every == 2
+
     def test_a_network_with_nothing_elastic(self) -> None:
         net = model_of(nn.Sequential(nn.Flatten(), nn.Linear(72, 4)), torch.randn(2, 2, 6, 6))
         with pytest.raises(RecipeError, match="nothing elastic") as caught:
