@@ -27,7 +27,8 @@ from featherweight.tools.subnet_costs import SubnetCosts
 from featherweight.tools.widths import Unit
 from featherweight.where import Where
 
-_LEVELS = (1.0, 0.0, 0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)  # uniform subnets that are looked at first
+_LEVELS = (1.0, 0.0, 0.5, 0.75, 0.25)  # of everything, in subnets that are looked at first
+_KIND_LEVELS = (0.5, 0.0)  # of one kind of choice alone, in those that come next
 _STATISTICS = 128  # examples that tell batch-norm statistics of a subnet that is judged
 _GENERATIONS = 8
 _FEWEST, _MOST = 10, 50  # members of a population
@@ -180,10 +181,12 @@ def _bred(
     sampler = optuna.samplers.NSGAIISampler(population_size=size, seed=seed)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     axes = space.axes
-    for level in _LEVELS:
-        chosen = space.options(space.at(level))
+    for levels in _first(axes):
         study.enqueue_trial(
-            {_name(axis): axis.options.index(one) for axis, one in zip(axes, chosen, strict=True)}
+            {
+                _name(axis): axis.options.index(axis.at(level))
+                for axis, level in zip(axes, levels, strict=True)
+            }
         )
     while True:
         trial = study.ask()
@@ -195,6 +198,14 @@ def _bred(
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
         else:
             study.tell(trial, [seen.costs[unit], seen.loss])
+
+
+def _first(axes: Sequence[Axis]) -> Iterator[list[float]]:
+    """Levels of the axes: all the same, then those of one kind with all others whole."""
+    yield from ([level] * len(axes) for level in _LEVELS)
+    for kind in dict.fromkeys(axis.kind for axis in axes):
+        for level in _KIND_LEVELS:
+            yield [level if axis.kind == kind else 1.0 for axis in axes]
 
 
 def _name(axis: Axis) -> str:
