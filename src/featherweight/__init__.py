@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from featherweight.runtime import Artifact as Artifact
     from featherweight.runtime import Runtime as Runtime
     from featherweight.runtime import Target as Target
-    from featherweight.side_by_side import side_by_side as side_by_side
     from featherweight.tools.simulate import simulate as simulate
     from featherweight.tools.simulated import absorb as absorb
     from featherweight.tools.simulated import simulated as simulated
@@ -77,7 +76,6 @@ _HOMES = {
     "merge": "api",
     "pack": "api",
     "robustness": "api",
-    "side_by_side": "side_by_side",
     "simulate": "tools.simulate",
     "simulated": "tools.simulated",
     "unpack": "api",

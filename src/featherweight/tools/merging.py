@@ -91,7 +91,7 @@ class Beside:
         if len(self.tasks) <= 1 or WHOLE not in model.entries:
             raise RecipeError(
                 "merge needs several networks side by side, and this model is one",
-                fix="featherweight merge NAME=MODEL NAME=MODEL, or featherweight.side_by_side({name: model})",
+                fix="featherweight merge NAME=MODEL NAME=MODEL, or side_by_side.side_by_side in Python",
             )
         self.graph: Graph = trace(model, WHOLE)
         self._sizes = {name: float(tensor.numel()) for name, tensor in model.module.named_parameters()}
