@@ -2,8 +2,9 @@
 is in a picture.
 
 The second task's labels are read off the pictures: in which fifth of the 60,000 training pictures the mean
-brightness lies. The class tells it badly: the likeliest fifth of each class is right for 44 % of them. So it is
-no function of what the first network says, and the labels are exact. Its network is another ResNet-20, trained from scratch on the same pictures.
+brightness lies. The class tells it badly: the likeliest fifth of each class is right for 44 % of them. So it
+is no function of what the first network says, and the labels are exact. Its network is another ResNet-20,
+trained from scratch on the same pictures.
 
 ``python benchmarks/merge.py`` merges both with the method ``merge`` at one place or several (``--at``), and
 holds parameters, multiply-accumulates and the latency through ONNX Runtime, measured in turn, against the
