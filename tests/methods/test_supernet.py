@@ -55,7 +55,7 @@ def around(net: Model, given: Data | None = None, **more: Any) -> Context:
 
 
 def trained(net: Model, given: Data | None = None, **how: Any) -> Model:
-    told = {key: how.pop(key) for key in ("progress", "checkpoint", "seed") if key in how}
+    told = {key: how.pop(key) for key in ("progress", "checkpoint", "seed", "devices") if key in how}
     asked = {"epochs": 6, "batch_size": 16, "learning_rate": 0.1, "importance": "l2", **how}
     return Supernet.model_validate(asked).apply(net, around(net, given, **told))
 
@@ -129,6 +129,12 @@ class TestTrains:
         assert len(kept.states) == 4
         again = trained(residual(), epochs=4, shrink=0.5, checkpoint=replace(kept, at=1))
         assert same(again.module.state_dict(), whole.module.state_dict())
+
+    def test_processes_that_share_a_batch_cut_the_same(self) -> None:
+        one = trained(residual(), epochs=1).module.state_dict()
+        two = trained(residual(), epochs=1, devices=2).module.state_dict()
+        for name, value in one.items():
+            assert torch.allclose(value, two[name], atol=1e-5), name
 
     @pytest.mark.parametrize("name", ["residual", "depthwise", "concat", "shuffle", "attention", "lstm"])
     def test_golden_nets(self, name: str) -> None:
