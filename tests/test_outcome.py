@@ -97,7 +97,7 @@ class TestMeasurement:
         )
         assert [seen.value(axis) for axis in AXES] == [0.01, 5, 2.0, 7]
         assert [Measurement().value(axis) for axis in AXES] == [None] * 4
-        assert set(AXES) == set(Budget.model_fields)
+        assert {*AXES, "drops"} == set(Budget.model_fields)  # drops are limits of the quality of single tasks
 
     def test_is_frozen_and_knows_its_fields(self) -> None:
         with pytest.raises(ValidationError):
