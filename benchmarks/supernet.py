@@ -51,6 +51,7 @@ _MINUTES = 60.0
 _POINTS = 0.3  # that a subnet may be below the same one trained alone
 _FRONT = 8
 _SHORT = 8  # updates that are not timed
+_PHASES = 4  # updates of a supernet differ, and so often they are alike
 _BISECTED, _EQUAL = 6, 1.01  # times are as equal as this
 
 
@@ -181,12 +182,16 @@ class Bench:
         return float(self.parts.get("rate-original", compute))
 
     def update_s(self, method: Callable[[int], Method], model: Model) -> float:
-        """Seconds of this process's computing, the mean of some updates after the first ones."""
+        """Seconds of this process's computing, after the first updates.
+
+        The largest network runs in every fourth update, and a subnet is cut in one: medians of every fourth
+        one, and of these the mean. How a network without some blocks is cut is found out once, beside it.
+        """
         watch = Stopwatch()
         steps = _SHORT + self.settings.timed
         method(steps).apply(model, replace(self.run.context(model), progress=watch))
-        times = watch.seen[_SHORT:steps]
-        return (times[-1] - times[0]) / (len(times) - 1)
+        lasted = np.diff(watch.seen[_SHORT:steps])
+        return float(np.mean([np.median(lasted[phase::_PHASES]) for phase in range(_PHASES)]))
 
     def supernet_rate(self) -> float:
         """Of a step with the largest, the smallest and random networks."""
@@ -198,17 +203,19 @@ class Bench:
         return self.rate("supernet", method, self.run.original)
 
     def cutting(self) -> float:
-        """Seconds to cut a random subnet of ResNet-20, when its depth was seen before or not."""
+        """Seconds to cut a random subnet of ResNet-20, of a depth that was seen before."""
 
         def compute() -> float:
             begun = self.model(Step("supernet", {**self.supernet(0).parameters, "epochs": 0}))
             space = space_of_supernet(begun)
             assert space is not None
             extractor = Extractor(begun, space, space_channels(begun, space))
-            rng, began = np.random.default_rng(0), time.process_time()
-            for _ in range(self.settings.timed):
+            rng, times = np.random.default_rng(0), []
+            for _ in range(3 * self.settings.timed):
+                began = time.process_time()
                 extractor.slices(extractor.extract(space.sample(rng)))
-            return (time.process_time() - began) / self.settings.timed
+                times.append(time.process_time() - began)
+            return float(np.median(times))
 
         return float(self.parts.get("cutting", compute))
 
