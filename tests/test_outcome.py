@@ -117,7 +117,7 @@ class TestResult:
     def test_has_the_fields_of_schema_1(self) -> None:
         data = json.loads(full_result().to_json())
         assert data["schema"] == 1
-        asked = {"quality_drop", "bytes", "latency_s", "memory_bytes"}
+        asked = {"quality_drop", "bytes", "latency_s", "memory_bytes", "drops"}
         assert set(data["budget"]) == asked
         top = "schema met met_confident budget baseline chosen blocking relaxation recipe trials environment"
         assert set(top.split()) <= set(data)
