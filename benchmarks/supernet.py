@@ -129,6 +129,7 @@ class Bench:
         torch.set_num_threads(1)
         self.settings, self.parts, self.work, self.shown = settings, parts, work, shown
         self.run = run_of(NETWORK, settings.examples, work / "store")
+        self.run.progress = shown
         self.whole = totals(self.run.original)
         self.how: Json = {
             "teacher": "original",
