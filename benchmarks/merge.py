@@ -34,7 +34,7 @@ from featherweight.engine.run import Run
 from featherweight.engine.store import Store
 from featherweight.engine.targets import fit_targets
 from featherweight.engine.timing import Limits
-from featherweight.method import Context
+from featherweight.method import Context, Precision
 from featherweight.methods.finetune import Finetune
 from featherweight.methods.merge import Merge
 from featherweight.model import Entry, Model
@@ -42,7 +42,8 @@ from featherweight.side_by_side import side_by_side
 from featherweight.tasks import TasksMetric, tasks_data
 
 Json = dict[str, Any]
-AUGMENT = ("shift", "flip")
+AUGMENT = ("flip",)  # a shift pushes ink out of the picture, and the labels would be false
+PRECISION: Precision = "bf16-mixed"  # of all that trains here
 FIFTHS = 5
 KEEP, DROP = 0.6, 0.005
 _BATCH = 250
@@ -177,8 +178,8 @@ def bars_of(row: Json) -> list[Bar]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few pictures: does it run?")
-    parser.add_argument("--epochs", type=float, default=4.0, help="of the merge's training")
-    parser.add_argument("--ink-epochs", type=float, default=3.0, help="of the second network's")
+    parser.add_argument("--epochs", type=float, default=10.0, help="of the merge's training")
+    parser.add_argument("--ink-epochs", type=float, default=10.0, help="of the second network's")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--at", nargs="+", default=["auto"], help="where the networks part")
     parser.add_argument("--balance", nargs="+", default=["uncertainty"], help="uncertainty, equal, pcgrad")
@@ -197,13 +198,13 @@ def main() -> None:
     parts = Parts("merge", settings, shown)
     store = Store()
     first = resnet20(10, EXAMPLES / "resnet20.safetensors")
-    alone = Run(first, each["classes"], target, store, progress=shown)
+    alone = Run(first, each["classes"], target, store, progress=shown, precision=PRECISION)
     second = trained_ink(each["ink"], work, args.ink_epochs, alone, f"{args.ink_epochs:g}-{int(quick)}")
     both = side_by_side({"classes": first, "ink": second})
     data = tasks_data(each, {"classes": 1, "ink": 1})
     rows: list[Json] = []
     for seed in range(args.seeds):
-        run = Run(both, data, target, store, seed=seed, progress=shown)
+        run = Run(both, data, target, store, seed=seed, progress=shown, precision=PRECISION)
         scales: Scales | None = None
         for at in args.at:
             for balance in args.balance:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from featherweight.tools.elastic_space import space_channels
 T = TypeVar("T")
 Json = dict[str, Any]
 NETWORK = "resnet20"
+PRECISION: Literal["bf16-mixed"] = "bf16-mixed"  # of all that trains here, on both sides
 _MINUTES = 60.0
 _POINTS = 0.3  # that a subnet may be below the same one trained alone
 _FRONT = 8
@@ -119,7 +120,7 @@ class Stopwatch(Silent):
 
 
 def _plain(steps: int) -> Method:
-    return Finetune(steps=steps)
+    return Finetune(steps=steps, precision=PRECISION)
 
 
 class Bench:
@@ -137,6 +138,7 @@ class Bench:
             "temperature": 1.0,
             "augment": AUGMENT,
             "learning_rate": settings.rate,
+            "precision": PRECISION,
         }
 
     # ---- recipes
@@ -262,7 +264,12 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="half a minute of training, few rows")
     parser.add_argument("--minutes", type=float, default=Settings.minutes, help="of the supernet's side")
-    parser.add_argument("--until", choices=("supernet", "front", "all"), default="all", help="stop after it")
+    parser.add_argument(
+        "--until",
+        choices=("peers", "supernet", "front", "all"),
+        default="all",
+        help="stop after it; peers: only what is pruned, beside a process that trains the supernet",
+    )
     args = parser.parse_args()
     shown = Shown()
     tell_load(shown)
@@ -283,6 +290,10 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
     """Everything, in the order in which it is needed."""
     settings = bench.settings
     seconds = 60 * settings.minutes
+    if until == "peers":
+        for budget in settings.budgets:
+            bench.model(*_peer(bench, budget, seconds / len(settings.budgets)))  # measured when all is quiet
+        return []
     per_epoch = settings.examples // Supernet().batch_size
     tune = settings.tuned * seconds / len(settings.budgets)
     epochs = (1 - settings.tuned) * seconds / bench.supernet_rate() / per_epoch
@@ -347,14 +358,10 @@ def _alone(bench: Bench, macs: float, epochs: float, step: Step) -> list[Json]:
 
 def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) -> list[Json]:
     """What is pruned, and the best subnet that is as fast, both fine-tuned."""
-    prune = Step("prune", {"latency": budget})
-    try:
-        pruned = bench.model(prune)
-    except RecipeError as error:  # it goes no further
-        bench.shown.note(f"peer-{budget:g}: {error.what}")
+    steps = _peer(bench, budget, whole)
+    if not steps:
         return []
-    updates = bench.updates(f"peer-{budget:g}", pruned, whole)
-    peer = bench.measured(f"peer-{budget:g}", prune, bench.tuned(updates, bench.settings.tuning))
+    peer = bench.measured(f"peer-{budget:g}", *steps)
     amount = bench.parts.get(f"tuned-{budget:g}-amount", partial(_amount, bench, peer["ratio"], step))
     taken = bench.subnet("latency", amount)
     updates = bench.updates(f"tuned-{budget:g}", bench.model(step, taken), tune)
@@ -363,6 +370,18 @@ def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) 
         {"table": "budget", "what": "subnet, tuned", "asked": budget, "side": "ours", **ours},
         {"table": "budget", "what": "prune, finetune", "asked": budget, "side": "prune", **peer},
     ]
+
+
+def _peer(bench: Bench, budget: float, seconds: float) -> tuple[Step, ...]:
+    """Pruning to a budget and fine-tuning for so long; nothing where it cannot go so far."""
+    prune = Step("prune", {"latency": budget})
+    try:
+        pruned = bench.model(prune)
+    except RecipeError as error:
+        bench.shown.note(f"peer-{budget:g}: {error.what}")
+        return ()
+    updates = bench.updates(f"peer-{budget:g}", pruned, seconds)
+    return prune, bench.tuned(updates, bench.settings.tuning)
 
 
 def _amount(bench: Bench, ratio: float, step: Step) -> float:
