@@ -228,7 +228,7 @@ class TestFit:
             "--std 0.25 --input 3x8x8 --input ids=int64:9 --force --allow-pickle --device ssh:pi@board "
             "--resume --target-isa armv8 --no-tune --batch 8 --student s.py:s --student-weights s.pt "
             "--teacher t.py:t --teacher-weights t.pt --devices 2 --precision bf16-mixed "
-            "--workers 4 --cluster box:6379 --study sqlite:///study.db"
+            "--workers 4 --cluster box:6379 --study sqlite:///study.db --no-robustness"
         )
         budget = given.pop("budget")
         assert budget.model_dump() == {
@@ -236,6 +236,7 @@ class TestFit:
             "bytes": 300_000,
             "latency_s": 0.005,
             "memory_bytes": 4 * 2**20,
+            "drops": None,
         }
         assert given == {
             "arguments": ("net.onnx", "d.npz"),
@@ -271,6 +272,7 @@ class TestFit:
             "teacher_weights": "t.pt",
             "devices": 2,
             "precision": "bf16-mixed",
+            "robustness": False,
         }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from featherweight.engine import fit as fit_module
+from featherweight.engine.beside import Beside
 from featherweight.engine.deadline import Bounded
 from featherweight.engine.effort import Plan
 from featherweight.engine.evaluate import Scales, Weighed
@@ -57,6 +58,16 @@ def seen(drop: float = 0.0, size: int = 300, ratio: float = 0.5, resolved: bool 
         macs=1,
         params=1,
     )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told beside the score takes sessions, and this world has none (tests/engine/test_beside.py)."""
+
+    def told(*given: Any) -> Beside:
+        return Beside.nothing("no session")
+
+    monkeypatch.setattr("featherweight.engine.telling.tell_beside", told)
 
 
 @dataclass

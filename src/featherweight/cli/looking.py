@@ -35,7 +35,7 @@ def compare(
     quiet: options.NoBars = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Find the first layer at which two artifacts of one network part.
+    """Find the first layer at which two artifacts part.
 
     Runs both on the first example and compares the values inside, layer by layer: the
     signal-to-noise ratio of B's against A's, in decibels, and what each layer loses of it.

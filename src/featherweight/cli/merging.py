@@ -78,11 +78,12 @@ def merge(
     quiet: options.Quiet = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Make one network of several that take the same inputs: a trunk, and a head for each task.
+    """Make one network of several: a trunk, a head for each task.
 
-    Where they part follows from how alike their layers are; trunk and heads learn from the
-    networks themselves, and from labels where there are some. Sizes and latencies are compared
-    with those of the networks one after the other, each task's score with its own network's.
+    The networks take the same inputs. Where they part follows from how alike their layers are;
+    trunk and heads learn from the networks themselves, and from labels where there are some. Sizes
+    and latencies are compared with those of the networks one after the other, each task's score with
+    its own network's.
 
     Writes to --out what fit writes. The artifact's outputs have the tasks' names.
 
