@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featherweight import figures
-from featherweight.figures import MISSING, Scale, scale_of
+from featherweight.figures import MISSING, Row, Scale, scale_of
 from featherweight.metrics import METRICS
 from featherweight.outcome import Attack, Calibration, Confidence, Privacy, Result, Robustness
 
@@ -18,23 +18,6 @@ WHAT = {
     "privacy": "Membership",
 }
 _NAMES = {"jpeg": "JPEG"}
-
-
-@dataclass(frozen=True)
-class Told:
-    """One figure of both networks, written.
-
-    Attributes:
-        label: What it is.
-        before: Of the original.
-        after: Of the artifact.
-        change: One against the other.
-    """
-
-    label: str
-    before: str
-    after: str
-    change: str = MISSING
 
 
 @dataclass(frozen=True)
@@ -80,16 +63,16 @@ class Aside:
         )
 
 
-def summary(told: Aside) -> list[Told]:
+def summary(told: Aside) -> list[Row]:
     """One row for each of the three that was looked at; nothing for the others."""
-    rows: list[Told] = []
+    rows: list[Row] = []
     seen, scale = told.robustness, told.scale
     if seen is not None:
         change = scale.change(seen.extra_drop)
         if seen.extra_drop_ci95 is not None:
             change += f" {scale.interval(seen.extra_drop_ci95)}"
         label = f"Drop by corruption ({seen.examples} pictures, {len(seen.rows)} ways)"
-        rows.append(Told(label, scale.drop(seen.drop_before), scale.drop(seen.drop_after), change))
+        rows.append(Row(label, scale.drop(seen.drop_before), scale.drop(seen.drop_after), change))
     if told.calibration is not None:
         before, after = told.calibration.before, told.calibration.after
         rows.append(_points("Calibration error (ECE)", None if before is None else before.ece, after.ece))
@@ -125,9 +108,9 @@ def corruption_rows(told: Aside) -> list[dict[str, Any]]:
     return found
 
 
-def confidence_rows(told: Aside) -> list[Told]:
+def confidence_rows(told: Aside) -> list[Row]:
     """Calibration and membership, figure by figure."""
-    rows: list[Told] = []
+    rows: list[Row] = []
     if told.calibration is not None:
         before, after = told.calibration.before, told.calibration.after
         for name, label in (
@@ -177,24 +160,24 @@ def _of(record: Confidence | Attack | None, name: str) -> float | None:
     return None if record is None else getattr(record, name)
 
 
-def _points(label: str, before: float | None, after: float) -> Told:
+def _points(label: str, before: float | None, after: float) -> Row:
     change = MISSING if before is None else f"{100 * (after - before):+.2f} points"
-    return Told(label, figures.percent(before), figures.percent(after), change)
+    return Row(label, figures.percent(before), figures.percent(after), change)
 
 
-def _nats(label: str, before: float | None, after: float) -> Told:
+def _nats(label: str, before: float | None, after: float) -> Row:
     change = MISSING if before is None else f"{after - before:+.4f}"
-    return Told(label, MISSING if before is None else f"{before:.4f}", f"{after:.4f}", change)
+    return Row(label, MISSING if before is None else f"{before:.4f}", f"{after:.4f}", change)
 
 
-def _attack_row(label: str, told: Aside) -> Told:
+def _attack_row(label: str, told: Aside) -> Row:
     seen = told.privacy
     assert seen is not None
     change = MISSING
     if seen.change is not None and seen.change_ci95 is not None:
         low, high = seen.change_ci95
         change = f"{seen.change:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return Told(label, _auc(seen.before), _auc(seen.after), change)
+    return Row(label, _auc(seen.before), _auc(seen.after), change)
 
 
 def _auc(attack: Attack | None) -> str:

@@ -158,6 +158,28 @@ def flips(measurement: Measurement) -> str:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One figure before and after.
+
+    Attributes:
+        label: What it is.
+        before: Of the original, through the same runtime.
+        after: Of the artifact.
+        change: One against the other.
+    """
+
+    label: str
+    before: str
+    after: str
+    change: str = MISSING
+
+    @property
+    def seen(self) -> bool:
+        """Whether anything measured it."""
+        return (self.before, self.after) != (MISSING, MISSING)
+
+
+@dataclass(frozen=True)
 class Scale:
     """How the scores and drops of a metric are written.
 

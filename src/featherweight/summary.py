@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from featherweight import beside, figures
-from featherweight.figures import MISSING, Scale, on_axis, quotient, scale_of, size
+from featherweight.figures import MISSING, Row, Scale, on_axis, quotient, scale_of, size
 from featherweight.outcome import (
     AXES,
     EVEN,
@@ -31,28 +30,6 @@ _FACTORS = {
     "bytes": "size ratio",
     "quality": "quality drop",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure before and after.
-
-    Attributes:
-        label: What it is.
-        before: Of the original, through the same runtime.
-        after: Of the artifact.
-        change: One against the other.
-    """
-
-    label: str
-    before: str
-    after: str
-    change: str = MISSING
-
-    @property
-    def seen(self) -> bool:
-        """Whether anything measured it."""
-        return (self.before, self.after) != (MISSING, MISSING)
 
 
 RUNTIME_HEADERS = (
@@ -103,10 +80,7 @@ def before_after(result: Result) -> list[Row]:
         Row("SQNR of the outputs", MISSING, figures.decibel(new.sqnr_db)),
         Row("Flipped predictions", MISSING, figures.flips(new)),
         _worst_class(new),
-        *(
-            Row(told.label, told.before, told.after, told.change)
-            for told in beside.summary(beside.Aside.of(result))
-        ),
+        *beside.summary(beside.Aside.of(result)),
         _compared("Size", size, old.bytes, new.bytes),
         _compared("Bits of a weight (mean, scales included)", figures.bits, old.weight_bits, new.weight_bits),
         _compared("Download size", size, old.packed_bytes, new.packed_bytes),

@@ -138,7 +138,7 @@ def fit(
             study=study,
             progress=progress,
         )
-    _show_result(result, out, quiet, as_json)
+    show_result(result, out, quiet, as_json)
 
 
 def apply(
@@ -272,10 +272,11 @@ def demo(
 
     with Bars(quiet) as progress:
         result = api.demo(out=out, force=force, progress=progress)
-    _show_result(result, out, quiet, as_json)
+    show_result(result, out, quiet, as_json)
 
 
-def _show_result(result: Result, out: Path, quiet: bool, as_json: bool) -> None:
+def show_result(result: Result, out: Path, quiet: bool, as_json: bool) -> None:
+    """Print what a fit handed back, and end with 0, or 3 where the budget is not met."""
     if as_json or not quiet:
         terminal.print_result(result, out, as_json)
     raise typer.Exit(0 if result.met else NOT_MET)

@@ -8,13 +8,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from featherweight import terminal
 from featherweight.cli import options
+from featherweight.cli.making import show_result
 from featherweight.errors import DataError, LoadError
 from featherweight.terminal import Bars
 
 T = TypeVar("T")
-NOT_MET = 3
 
 Networks = Annotated[
     list[str],
@@ -140,9 +139,7 @@ def merge(
             workers=workers,
             progress=progress,
         )
-    if as_json or not quiet:
-        terminal.print_result(result, out, as_json)
-    raise typer.Exit(0 if result.met else NOT_MET)
+    show_result(result, out, quiet, as_json)
 
 
 def _named(texts: Sequence[str], what: str, read: Callable[[str], T]) -> dict[str, T]:

@@ -146,6 +146,7 @@ def to_onnx(model: Model, entry: str = "forward", keep: Collection[str] = ()) ->
 
 def write(model: ir.Model, path: Path) -> list[str]:
     """Write a file, its larger weights beside it where protobuf's 2 GB are not enough; returns the names."""
+    _strip_types(model)  # also of what storing formats made
     weights = (value.const_value for value in model.graph.initializers.values())
     if sum(tensor.nbytes for tensor in weights if tensor is not None) <= _ONE_FILE:
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
@@ -454,8 +455,14 @@ def _strip(model: ir.Model) -> None:
             value.metadata_props.clear()
             if value not in model.graph.outputs:
                 value.type, value.shape = None, None
-    for value in model.graph.initializers.values():
-        value.type, value.shape = None, None  # the tensor says both
+    _strip_types(model)
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def _strip_types(model: ir.Model) -> None:
+    """No types and shapes of initializers, for their tensors say both."""
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.type, value.shape = None, None
