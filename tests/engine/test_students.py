@@ -342,6 +342,19 @@ def question(prefer: Preference = "quality", time_s: float = 600.0, **limits: An
     )  # fmt: skip
 
 
+class TestShares:
+    def test_what_is_enough_for_all_is_the_same_for_all(self) -> None:
+        assert student_choice._shares([500.0, 12.0, 11.0]) == [1.0, 1.0, 1.0]
+
+    def test_what_cannot_learn_enough_learns_less(self) -> None:
+        assert student_choice._shares([40.0, 10.0, 5.0, 1.0]) == [1.0, 1.0, 0.5, 0.1]
+
+    def test_where_none_can_all_take_as_long(self) -> None:
+        seconds = [1.0, 2.0, 4.0]
+        shares = student_choice._shares([4.0 / one for one in seconds])
+        assert [share * one for share, one in zip(shares, seconds, strict=True)] == [1.0, 1.0, 1.0]
+
+
 class TestChoosing:
     def test_keeps_the_budget_and_says_why(self, run: Run, fake: list[str]) -> None:
         notes: list[str] = []
@@ -359,6 +372,21 @@ class TestChoosing:
         assert best.quality_drop == min(row.quality_drop for row in trained if row.epochs == best.epochs)
         papers = [count(row.student, TASK).paper for row in trained]
         assert len(set(papers)) == len(papers)
+
+    @pytest.mark.parametrize(("time_s", "equal"), [(600.0, True), (1.0, False)])
+    def test_all_learn_as_often_where_the_time_is_enough_for_each(
+        self, time_s: float, equal: bool, run: Run, fake: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slow = iter(range(1, 100))
+
+        def pace(one: Run, lesson: dict[str, Any]) -> Pace:
+            return replace(pace_of(one, lesson), training_s=1e-4 * next(slow), teacher_s=0.0)
+
+        monkeypatch.setattr(student_choice, "pace_of", pace)
+        monkeypatch.setattr(student_choice, "_FEWEST", 1)
+        made = choose_student(run, question("balanced", bytes=30_000, time_s=time_s))
+        epochs = {row.epochs for row in made.rows if row.quality_drop is not None}
+        assert (len(epochs) == 1) is equal
 
     def test_is_kept(self, run: Run, fake: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         first = choose_student(run, question(bytes=30_000))

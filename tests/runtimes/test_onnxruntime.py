@@ -259,9 +259,17 @@ class TestBiases:
         assert (seen["QLinearConv"], seen["QGemm"]) == (2, 1)
 
     def test_a_bias_that_two_calls_share(self, lowered: Lowered) -> None:
-        stored = RUNTIME.stored(lowered("onnxruntime", "shared", "int8"))
-        assert stored["block.bias"].dtype == "int32"
-        assert stored["block.bias.1"].dtype == "int32"  # at the scale of the second call's input
+        artifact = lowered("onnxruntime", "shared", "int8")
+        graph = ir.load(artifact.folder / "model.onnx").graph
+        weight = graph.initializers["block.weight"].uses()[0].node.outputs[0]
+        calls = [use.node for use in weight.uses() if use.node.op_type == "Conv"]
+        held = [node.inputs[2].producer().inputs for node in calls]  # type: ignore[union-attr]
+        integers = [bias.const_value.numpy() for bias, _ in held]  # type: ignore[union-attr]
+        real = [ints * scale.const_value.numpy() for ints, (_, scale) in zip(integers, held, strict=True)]  # type: ignore[union-attr]
+        assert len(calls) == 2
+        assert RUNTIME.stored(artifact)["block.bias"].dtype == "int32"
+        assert not np.array_equal(*integers)  # each at the scale of its own call's input
+        np.testing.assert_allclose(*real, atol=1e-5)  # half a step of each
 
 
 class TestTarget:

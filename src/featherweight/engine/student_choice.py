@@ -2,8 +2,9 @@
 
 Of each family and depth the widest network is taken that keeps the limits, as predicted and then as found
 by lowering it untrained (``student_table.py``). Those with the largest capacity, parameters x layers, and
-at most one of a paper, are trained briefly, all for the same time on the same examples: what is cheap to
-train learns more in the time that there is. The worse half leaves, the others learn longer (successive
+at most one of a paper, are trained briefly on the same examples. Each sees them as often as the others, for
+a network that is cheap to train is ahead at first and not in the end; only one that the time is too short
+for, even if it is chosen, sees them less often. The worse half leaves, the others learn longer (successive
 halving: Jamieson and Talwalkar 2016, arXiv:1502.07943). The best one is the student; where the objective is
 not quality alone, the best by the objective that is as good as it has to be.
 """
@@ -38,8 +39,9 @@ from featherweight.recipe import Recipe, Step
 from featherweight.tools.simulate import as_run, simulate
 from featherweight.tools.training_examples import training_examples
 
-SHARE = 0.15  # of the time, in which a student is chosen
-_TABLE = 0.5  # of that share: after it, no further candidate is lowered for the table
+SHARE = 0.2  # of the time, in which a student is chosen
+_TABLE = 0.4  # of that share: after it, no further candidate is lowered for the table
+_ENOUGH = 10.0  # epochs in which a student learns most of what it can
 _SPARE = {
     "bytes": 0.999,
     "latency_s": 0.95,
@@ -48,10 +50,8 @@ _SPARE = {
 _SMALLER = (1.0, 0.5, 0.25)  # of the limits, where the objective asks for less than they allow
 _LARGEST = 0.5  # of the original's bytes and multiply-accumulates, where there is no limit
 _TRAINED, _ROUNDS = 6, 2  # candidates that are trained at most, and how often they are judged
-_FEWEST, _PASSES = (
-    2000,
-    3.0,
-)  # examples that a candidate learns from at least, and how often the slowest sees them
+_FEWEST = 2000  # examples that a candidate learns from at least
+_PASSES = 3.0  # how often it sees them
 _MOST_EPOCHS = 30.0  # of those examples
 _JUDGING = 2000  # scored examples at most
 _CLOSE = 0.01  # of quality, within which the objective decides where no limit of the drop does
@@ -123,6 +123,7 @@ class _Choosing:
         self.table = Table(run, memory=question.budget.memory_bytes is not None)
         self.until = time.monotonic() + SHARE * question.time_limit
         self.lowering_until = time.monotonic() + _TABLE * SHARE * question.time_limit
+        self.lesson_s = (1 - SHARE) * question.time_limit
         self.rows: dict[str, StudentRow] = {}
 
     def choose(self) -> StudentChoice:
@@ -254,7 +255,7 @@ class _Choosing:
         left, out = list(contestants), list[_Contestant]()
         for number in range(rounds):
             share = (self.until - time.monotonic()) / (rounds - number)
-            judged = self._train(left, share / len(left))
+            judged = self._train(left, share)
             if judged is None:
                 self.run.progress.note("student auto: no time to train candidates, so the largest is taken")
                 break
@@ -266,20 +267,22 @@ class _Choosing:
         return [*left, *out]
 
     def _train(self, left: Sequence[_Contestant], seconds: float) -> list[_Contestant] | None:
-        """Each is trained for so many seconds; None: that is too short to tell anything."""
+        """All are trained in so many seconds; None: that is too short to tell anything."""
         run, runs = self.run, [self._run_of(one) for one in left]
         paces = [pace_of(one, lesson_of(one.start)) for one in runs]
-        slowest = max(pace.training_s for pace in paces)
-        each = _PASSES * slowest + paces[0].teacher_s
-        examples = min(int(seconds / max(each, 1e-9)), paces[0].training)
+        shares = _shares([self.lesson_s / (pace.training_s * pace.training) for pace in paces])
+        once = sum(share * pace.training_s for share, pace in zip(shares, paces, strict=True))  # an example
+        asked = len(left) * paces[0].teacher_s
+        examples = min(int(seconds / max(_PASSES * once + asked, 1e-9)), paces[0].training)
         if examples < min(_FEWEST, paces[0].training):
             return None
+        passes = min((seconds / examples - asked) / once, _MOST_EPOCHS)
         data = _part(run, examples)
         judged = []
         what = f"student auto: training {', '.join(one.counted.spec for one in left)}"
-        for one, own, pace in run.progress.track(list(zip(left, runs, paces, strict=True)), what, len(left)):
-            epochs = (seconds - examples * pace.teacher_s) / (examples * pace.training_s)
-            epochs = round(min(max(epochs, 1.0), _MOST_EPOCHS), 2)
+        each = list(zip(left, runs, paces, shares, strict=True))
+        for one, own, pace, share in run.progress.track(each, what, len(left)):
+            epochs = round(max(share * passes, 1.0), 2)
             lesson = {"teacher": pace.teacher, **lesson_of(own.start), "epochs": epochs}
             own.data = data
             trained = own.apply(Recipe((Step("finetune", lesson),)))
@@ -360,6 +363,16 @@ class _Choosing:
             chosen=chosen,
             reason=reason,
         )
+
+
+def _shares(epochs: Sequence[float]) -> list[float]:
+    """How often each sees the examples, beside the one that sees them most often.
+
+    Args:
+        epochs: That each would learn for if it were chosen.
+    """
+    useful = [min(one, _ENOUGH) for one in epochs]
+    return [one / max(useful) for one in useful]
 
 
 def _times(limits: Budget, factor: float) -> Budget:

@@ -140,6 +140,7 @@ class OnnxRuntime(Runtime):
         return replace(fmt, signed=True, headroom=max(fmt.headroom, int(saturating)))
 
     def lower(self, model: Model, target: Target, out: Path) -> Artifact:
+        from featherweight.exchange.compact import compact
         from featherweight.exchange.export import to_onnx, write
         from featherweight.graph import trace
         from featherweight.runtimes._ort_kinds import Kinds
@@ -150,9 +151,12 @@ class OnnxRuntime(Runtime):
         values: dict[str, dict[str, str]] = {}
         written: list[str] = []
         for entry in model.entries:
-            kinds = Kinds.of(trace(model, entry), model.formats)
+            graph = trace(model, entry)
+            kinds = Kinds.of(graph, model.formats)
             export = to_onnx(model, entry, keep=kinds.names)
             kinds.store(export, lambda fmt, role: self.realise(fmt, target, role), self.name)
+            traced = {value.fx_name for value in graph.values.values()}  # costs look for them
+            compact(export, {*graph.program.state_dict, *traced})
             files[entry] = "model.onnx" if entry == "forward" else f"model.{entry}.onnx"
             written += write(export.model, out / files[entry])
             values[entry] = export.names()
