@@ -54,6 +54,7 @@ _FRONT = 8
 _SHORT = 8  # updates that are not timed
 _PHASES = 4  # updates of a supernet differ, and so often they are alike
 _BISECTED, _EQUAL = 6, 1.01  # times are as equal as this
+_BRIEFLY = 0.25  # of the time of a timing, to see which is faster
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,9 @@ class Bench:
             **self.timed(model, name),
         }
 
-    def timed(self, model: Model, name: str) -> Json:
-        """Latency in turn with the original's."""
-        seen = against_original(self.run, model, self.settings.seconds, self.work / "timing" / name)
+    def timed(self, model: Model, name: str, share: float = 1.0) -> Json:
+        """Latency in turn with the original's, for a share of the usual time."""
+        seen = against_original(self.run, model, share * self.settings.seconds, self.work / "timing" / name)
         return {"ratio": seen.ratio.median, "ci95": seen.ratio.ci95, "original_ms": 1000 * seen.original_s}
 
     def measured(self, name: str, *steps: Step) -> Json:
@@ -394,7 +395,7 @@ def _amount(bench: Bench, ratio: float, step: Step) -> float:
         except RecipeError:  # below the smallest one
             low = middle
             continue
-        seen = bench.timed(model, f"amount-{ratio:.3f}-{tried}")["ratio"]
+        seen = bench.timed(model, f"amount-{ratio:.3f}-{tried}", _BRIEFLY)["ratio"]
         low, high = (middle, high) if seen <= ratio * _EQUAL else (low, middle)
     return low
 

@@ -38,7 +38,8 @@ def method_table() -> str:
         needs = ", ".join(about["needs"]) or "nothing"
         head = f"| `{name}` | {about['kind']} | {needs} "
         lines.append(f"{head}| | {about['summary']} |")
-        lines += [f"| | | | `{key}` | {text} |" for key, text in about["parameters"].items()]
+        told = {key: text.replace("|", "\\|") for key, text in about["parameters"].items()}
+        lines += [f"| | | | `{key}` | {text} |" for key, text in told.items()]
     return "\n".join(lines)
 
 
