@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_the_front_is_found_in_a_large_space() -> None:
     alone = {**space.smallest().widths, important: space.widths[important][-1]}
     ideal = costs.of(Subnet(alone))["macs"]
     whole = costs.of(space.largest())["macs"]
-    assert smallest < ideal < best[-1].costs["macs"] < 0.5 * (ideal + whole)
+    assert smallest < ideal <= best[-1].costs["macs"] < 0.5 * (ideal + whole)
     again = search(space, costs, Known(important), extractor, "macs", evaluations=120, seed=0, track=_track)  # type: ignore[arg-type]
     assert [one.subnet for one in again] == [one.subnet for one in found]
 
@@ -138,3 +139,47 @@ def test_a_judge_prefers_the_network_that_says_the_same() -> None:
     batches = [(torch.from_numpy(golden.inputs("residual", 32)),)]
     judge = Judge(extractor, model, batches, golden.data("residual"), Where())
     assert judge.loss(space.largest()) < judge.loss(space.smallest())
+
+
+class Adds:
+    """A judge by whom losses add up, the same for every option that is left out."""
+
+    def __init__(self, space: Space, prices: Mapping[str, float]) -> None:
+        self.space, self.prices = space, prices
+
+    def loss(self, subnet: Subnet) -> float:
+        return sum(
+            price * (1 - subnet.widths[name] / self.space.widths[name][-1])
+            for name, price in self.prices.items()
+        )
+
+
+def test_the_way_down_is_the_best_where_losses_add_up() -> None:
+    _, space, _, extractor = _made("depthwise")
+    space = Space(space.widths)
+    costs = SubnetCosts(extractor, space, golden.model("depthwise"), None)
+    prices = {name: 10.0**-place for place, name in enumerate(space.widths)}
+    found = search(
+        space, costs, Adds(space, prices), extractor, "parameters",  # type: ignore[arg-type]
+        evaluations=150, seed=0, track=_track,
+    )  # fmt: skip
+    best = front(found, "parameters")
+    whole = costs.of(space.largest())["parameters"]
+    assert len(best) > 12
+    assert best[-1].loss == 0
+    assert best[-1].costs["parameters"] == whole
+    shares = [one.costs["parameters"] / whole for one in best]
+    assert max(larger - smaller for smaller, larger in itertools.pairwise(shares)) < 0.25
+    rng = random.Random(1)
+    for _ in range(100):  # nothing that is drawn is better by much
+        one = space.sample(rng)
+        cost, loss = costs.of(one)["parameters"], Adds(space, prices).loss(one)
+        assert min(seen.loss for seen in found if seen.costs["parameters"] <= cost * 1.02) <= loss + 0.05
+
+
+def test_few_evaluations_begin_without_single_choices() -> None:
+    _, space, _, extractor = _made("depthwise")
+    costs = SubnetCosts(extractor, space, golden.model("depthwise"), None)
+    judge = Known(next(iter(space.widths)))
+    found = search(space, costs, judge, extractor, "macs", evaluations=6, seed=0, track=_track)  # type: ignore[arg-type]
+    assert len(found) == 6
