@@ -128,12 +128,14 @@ class Space:
         depths: Stage -> its residual blocks that may go, in the order in which they go.
         kernels: Path of a convolution -> side lengths, ascending; the last one is whole.
         inputs: Shares of the pictures' side, ascending; the last one is 1.
+        among: Networks of it that were trained more than others; none where all were alike.
     """
 
     widths: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     depths: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     inputs: tuple[float, ...] = (1.0,)
+    among: tuple[Subnet, ...] = ()
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -240,6 +242,7 @@ class Space:
             "depths": {name: list(blocks) for name, blocks in self.depths.items()},
             "kernels": {name: list(sizes) for name, sizes in self.kernels.items()},
             "inputs": list(self.inputs),
+            **({"among": [one.to_json() for one in self.among]} if self.among else {}),
         }
 
     @classmethod
@@ -250,6 +253,7 @@ class Space:
             {name: tuple(blocks) for name, blocks in data["depths"].items()},
             {name: tuple(map(int, sizes)) for name, sizes in data["kernels"].items()},
             tuple(map(float, data["inputs"])),
+            tuple(map(Subnet.from_json, data.get("among", ()))),
         )
 
 

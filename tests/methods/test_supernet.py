@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featherweight.data import Data
-from featherweight.elastic import Space, space_of_supernet
+from featherweight.elastic import Space, Subnet, space_of_supernet
 from featherweight.errors import DataError, RecipeError
 from featherweight.method import Context
 from featherweight.methods.supernet import Supernet
@@ -22,6 +22,9 @@ from featherweight.tools.channels import channel_groups
 from featherweight.tools.distill_losses import soft_target_loss
 from featherweight.tools.elastic_cut import Extractor
 from featherweight.tools.elastic_space import find_space, space_channels
+from featherweight.tools.subnet_search import Judge
+from featherweight.tools.supernets import held
+from featherweight.where import Where
 from golden import context, data, model, model_of
 from training import Kept, Told, problem, same
 
@@ -151,6 +154,84 @@ class TestTrains:
         assert not torch.equal(weight, residual().module.get_parameter("3.0.conv1.weight"))
         with torch.no_grad():
             assert torch.allclose(done.module(x), residual().module(x), atol=1e-5)
+
+
+def loss_of(net: Model, subnet: Subnet) -> float:
+    """How far the class scores of a subnet are from the original's on examples of training."""
+    space = space_of(net)
+    judge = Judge(
+        Extractor(net, space, space_channels(net, space)),
+        residual(),
+        [(torch.from_numpy(_inputs()),)],
+        problem(),
+        Where(),
+    )
+    return judge.loss(subnet)
+
+
+def _inputs() -> np.ndarray:
+    train = problem().train
+    assert train is not None
+    return train.take(np.arange(len(train)))[0]
+
+
+def narrowed(before: Model, **how: Any) -> Model:
+    told = {key: how.pop(key) for key in ("progress", "checkpoint") if key in how}
+    asked = {"epochs": 6, "batch_size": 16, "learning_rate": 0.05, "teacher": "original", **how}
+    method = Supernet.model_validate({"front": 3, "evaluations": 30, **asked})
+    return method.apply(before, _beside(before, **told))
+
+
+def _beside(before: Model, **told: Any) -> Context:
+    return replace(context(before, problem()), models={"original": residual()}, **told)
+
+
+@pytest.fixture(scope="module")
+def begun() -> Model:
+    """A supernet, briefly trained."""
+    return trained(residual(), epochs=4, teacher="original")
+
+
+class TestFront:
+    def test_networks_of_the_front_learn(self, begun: Model) -> None:
+        told = Told()
+        done = narrowed(begun, progress=told)
+        space = space_of(done)
+        assert 1 < len(space.among) <= 3
+        assert replace(space, among=()) == space_of(begun)
+        for one in space.among:
+            assert space.contains(one)
+            assert loss_of(done, one) < loss_of(begun, one)
+        assert any("networks learn" in note for note in told.notes)
+        rebuilt = begun.rebuild(done.edits, done.module.state_dict())
+        assert rebuilt.elastic == space.to_json()
+        assert Space.from_json(rebuilt.elastic) == space
+
+    def test_subnet_looks_at_them_first(self, begun: Model) -> None:
+        done = narrowed(begun)
+        looked = held(done, _beside(done), Where(), "macs").seen(
+            "macs", _beside(done), evaluations=len(space_of(done).among), samples=64
+        )
+        assert [one.subnet for one in looked] == list(space_of(done).among)
+
+    def test_goes_on_where_it_was_left(self, begun: Model) -> None:
+        kept = Kept()
+        whole = narrowed(begun, epochs=4, checkpoint=kept)
+        again = narrowed(begun, epochs=4, checkpoint=replace(kept, at=1))
+        assert same(again.module.state_dict(), whole.module.state_dict())
+
+    def test_excluded_layers_stay(self, begun: Model) -> None:
+        done = narrowed(begun, where={"exclude": ["3.0.*"]})
+        before, after = begun.module.state_dict(), done.module.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("3.0."))
+
+    def test_needs_a_supernet_and_takes_its_space(self) -> None:
+        with pytest.raises(RecipeError, match="this model is none") as error:
+            narrowed(residual())
+        assert "without front" in error.value.fix
+        with pytest.raises(ValueError, match="widths is given"):
+            Supernet.model_validate({"front": 4, "widths": [0.5, 1.0]})
+        assert Supernet.model_validate(Supernet(front=4).model_dump(mode="json")).front == 4
 
 
 class TestWhere:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
 
-from featherweight.elastic import Space, Subnet, mark, space_of_supernet
+from featherweight.elastic import Subnet, mark, space_of_supernet
 from featherweight.errors import RecipeError
 from featherweight.method import Context, Kind, Method, Need
 from featherweight.model import Model, make_edit
@@ -24,10 +23,8 @@ from featherweight.recipe import Hole, Range
 from featherweight.tools.batch_norms import reestimate
 from featherweight.tools.batches import calibration_batches, entry_of
 from featherweight.tools.elastic_cut import Extractor
-from featherweight.tools.elastic_space import space_channels, without_excluded
-from featherweight.tools.groups import Channels
-from featherweight.tools.subnet_costs import SubnetCosts
-from featherweight.tools.subnet_search import Judge, Seen, front, search
+from featherweight.tools.subnet_search import Seen, front, spread
+from featherweight.tools.supernets import Held, held
 from featherweight.tools.widths import Unit
 
 _KEEP = 0.5  # of the multiply-accumulates, where nothing is asked
@@ -95,7 +92,7 @@ class SubnetStep(Method, frozen=True, extra="forbid"):
     def holes(cls, model: Model, context: Context) -> dict[str, Hole]:
         if space_of_supernet(model) is None:
             return {}
-        net = _Supernet.of(cls(), model, context, "latency")
+        net = cls()._net(model, context, "latency")
         if net.space.is_trivial:
             return {}
         unit: Unit = "latency" if "latency" in net.costs.units else "macs"
@@ -111,21 +108,17 @@ class SubnetStep(Method, frozen=True, extra="forbid"):
         if unit is None or space_of_supernet(model) is None:
             return ()
         method = cls.model_validate({name: value for name, value in given.items() if name not in _UNITS})
-        net = _Supernet.of(method, model, context, unit)
+        net = method._net(model, context, unit)
         if net.space.is_trivial or unit not in net.costs.units:
             return ()
         whole = net.costs.of(net.space.largest())[unit]
-        shares = [one.costs[unit] / whole for one in front(method._seen(net, unit, context), unit)]
-        if not shares:
-            return ()
-        ends = math.log(shares[0]), math.log(shares[-1])
-        wanted = [ends[0] + (ends[1] - ends[0]) * (step + 0.5) / _STARTS for step in range(_STARTS)]
-        nearest = [min(shares, key=lambda share: abs(math.log(share) - one)) for one in wanted]
-        found = dict.fromkeys(min(math.ceil(share * 1e4) / 1e4, 1.0) for share in nearest)
+        some = spread(front(method._seen(net, unit, context), unit), unit, _STARTS)
+        shares = [one.costs[unit] / whole for one in some]
+        found = dict.fromkeys(min(math.ceil(share * 1e4) / 1e4, 1.0) for share in shares)
         return [{unit: share} for share in found if holes[unit].admits(share)]
 
     def apply(self, model: Model, context: Context) -> Model:
-        net = _Supernet.of(self, model, context, self._amount[0])
+        net = self._net(model, context, self._amount[0])
         if net.space.is_trivial:
             return self._nothing(model, context)
         if self._named is not None:
@@ -156,6 +149,9 @@ class SubnetStep(Method, frozen=True, extra="forbid"):
         context.progress.note(f"warning: {what}")
         return model.evolve(module=model.copy_module())
 
+    def _net(self, model: Model, context: Context, unit: Unit) -> Held:
+        return held(model, context, self.where, unit)
+
     @property
     def _named(self) -> Subnet | None:
         """The network that was asked for by itself."""
@@ -172,7 +168,7 @@ class SubnetStep(Method, frozen=True, extra="forbid"):
             ("macs", None),
         )
 
-    def _best(self, net: _Supernet, context: Context) -> Subnet:
+    def _best(self, net: Held, context: Context) -> Subnet:
         """The network that loses least within the amount."""
         unit, asked = self._amount
         if unit not in net.costs.units:
@@ -204,74 +200,11 @@ class SubnetStep(Method, frozen=True, extra="forbid"):
         )
         return chosen
 
-    def _seen(self, net: _Supernet, unit: Unit, context: Context) -> list[Seen]:
-        """What the search looked at; it is the same for all amounts of a unit, so it is remembered."""
-        said: dict[str, Any] = {"unit": unit, "evaluations": self.evaluations, "samples": self.samples}
-        said["where"] = self.where.model_dump()
-
-        def compute() -> Any:
-            batches = calibration_batches(context, max(1, self.samples // 2), "subnet")
-            original = context.models.get("original", net.model)
-            entry = entry_of(net.model, batches)
-            judge = Judge(net.extractor, original, batches, context.data, self.where, entry)
-            found = search(
-                net.space,
-                net.costs,
-                judge,
-                net.extractor,
-                unit,
-                evaluations=self.evaluations,
-                seed=context.seed,
-                track=context.progress.track,
-            )
-            return [one.to_json() for one in found]
-
-        known: Any = context.memo("subnet", said, compute)
-        return [Seen.from_json(one) for one in known]
+    def _seen(self, net: Held, unit: Unit, context: Context) -> list[Seen]:
+        return net.seen(unit, context, evaluations=self.evaluations, samples=self.samples)
 
 
 PLUGIN = SubnetStep
-
-
-@dataclass(frozen=True)
-class _Supernet:
-    """A supernet and the part of its space that may be cut."""
-
-    model: Model
-    space: Space
-    channels: Channels
-    extractor: Extractor
-    costs: SubnetCosts
-
-    @classmethod
-    def of(cls, method: SubnetStep, model: Model, context: Context, unit: Unit) -> _Supernet:
-        """That of a model.
-
-        Args:
-            method: What it may cut.
-            model: Maybe a supernet.
-            context: As the step has it.
-            unit: What is counted; layers are timed for ``latency`` alone.
-
-        Raises:
-            RecipeError: It is none.
-        """
-        whole = space_of_supernet(model)
-        if whole is None:
-            raise RecipeError(
-                "subnet takes a network out of a supernet, and this model is none",
-                fix="put supernet before subnet in the recipe; prune and shrink cut networks that are none",
-            )
-        channels = space_channels(model, whole)
-        space = without_excluded(whole, channels, model, method.where)
-        extractor = Extractor(model, space, channels)
-        first = context.models.get("student", context.models.get("original", model))
-        prices = context.costs if unit == "latency" else None
-        return cls(model, space, channels, extractor, SubnetCosts(extractor, space, first, prices))
-
-    def share(self, subnet: Subnet, unit: Unit) -> float:
-        """Of the whole network's cost."""
-        return self.costs.of(subnet)[unit] / self.costs.of(self.space.largest())[unit]
 
 
 def _told(cost: float, unit: Unit) -> str:

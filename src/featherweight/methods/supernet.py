@@ -9,17 +9,21 @@ A subnet has the first channels of each group, the first blocks of each stage, t
 smaller picture (Cai et al. 2020, Once-for-all, arXiv:1908.09791; Yu and Huang 2019, arXiv:1903.05134). What
 comes out is the same plain network, a little better or worse than before, with an edit that says what may be
 taken of it. Costs nothing at inference.
+
+A second ``supernet`` with ``front`` trains the networks that lose least for what they cost, and no others:
+weights that all share serve fewer then, and serve them better.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from featherweight.elastic import Space, mark
+from featherweight.elastic import Space, mark, space_of_supernet
 from featherweight.errors import RecipeError
 from featherweight.method import Context, Kind, Method, Need, Precision
 from featherweight.model import Model, make_edit
@@ -37,6 +41,8 @@ from featherweight.tools.optimizers import OptimizerName
 from featherweight.tools.rankings import DATA_FREE, Importance, rank
 from featherweight.tools.sandwich import Layers, Sandwich
 from featherweight.tools.simulated import Simulated
+from featherweight.tools.subnet_search import front, spread
+from featherweight.tools.supernets import held
 from featherweight.tools.train_settings import TrainSettings
 from featherweight.tools.trained import (
     auto_optimizer,
@@ -47,10 +53,13 @@ from featherweight.tools.trained import (
 )
 from featherweight.tools.training import train
 from featherweight.tools.training_examples import TrainingExamples, training_examples
+from featherweight.tools.widths import Unit
 
 _NAMED = 3  # reasons that are told
 _POOL = 8  # subnets that are ready
 _STEPS = 4  # of which one cuts a new subnet
+_WHOLE = 0.98  # of the whole network's cost: what costs more is that network
+_OF_THE_SPACE = ("widths", "depth", "kernels", "inputs", "round_to", "importance", "shrink")
 _LARGEST = 4  # of which one runs the largest network, where it does not teach
 Share = Annotated[float, Field(gt=0, le=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -90,6 +99,9 @@ class Supernet(Method, frozen=True, extra="forbid"):
             four, since the other networks are what a step is for.
         subnets: Random ones of a step, beside the largest and the smallest.
         shrink: Share of the training in which the space opens: kernels, then depths, then widths.
+        front: Behind another ``supernet``: so many networks learn and no others, spread over the front of
+            those that lose least for what they cost, by the search of ``subnet``.
+        evaluations: Networks that this search looks at.
     """
 
     kind: ClassVar[Kind] = "structure"
@@ -121,6 +133,8 @@ class Supernet(Method, frozen=True, extra="forbid"):
     every: Annotated[int, Field(ge=1)] | None = None
     subnets: Annotated[int, Field(ge=0)] = 2
     shrink: Fraction = 0.0
+    front: Annotated[int, Field(ge=1)] | None = None
+    evaluations: Annotated[int, Field(ge=1)] = 200
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -142,6 +156,16 @@ class Supernet(Method, frozen=True, extra="forbid"):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_no_space_of_its_own(self) -> Supernet:
+        fields = type(self).model_fields
+        given = [name for name in _OF_THE_SPACE if getattr(self, name) != fields[name].default]
+        if self.front is not None and given:
+            raise ValueError(
+                f"front trains what the supernet before holds, and {given[0]} is given: leave it out"
+            )
+        return self
+
     @property
     def _inplace(self) -> bool:
         """Whether subnets learn from the largest network."""
@@ -152,7 +176,7 @@ class Supernet(Method, frozen=True, extra="forbid"):
 
     def apply(self, model: Model, context: Context) -> Model:
         entry = trained_entry(model, "supernet")
-        space, channels = self._space(model, context)
+        space, channels = self._known(model, context) if self.front else self._space(model, context)
         if space.is_trivial:
             return model.evolve(module=model.copy_module())
         examples = training_examples(
@@ -161,7 +185,9 @@ class Supernet(Method, frozen=True, extra="forbid"):
             augment=Augment(self.augment, context.data.augment),
             seed=context.seed,
         )
-        begun = sorted_channels(model, channels, self._order(model, channels, context, entry))
+        begun = model
+        if self.front is None:
+            begun = sorted_channels(model, channels, self._order(model, channels, context, entry))
         if self.epochs == 0:
             return _marked(begun, space)
         objective = self._objective(begun, examples, context, entry)
@@ -217,6 +243,26 @@ class Supernet(Method, frozen=True, extra="forbid"):
                 fix="check where, widths, depth, kernels and round_to, or choose another network: --student",
             )
         return space, channels
+
+    def _known(self, model: Model, context: Context) -> tuple[Space, Channels]:
+        """The space of the supernet before, and which networks of it are trained."""
+        assert self.front is not None
+        if space_of_supernet(model) is None:
+            raise RecipeError(
+                "front trains networks of a supernet, and this model is none",
+                fix="put a supernet without front before this one",
+            )
+        net = held(model, context, self.where, "latency")
+        unit: Unit = "latency" if "latency" in net.costs.units else "macs"
+        if net.space.is_trivial:
+            return net.space, net.channels
+        seen = net.seen(unit, context, evaluations=self.evaluations, samples=self.samples)
+        most = _WHOLE * net.costs.of(net.space.largest())[unit]
+        smaller = [one for one in front(seen, unit) if one.costs[unit] <= most]
+        among = tuple(one.subnet for one in spread(smaller, unit, self.front))
+        shares = ", ".join(f"{net.share(one, unit):.2f}" for one in among)
+        context.progress.note(f"{len(among)} networks learn, of {shares} of the {unit}")
+        return replace(net.space, among=among), net.channels
 
     def _order(
         self, model: Model, channels: Channels, context: Context, entry: str

@@ -8,6 +8,7 @@ cannot follow is left whole, with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from featherweight.elastic import Space
 from featherweight.errors import RecipeError
@@ -107,7 +108,8 @@ def without_excluded(space: Space, channels: Channels, model: Model, where: Wher
     kernels = {path: own for path, own in space.kernels.items() if where.selects(path, kinds[path])}
     some = any(where.selects(path, kind) for path, kind in kinds.items() if path)
     depths = {name: own for name, own in depths.items() if own}
-    return Space(widths, depths, kernels, space.inputs if some else (1.0,))
+    part = Space(widths, depths, kernels, space.inputs if some else (1.0,))
+    return replace(part, among=tuple(one for one in space.among if part.contains(one)))
 
 
 def _is_whole(group: ChannelGroup | None, size: int) -> bool:

@@ -10,6 +10,10 @@ it is, they learn from it instead, L(f_s(x; w_s)), and the largest one, which th
 most of a step's time, need not run in every step. What may be drawn opens while training goes on (progressive
 shrinking: Cai et al. 2020, arXiv:1908.09791).
 
+Where it is known which networks will be taken, they are drawn instead, one more of them in the place of the
+smallest: what others learn on the shared weights costs them (attentive sampling: Wang et al. 2021,
+arXiv:2011.09011).
+
 A subnet is the module that is cut one day (tools/elastic_cut.py), run with slices of the supernet's
 parameters: nothing is masked, so a small one costs little, and gradients flow into the supernet. Norms of a
 subnet use the statistics of the batch.
@@ -90,7 +94,7 @@ class Sandwich(Objective):
 
     Args:
         largest: What the whole network learns.
-        space: What is drawn from.
+        space: What is drawn from; where networks were chosen among it, these are drawn alone.
         extractor: Of the network as training begins.
         kinds: What each output holds.
         layers: How many.
@@ -180,8 +184,10 @@ class _Pool:
         self._smallest: tuple[str, _Sub] | None = None
 
     def chosen(self, share: float) -> list[_Sub]:
-        """The subnets of a step: the smallest one, then random ones."""
+        """The subnets of a step: the smallest one, then random ones; or some of those that were chosen."""
         how = self._layers
+        if self._space.among:
+            return self._some(share)
         last = int(share * how.drawn) + how.pool
         numbers = range(last - how.pool, last)
         for old in [number for number in self._ready if number not in numbers]:
@@ -189,6 +195,17 @@ class _Pool:
         rng = np.random.default_rng((how.seed, _CHOOSE, round(share * 2**40)))
         picks = rng.choice(len(numbers), min(how.random, len(numbers)), replace=False)
         return [self._least(share), *(self._numbered(numbers[int(pick)]) for pick in picks)]
+
+    def _some(self, share: float) -> list[_Sub]:
+        how, among = self._layers, self._space.among
+        rng = np.random.default_rng((how.seed, _CHOOSE, round(share * 2**40)))
+        found = []
+        for pick in rng.choice(len(among), min(how.random + 1, len(among)), replace=False):
+            number = int(pick)
+            if number not in self._ready:
+                self._ready[number] = self._cut(among[number])
+            found.append(self._ready[number])
+        return found
 
     def _numbered(self, number: int) -> _Sub:
         if number not in self._ready:

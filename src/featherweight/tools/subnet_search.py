@@ -78,6 +78,16 @@ def front(seen: Sequence[Seen], unit: Unit) -> list[Seen]:
     return found
 
 
+def spread(found: Sequence[Seen], unit: Unit, count: int) -> list[Seen]:
+    """So many of a front at most, evenly in the logarithm of their cost; the cheapest first."""
+    if not found:
+        return []
+    ends = math.log(found[0].costs[unit]), math.log(found[-1].costs[unit])
+    wanted = [ends[0] + (ends[1] - ends[0]) * (step + 0.5) / count for step in range(count)]
+    nearest = [min(found, key=lambda one: abs(math.log(one.costs[unit]) - at)) for at in wanted]
+    return list({one.subnet.key: one for one in nearest}.values())
+
+
 class Judge:
     """What subnets lose against the original on a few examples.
 
@@ -209,8 +219,10 @@ def _bred(
 def _starts(
     space: Space, look: Callable[[Subnet], Seen | None], unit: Unit, evaluations: int
 ) -> Iterator[Picks]:
-    """What is looked at first: all over the space, choices by themselves, and the way down that they tell."""
+    """What is looked at first: what was trained most, levels, choices by themselves, and the way down."""
     axes = space.axes
+    for known in space.among:
+        yield tuple(axis.options.index(one) for axis, one in zip(axes, space.options(known), strict=True))
     for levels in _first(axes):
         yield tuple(axis.options.index(axis.at(level)) for axis, level in zip(axes, levels, strict=True))
     whole = tuple(len(axis.options) - 1 for axis in axes)
