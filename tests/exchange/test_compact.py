@@ -116,6 +116,15 @@ class TestConstants:
         assert [node.output[0] for node in compacted(text, {"_0"}).graph.node] == ["_1", "_0", "y"]
 
 
+def test_names_inside_of_branches_hide_none_outside() -> None:
+    text = f"""{HEADER}g (float[2] x, bool which) => (float[2] y) {{
+        long = Neg(x)
+        y = If (which) <then_branch = a () => (float[2] u) {{ _0 = Abs(long)\n u = Neg(_0) }},
+                        else_branch = b () => (float[2] v) {{ _1 = Neg(long)\n v = Abs(_1) }}>
+    }}"""
+    assert compacted(text).graph.node[0].output[0] == "_2"
+
+
 class TestDefaults:
     def attributes(self, node: str) -> set[str]:
         text = f"{HEADER}g (float[1,2,8,8] x, float[2,2,3,3] w) => (float[1,2,8,8] y) {{ y = {node} }}"

@@ -34,7 +34,7 @@ def compact(export: OnnxExport, keep: Collection[str]) -> None:
     _share(graph, keep)
     fixed = {id(value) for value in (*graph.inputs, *graph.outputs)}
     values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-    taken = {value.name for value in (*graph.inputs, *values)}
+    taken = {value.name for value in (*graph.inputs, *values)} | set(_nested(graph))
     short = (name for number in count() if (name := f"_{number:x}") not in taken)
     for value in values:
         if id(value) not in fixed and value.name != "" and value.name not in keep:
@@ -42,6 +42,16 @@ def compact(export: OnnxExport, keep: Collection[str]) -> None:
     for node in graph.all_nodes():
         for name in list(_defaults(node, export.model.opset_imports)):
             del node.attributes[name]
+
+
+def _nested(graph: ir.Graph) -> Iterator[str | None]:
+    """Names in the graphs of branches and loops, where one would hide that of a value outside."""
+    for node in graph.all_nodes():
+        yield from (value.name for value in node.outputs)
+        for attribute in node.attributes.values():
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                inner = attribute.as_graph()
+                yield from (value.name for value in (*inner.inputs, *inner.initializers.values()))
 
 
 def _share(graph: ir.Graph, keep: Collection[str]) -> None:

@@ -258,7 +258,8 @@ class Supernet(Method, frozen=True, extra="forbid"):
             return net.space, net.channels
         seen = net.seen(unit, context, evaluations=self.evaluations, samples=self.samples)
         most = _WHOLE * net.costs.of(net.space.largest())[unit]
-        smaller = [one for one in front(seen, unit) if one.costs[unit] <= most]
+        found = front(seen, unit)
+        smaller = [one for one in found if one.costs[unit] <= most] or found
         among = tuple(one.subnet for one in spread(smaller, unit, self.front))
         shares = ", ".join(f"{net.share(one, unit):.2f}" for one in among)
         context.progress.note(f"{len(among)} networks learn, of {shares} of the {unit}")

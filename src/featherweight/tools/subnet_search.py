@@ -207,7 +207,7 @@ def _bred(
             study.enqueue_trial({_name(axis): pick for axis, pick in zip(axes, start, strict=True)})
         trial = study.ask()
         picks = [trial.suggest_int(_name(axis), 0, len(axis.options) - 1) for axis in axes]
-        subnet = space.chosen([axis.options[pick] for axis, pick in zip(axes, picks, strict=True)])
+        subnet = _picked(space, picks)
         yield subnet
         seen = look(subnet)
         if seen is None:
@@ -233,19 +233,20 @@ def _starts(
     if len(singles) > few:
         return
 
-    def seen(picks: Picks) -> Seen | None:
-        return look(space.chosen([axis.options[pick] for axis, pick in zip(axes, picks, strict=True)]))
-
-    uncut = seen(whole)
+    uncut = look(_picked(space, whole))
     alone: list[dict[int, tuple[float, float]]] = [{top: (0.0, 0.0)} for top in whole]
     for place, pick in singles:
         picks = (*whole[:place], pick, *whole[place + 1 :])
         yield picks
-        cut = seen(picks)
+        cut = look(_picked(space, picks))
         if uncut is not None and cut is not None:
             alone[place][pick] = max(cut.loss - uncut.loss, 0.0), uncut.costs[unit] - cut.costs[unit]
     way = list(_way(whole, alone))
     yield from way[:: max(math.ceil(len(way) * _WAY / evaluations), 1)]
+
+
+def _picked(space: Space, picks: Sequence[int]) -> Subnet:
+    return space.chosen([axis.options[pick] for axis, pick in zip(space.axes, picks, strict=True)])
 
 
 def _way(whole: Picks, alone: Sequence[Mapping[int, tuple[float, float]]]) -> Iterator[Picks]:
