@@ -125,6 +125,16 @@ def test_names_inside_of_branches_hide_none_outside() -> None:
     assert compacted(text).graph.node[0].output[0] == "_2"
 
 
+def test_names_that_a_loop_gives_its_body_hide_none_outside() -> None:
+    text = f"""{HEADER}g (float[2] x, int64 times, bool go) => (float[2] y) {{
+        long = Neg(x)
+        y = Loop (times, go, x) <body = b (int64 _0, bool _1, float[2] _2) => (bool on, float[2] sum)
+                                     <float _3 = {{2}}>
+            {{ on = Identity(_1)\n scaled = Mul(_2, _3)\n sum = Add(scaled, long) }}>
+    }}"""
+    assert compacted(text).graph.node[0].output[0] == "_4"
+
+
 class TestDefaults:
     def attributes(self, node: str) -> set[str]:
         text = f"{HEADER}g (float[1,2,8,8] x, float[2,2,3,3] w) => (float[1,2,8,8] y) {{ y = {node} }}"

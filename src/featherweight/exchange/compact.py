@@ -46,10 +46,12 @@ def compact(export: OnnxExport, keep: Collection[str]) -> None:
 
 def _nested(graph: ir.Graph) -> Iterator[str | None]:
     """Names in the graphs of branches and loops, where one would hide that of a value outside."""
+    import onnx_ir as ir
+
     for node in graph.all_nodes():
         yield from (value.name for value in node.outputs)
         for attribute in node.attributes.values():
-            if attribute.type == onnx.AttributeProto.GRAPH:
+            if attribute.type == ir.AttributeType.GRAPH:
                 inner = attribute.as_graph()
                 yield from (value.name for value in (*inner.inputs, *inner.initializers.values()))
 
