@@ -1,8 +1,9 @@
 """One supernet for many budgets, beside networks that were trained for one (``make bench-nets``).
 
-ResNet-20 on Fashion-MNIST is made elastic and trained once, for T minutes of one core. The subnets that the
-search finds are measured through ONNX Runtime: accuracy on the 10,000 test images, latency in turn with the
-original's. Beside them, with the same images, augmentation, rate and teacher:
+ResNet-20 on Fashion-MNIST is made elastic and trained once, for T minutes of one core: first random networks
+of it, then those of its front and no others. The subnets that the search finds are measured through ONNX
+Runtime: accuracy on the 10,000 test images, latency in turn with the original's. Beside them, with the same
+images, augmentation, rate and teacher:
 
 - *alone*: the same subnets, from the same sorted start, trained by themselves for as many epochs;
 - *prune*: networks that are pruned and fine-tuned for T / 4 each, and the subnets that take no longer as
@@ -64,13 +65,14 @@ class Settings:
     Attributes:
         minutes: T, of one core.
         tuned: Share of T that goes into fine-tuning the subnets of the four budgets.
+        fronted: Share of T in which the networks of the front learn, and no others.
+        front: So many networks.
         examples: Training images.
         amounts: Of the latency that costs of layers foretell, where subnets are taken.
         budgets: Likewise, where networks are pruned; subnets are as fast as those measured.
         alone: Fractions of the multiply-accumulates of the subnets that are trained alone too.
         rate: Of learning, of the supernet and of what is trained alone.
-        tuning: Of what is pruned and fine-tuned.
-        gently: Of what is fine-tuned from a supernet.
+        tuning: Of what is fine-tuned, and of the networks of the front.
         widths: Of the space.
         timed: Updates that are timed, one more than a multiple of four.
         seconds: Of each timing of artifacts.
@@ -78,17 +80,18 @@ class Settings:
     """
 
     minutes: float = 25.0
-    tuned: float = 0.4
+    tuned: float = 0.66
+    fronted: float = 0.2
+    front: int = 8
     examples: int = 50_000
     amounts: tuple[float, ...] = (
-        *(0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77),
-        *(0.72, 0.67, 0.61, 0.55, 0.48, 0.42, 0.36),
+        *(0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77, 0.72, 0.67, 0.64),
+        *(0.61, 0.58, 0.55, 0.51, 0.48, 0.45, 0.42, 0.39, 0.36, 0.33),
     )
     budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
     alone: tuple[float, ...] = (0.5, 0.25)
     rate: float = 0.15
     tuning: float = 0.08
-    gently: float = 0.04
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
     timed: int = 33
     seconds: float = 60.0
@@ -149,6 +152,12 @@ class Bench:
         return Step(
             "supernet", {"epochs": round(epochs, 4), "widths": list(self.settings.widths), **self.how}
         )
+
+    def fronted(self, epochs: float) -> Step:
+        """The step behind it, for the networks of the front."""
+        how = {"epochs": round(epochs, 4), "front": self.settings.front, **self.how}
+        how |= {"learning_rate": self.settings.tuning, "evaluations": self.settings.evaluations}
+        return Step("supernet", how)
 
     def subnet(self, unit: str, amount: float) -> Step:
         """The best subnet within an amount."""
@@ -227,7 +236,7 @@ class Bench:
         """Of fine-tuning a network for so long."""
 
         def method(steps: int) -> Method:
-            return Finetune.model_validate(self.tuned(steps, self.settings.gently).parameters)
+            return Finetune.model_validate(self.tuned(steps, self.settings.tuning).parameters)
 
         return max(1, round(seconds / self.rate(name, method, model)))
 
@@ -297,12 +306,13 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
         return []
     per_epoch = settings.examples // Supernet().batch_size
     tune = settings.tuned * seconds / len(settings.budgets)
+    share = settings.fronted / (1 - settings.tuned)
     epochs = (1 - settings.tuned) * seconds / bench.supernet_rate() / per_epoch
-    step = bench.supernet(epochs)
+    steps = bench.supernet((1 - share) * epochs), bench.fronted(share * epochs)
 
     def trained() -> Json:
         began, wall = time.process_time(), time.monotonic()
-        bench.model(step)
+        bench.model(*steps)
         return {"cpu_s": time.process_time() - began, "wall_s": time.monotonic() - wall, "epochs": epochs}
 
     took = bench.parts.get("supernet", trained)
@@ -312,10 +322,10 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
     speed = {"update_s": bench.supernet_rate(), "plain_update_s": bench.plain_rate()}
     speed["cut_s"] = bench.cutting()
     rows = [{"table": "training", "what": "supernet", **took, **speed}]
-    rows.append({"table": "front", "what": "supernet itself", **bench.measured("whole", step)})
+    rows.append({"table": "front", "what": "supernet itself", **bench.measured("whole", *steps)})
     for amount in settings.amounts:
         try:
-            row = bench.measured(f"front-{amount:g}", step, bench.subnet("latency", amount))
+            row = bench.measured(f"front-{amount:g}", *steps, bench.subnet("latency", amount))
         except RecipeError as error:  # below the smallest one
             bench.shown.note(f"front-{amount:g}: {error.what}")
             continue
@@ -323,22 +333,22 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
     if until == "front":
         return rows
     for macs in settings.alone:
-        rows += _alone(bench, macs, epochs, step)
+        rows += _alone(bench, macs, epochs, steps)
     for budget in settings.budgets:
-        rows += _budget(bench, budget, tune, seconds / len(settings.budgets), step)
-    rows.append(bench.parts.get("second", partial(_second_fit, bench, step)))
+        rows += _budget(bench, budget, tune, seconds / len(settings.budgets), steps)
+    rows.append(bench.parts.get("second", partial(_second_fit, bench, steps)))
     return rows
 
 
-def _alone(bench: Bench, macs: float, epochs: float, step: Step) -> list[Json]:
+def _alone(bench: Bench, macs: float, epochs: float, steps: Sequence[Step]) -> list[Json]:
     """A subnet as it is, and the same one from the same start, trained by itself for as many epochs."""
     name = f"{macs:g} of MACs"
-    as_it_is = bench.measured(f"alone-{macs:g}-subnet", step, bench.subnet("macs", macs))
+    as_it_is = bench.measured(f"alone-{macs:g}-subnet", *steps, bench.subnet("macs", macs))
     updates = round(epochs * (bench.settings.examples // Supernet().batch_size))
 
     def by_itself() -> Json:
-        supernet, chosen = bench.model(step), bench.model(step, bench.subnet("macs", macs))
-        begun = bench.model(Step("supernet", {**step.parameters, "epochs": 0}))
+        supernet, chosen = bench.model(*steps), bench.model(*steps, bench.subnet("macs", macs))
+        begun = bench.model(Step("supernet", {**steps[0].parameters, "epochs": 0}))
         module = begun.copy_module()
         edits = chosen.edits[len(supernet.edits) :]
         for edit in edits:  # the same cuts of the network as it was before it trained
@@ -357,16 +367,16 @@ def _alone(bench: Bench, macs: float, epochs: float, step: Step) -> list[Json]:
     ]
 
 
-def _budget(bench: Bench, budget: float, tune: float, whole: float, step: Step) -> list[Json]:
+def _budget(bench: Bench, budget: float, tune: float, whole: float, trained: Sequence[Step]) -> list[Json]:
     """What is pruned, and the best subnet that is as fast, both fine-tuned."""
     steps = _peer(bench, budget, whole)
     if not steps:
         return []
     peer = bench.measured(f"peer-{budget:g}", *steps)
-    amount = bench.parts.get(f"tuned-{budget:g}-amount", partial(_amount, bench, peer["ratio"], step))
+    amount = bench.parts.get(f"tuned-{budget:g}-amount", partial(_amount, bench, peer["ratio"], trained))
     taken = bench.subnet("latency", amount)
-    updates = bench.updates(f"tuned-{budget:g}", bench.model(step, taken), tune)
-    ours = bench.measured(f"tuned-{budget:g}", step, taken, bench.tuned(updates, bench.settings.gently))
+    updates = bench.updates(f"tuned-{budget:g}", bench.model(*trained, taken), tune)
+    ours = bench.measured(f"tuned-{budget:g}", *trained, taken, bench.tuned(updates, bench.settings.tuning))
     return [
         {"table": "budget", "what": "subnet, tuned", "asked": budget, "side": "ours", **ours},
         {"table": "budget", "what": "prune, finetune", "asked": budget, "side": "prune", **peer},
@@ -385,13 +395,13 @@ def _peer(bench: Bench, budget: float, seconds: float) -> tuple[Step, ...]:
     return prune, bench.tuned(updates, bench.settings.tuning)
 
 
-def _amount(bench: Bench, ratio: float, step: Step) -> float:
+def _amount(bench: Bench, ratio: float, steps: Sequence[Step]) -> float:
     """What subnet is asked for so that it takes no longer than this, by bisection on measured latencies."""
     low, high = bench.settings.amounts[-1], 1.0
     for tried in range(_BISECTED):
         middle = round((low + high) / 2, 3)
         try:
-            model = bench.model(step, bench.subnet("latency", middle))
+            model = bench.model(*steps, bench.subnet("latency", middle))
         except RecipeError:  # below the smallest one
             low = middle
             continue
@@ -400,11 +410,11 @@ def _amount(bench: Bench, ratio: float, step: Step) -> float:
     return low
 
 
-def _second_fit(bench: Bench, step: Step) -> Json:
+def _second_fit(bench: Bench, trained: Sequence[Step]) -> Json:
     """``fit`` with one budget, then with another from the supernet that is cached."""
     os.environ["FEATHERWEIGHT_CACHE"] = str(bench.work / "store")
     subnet = {"latency": {"range": [0.15, 1.0]}, "evaluations": bench.settings.evaluations}
-    steps = [{"supernet": dict(step.parameters)}, {"subnet": subnet}]
+    steps: list[Json] = [*({"supernet": dict(step.parameters)} for step in trained), {"subnet": subnet}]
     recipe = Recipe.from_dict({"version": 1, "steps": steps})
     seen = {"table": "fit", "what": "fit, its seconds"}
     for name, drop in (("first", 0.02), ("second", 0.01)):
