@@ -96,6 +96,7 @@ def test_a_finished_part_is_kept_until_the_end(benchmark, tmp_path: Path, monkey
     assert common.Parts("demo", {"seconds": 2}, common.Shown()).get("a", compute) == {"rows": 2}
     common.Parts("demo", {"seconds": 2}, common.Shown()).forget()
     assert common.Parts("demo", {"seconds": 2}, common.Shown()).get("a", compute) == {"rows": 3}
+    assert common.Parts("demo", {"seconds": 1}, common.Shown()).get("a", compute) == {"rows": 1}
 
 
 def test_bars_say_what_was_kept(benchmark) -> None:  # type: ignore[no-untyped-def]
