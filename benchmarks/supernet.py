@@ -8,7 +8,8 @@ images, augmentation, rate and teacher:
 - *alone*: the same subnets, from the same sorted start, trained by themselves for as many epochs; and what
   one more epoch, of its own, gives a subnet of the supernet;
 - *prune*: networks that are pruned and fine-tuned for T / 4 each, and the subnets that take no longer as
-  measured; those are fine-tuned for a little too, and the supernet has that much less, so both sides took T.
+  measured; those are fine-tuned too, and the supernet has that much less, so both sides trained for T. (To
+  find the front takes a minute more, which is in the supernet's seconds and not in T.)
 
 How many updates a time buys is measured, by turns with updates of the original, so that other work on the
 machine changes no row. Nothing is asserted; an interrupted run goes on.

@@ -232,6 +232,14 @@ class TestFront:
         with pytest.raises(ValueError, match="widths is given"):
             Supernet.model_validate({"front": 4, "widths": [0.5, 1.0]})
         assert Supernet.model_validate(Supernet(front=4).model_dump(mode="json")).front == 4
+        with pytest.raises(ValueError, match="there is no front"):
+            Supernet.model_validate({"evaluations": 30})
+
+    def test_it_says_when_nothing_may_be_cut(self, begun: Model) -> None:
+        told = Told()
+        done = narrowed(begun, where={"exclude": ["*"]}, progress=told)
+        assert same(done.module.state_dict(), begun.module.state_dict())
+        assert any("nothing of the supernet may be cut" in note for note in told.notes)
 
 
 class TestWhere:

@@ -164,6 +164,8 @@ class Supernet(Method, frozen=True, extra="forbid"):
             raise ValueError(
                 f"front trains what the supernet before holds, and {given[0]} is given: leave it out"
             )
+        if self.front is None and self.evaluations != fields["evaluations"].default:
+            raise ValueError("evaluations are those of front's search, and there is no front: leave it out")
         return self
 
     @property
@@ -255,6 +257,7 @@ class Supernet(Method, frozen=True, extra="forbid"):
         net = held(model, context, self.where, "latency")
         unit: Unit = "latency" if "latency" in net.costs.units else "macs"
         if net.space.is_trivial:
+            context.progress.note("warning: nothing of the supernet may be cut, so front trains nothing")
             return net.space, net.channels
         seen = net.seen(unit, context, evaluations=self.evaluations, samples=self.samples)
         most = _WHOLE * net.costs.of(net.space.largest())[unit]
