@@ -17,7 +17,7 @@ from featherweight.tools.elastic_cut import Extractor
 from featherweight.tools.elastic_space import find_space
 from featherweight.tools.groups import Channels
 from featherweight.tools.subnet_costs import SubnetCosts
-from featherweight.tools.subnet_search import Judge, Seen, front, search
+from featherweight.tools.subnet_search import Judge, Seen, front, search, spread
 from featherweight.where import Where
 
 
@@ -110,6 +110,18 @@ def test_the_front_is_found_in_a_large_space() -> None:
     assert smallest < ideal <= best[-1].costs["macs"] < 0.5 * (ideal + whole)
     again = search(space, costs, Known(important), extractor, "macs", evaluations=120, seed=0, track=_track)  # type: ignore[arg-type]
     assert [one.subnet for one in again] == [one.subnet for one in found]
+
+
+def test_a_front_is_spread_without_naming_a_network_twice() -> None:
+    """A front that is dense at one end and has nothing between: the nearest one may be taken already."""
+    shares = (0.1, 0.11, 0.12, 0.13, 0.9, 1.0)
+    found = [
+        Seen(Subnet(widths={"layer": place}), {"macs": share}, -share) for place, share in enumerate(shares)
+    ]
+    assert [one.costs["macs"] for one in spread(found, "macs", 2)] == [0.13, 0.9]
+    assert len({one.subnet.key for one in spread(found, "macs", 5)}) == 5
+    assert spread(found, "macs", 9) == found
+    assert spread([], "macs", 3) == []
 
 
 def test_a_small_space_is_looked_through_whole() -> None:

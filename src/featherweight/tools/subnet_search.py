@@ -79,13 +79,16 @@ def front(seen: Sequence[Seen], unit: Unit) -> list[Seen]:
 
 
 def spread(found: Sequence[Seen], unit: Unit, count: int) -> list[Seen]:
-    """So many of a front at most, evenly in the logarithm of their cost; the cheapest first."""
+    """So many of a front, or all of it, evenly in the logarithm of their cost; the cheapest first."""
     if not found:
         return []
     ends = math.log(found[0].costs[unit]), math.log(found[-1].costs[unit])
-    wanted = [ends[0] + (ends[1] - ends[0]) * (step + 0.5) / count for step in range(count)]
-    nearest = [min(found, key=lambda one: abs(math.log(one.costs[unit]) - at)) for at in wanted]
-    return list({one.subnet.key: one for one in nearest}.values())
+    left, chosen = list(found), []
+    for step in range(min(count, len(found))):
+        at = ends[0] + (ends[1] - ends[0]) * (step + 0.5) / count
+        nearest = min(range(len(left)), key=lambda place: abs(math.log(left[place].costs[unit]) - at))
+        chosen.append(left.pop(nearest))
+    return sorted(chosen, key=lambda one: one.costs[unit])
 
 
 class Judge:
