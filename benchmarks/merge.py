@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few pictures: does it run?")
     parser.add_argument("--epochs", type=float, default=10.0, help="of the merge's training")
     parser.add_argument("--ink-epochs", type=float, default=10.0, help="of the second network's")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the merge's training")
     parser.add_argument("--at", nargs="+", default=["auto"], help="where the networks part")
     parser.add_argument("--balance", nargs="+", default=["uncertainty"], help="uncertainty, equal, pcgrad")
     parser.add_argument("--alpha", type=float, default=0.9, help="share of the networks' answers in the loss")
@@ -203,7 +203,7 @@ def main() -> None:
     both = side_by_side({"classes": first, "ink": second})
     data = tasks_data(each, {"classes": 1, "ink": 1})
     rows: list[Json] = []
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         run = Run(both, data, target, store, seed=seed, progress=shown, precision=PRECISION)
         scales: Scales | None = None
         for at in args.at:
