@@ -184,13 +184,14 @@ def main() -> None:
     parser.add_argument("--at", nargs="+", default=["auto"], help="where the networks part")
     parser.add_argument("--balance", nargs="+", default=["uncertainty"], help="uncertainty, equal, pcgrad")
     parser.add_argument("--alpha", type=float, default=0.9, help="share of the networks' answers in the loss")
+    parser.add_argument("--rate", type=float, help="of learning; else what the method takes by itself")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     shown = Shown()
     tell_load(shown)
     quick = args.quick
     settings = {"quick": quick, "epochs": args.epochs, "ink_epochs": args.ink_epochs, "threads": args.threads}
-    settings["alpha"] = args.alpha
+    settings |= {"alpha": args.alpha, "rate": args.rate}
     each = pictures(2000 if quick else None, 500 if quick else None)
     work = RESULTS / "work" / "merge"
     (target,) = fit_targets("onnxruntime", args.threads, "local", "")
@@ -209,7 +210,14 @@ def main() -> None:
         for at in args.at:
             for balance in args.balance:
                 words = f"at {at}, {balance}"
-                step = Merge(at=at, epochs=args.epochs, augment=AUGMENT, balance=balance, alpha=args.alpha)
+                step = Merge(
+                    at=at,
+                    epochs=args.epochs,
+                    augment=AUGMENT,
+                    balance=balance,
+                    alpha=args.alpha,
+                    learning_rate=args.rate or "auto",
+                )
 
                 def measured(step: Merge = step, words: str = words, run: Run = run) -> Json:
                     nonlocal scales

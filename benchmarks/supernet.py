@@ -1,12 +1,12 @@
 """One supernet for many budgets, beside networks that were trained for one (``make bench-nets``).
 
 ResNet-20 on Fashion-MNIST is made elastic and trained once, for T minutes of one core: first random networks
-of it, then those of its front and no others. The subnets that the search finds are measured through ONNX
-Runtime: accuracy on the 10,000 test images, latency in turn with the original's. Beside them, with the same
-images, augmentation, rate and teacher:
+of it, then those of its front and no others, all of them in each step. The subnets that the search finds are
+measured through ONNX Runtime: accuracy on the 10,000 test images, latency in turn with the original's. Beside
+them, with the same images, augmentation, rate and teacher:
 
-- *alone*: the same subnets, from the same sorted start, trained by themselves for as many epochs; and what
-  one more epoch, of its own, gives a subnet of the supernet;
+- *alone*: networks of the front, from the same sorted start, trained by themselves for as many epochs; and
+  what one more epoch, of its own, gives such a subnet of the supernet;
 - *prune*: networks that are pruned and fine-tuned for T / 4 each, and the subnets that take no longer as
   measured; those are fine-tuned too, and the supernet has that much less, so both sides trained for T. (To
   find the front takes a minute more, which is in the supernet's seconds and not in T.)
@@ -56,8 +56,7 @@ _POINTS = 0.3  # that a subnet may be below the same one trained alone
 _FRONT = 8
 _SHORT = 8  # updates that are not timed
 _PHASES = 4  # updates of a supernet differ, and so often they are alike
-_BISECTED, _EQUAL = 6, 1.01  # times are as equal as this
-_BRIEFLY = 0.25  # of the time of a timing, to see which is faster
+_EQUAL = 1.01  # times are as equal as this
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,11 @@ class Settings:
         examples: Training images.
         amounts: Of the latency that costs of layers foretell, where subnets are taken.
         budgets: Likewise, where networks are pruned; subnets are as fast as those measured.
-        alone: Fractions of the multiply-accumulates of the subnets that are trained alone too.
+        alone: Fractions of the multiply-accumulates; the networks of the front that are nearest to them are
+            trained alone too.
         own: Epochs that those have of their own behind the supernet, in a row more.
         rate: Of learning, of the supernet and of what is trained alone.
-        tuning: Of what is fine-tuned, and of the networks of the front.
+        tuning: Of what is fine-tuned.
         widths: Of the space.
         timed: Updates that are timed, one more than a multiple of four.
         seconds: Of each timing of artifacts.
@@ -84,7 +84,7 @@ class Settings:
 
     minutes: float = 25.0
     tuned: float = 0.66
-    fronted: float = 0.2
+    fronted: float = 0.29
     front: int = 8
     examples: int = 50_000
     amounts: tuple[float, ...] = (
@@ -160,7 +160,7 @@ class Bench:
     def fronted(self, epochs: float) -> Step:
         """The step behind it, for the networks of the front."""
         how = {"epochs": round(epochs, 4), "front": self.settings.front, **self.how}
-        how |= {"learning_rate": self.settings.tuning, "evaluations": self.settings.evaluations}
+        how |= {"subnets": self.settings.front - 1, "evaluations": self.settings.evaluations}
         return Step("supernet", how)
 
     def subnet(self, unit: str, amount: float) -> Step:
@@ -210,14 +210,26 @@ class Bench:
         lasted = np.diff(watch.seen[_SHORT:steps])
         return float(np.mean([np.median(lasted[phase::_PHASES]) for phase in range(_PHASES)]))
 
+    @property
+    def per_epoch(self) -> int:
+        """Updates of an epoch."""
+        return self.settings.examples // Supernet().batch_size
+
     def supernet_rate(self) -> float:
         """Of a step with the largest, the smallest and random networks."""
-        per_epoch = self.settings.examples // Supernet().batch_size
 
         def method(steps: int) -> Method:
-            return Supernet.model_validate(self.supernet(steps / per_epoch).parameters)
+            return Supernet.model_validate(self.supernet(steps / self.per_epoch).parameters)
 
         return self.rate("supernet", method, self.run.original)
+
+    def fronted_rate(self, begun: Model) -> float:
+        """Of a step with all networks of the front of a supernet."""
+
+        def method(steps: int) -> Method:
+            return Supernet.model_validate(self.fronted(steps / self.per_epoch).parameters)
+
+        return self.rate("front", method, begun)
 
     def cutting(self) -> float:
         """Seconds to cut a random subnet of ResNet-20, of a depth that was seen before."""
@@ -308,53 +320,86 @@ def rows_of(bench: Bench, until: str) -> list[Json]:
         for budget in settings.budgets:
             bench.model(*_peer(bench, budget, seconds / len(settings.budgets)))  # measured when all is quiet
         return []
-    per_epoch = settings.examples // Supernet().batch_size
     tune = settings.tuned * seconds / len(settings.budgets)
-    share = settings.fronted / (1 - settings.tuned)
-    epochs = (1 - settings.tuned) * seconds / bench.supernet_rate() / per_epoch
-    steps = bench.supernet((1 - share) * epochs), bench.fronted(share * epochs)
-
-    def trained() -> Json:
-        began, wall = time.process_time(), time.monotonic()
-        bench.model(*steps)
-        return {"cpu_s": time.process_time() - began, "wall_s": time.monotonic() - wall, "epochs": epochs}
-
-    took = bench.parts.get("supernet", trained)
-    bench.shown.note(f"supernet: {took['epochs']:.2f} epochs in {took['cpu_s']:.0f} s of one core")
+    random = (1 - settings.tuned - settings.fronted) * seconds / bench.supernet_rate() / bench.per_epoch
+    first = bench.supernet(random)
+    took = bench.parts.get("random", lambda: _timed(bench, first))
+    front_s = bench.fronted_rate(bench.model(first))
+    fronted = settings.fronted * seconds / front_s / bench.per_epoch
+    steps = first, bench.fronted(fronted)
+    behind = bench.parts.get("supernet", lambda: _timed(bench, *steps))
+    took = {name: value + behind[name] for name, value in took.items()}
+    epochs = random + fronted
+    took |= {"random_epochs": random, "front_epochs": fronted}
+    bench.shown.note(f"supernet: {epochs:.2f} epochs in {took['cpu_s']:.0f} s of one core")
     if until == "supernet":
         return []
-    speed = {"update_s": bench.supernet_rate(), "plain_update_s": bench.plain_rate()}
-    speed["cut_s"] = bench.cutting()
+    speed = {"update_s": bench.supernet_rate(), "front_update_s": front_s}
+    speed |= {"plain_update_s": bench.plain_rate(), "cut_s": bench.cutting()}
     rows = [{"table": "training", "what": "supernet", **took, **speed}]
     rows.append({"table": "front", "what": "supernet itself", **bench.measured("whole", *steps)})
+    front: list[tuple[Step, Json]] = []
+    for number, step in enumerate(_networks(bench, steps)):
+        front.append(
+            (step, {"what": "network of the front", **bench.measured(f"among-{number}", *steps, step)})
+        )
     for amount in settings.amounts:
+        step = bench.subnet("latency", amount)
         try:
-            row = bench.measured(f"front-{amount:g}", *steps, bench.subnet("latency", amount))
+            row = bench.measured(f"front-{amount:g}", *steps, step)
         except RecipeError as error:  # below the smallest one
             bench.shown.note(f"front-{amount:g}: {error.what}")
             continue
-        rows.append({"table": "front", "what": "subnet", "asked": amount, **row})
+        front.append((step, {"what": "subnet", "asked": amount, **row}))
+    rows += [{"table": "front", **row} for _, row in front]
     if until == "front":
         return rows
     for macs in settings.alone:
         rows += _alone(bench, macs, epochs, steps)
     for budget in settings.budgets:
-        rows += _budget(bench, budget, tune, seconds / len(settings.budgets), steps)
+        rows += _budget(bench, budget, tune, seconds / len(settings.budgets), steps, front)
     rows.append(bench.parts.get("second", partial(_second_fit, bench, steps)))
     return rows
 
 
+def _timed(bench: Bench, *steps: Step) -> Json:
+    """Seconds in which a recipe is trained."""
+    began, wall = time.process_time(), time.monotonic()
+    bench.model(*steps)
+    return {"cpu_s": time.process_time() - began, "wall_s": time.monotonic() - wall}
+
+
+def _networks(bench: Bench, steps: Sequence[Step]) -> list[Step]:
+    """What takes each of the networks that learned in the end."""
+    space = space_of_supernet(bench.model(*steps))
+    assert space is not None
+    found = []
+    for one in space.among:
+        taken: Json = {"widths": dict(one.widths), "depths": dict(one.depths)}
+        found.append(Step("subnet", {key: value for key, value in taken.items() if value}))
+    return found
+
+
+def _nearest(bench: Bench, macs: float, steps: Sequence[Step]) -> Step:
+    """Of these the one whose multiply-accumulates are nearest to a share of the original's."""
+
+    def away(step: Step) -> float:
+        return abs(float(np.log(totals(bench.model(*steps, step))["macs"] / bench.whole["macs"] / macs)))
+
+    return min(_networks(bench, steps), key=away)
+
+
 def _alone(bench: Bench, macs: float, epochs: float, steps: Sequence[Step]) -> list[Json]:
-    """A subnet as it is, and the same one from the same start, trained by itself for as many epochs."""
+    """A network of the front as it is, and the same one, from the same start, alone for as many epochs."""
     name = f"{macs:g} of MACs"
-    as_it_is = bench.measured(f"alone-{macs:g}-subnet", *steps, bench.subnet("macs", macs))
-    per_epoch = bench.settings.examples // Supernet().batch_size
-    after = bench.tuned(round(bench.settings.own * per_epoch), bench.settings.tuning)
-    taught = bench.measured(f"alone-{macs:g}-after", *steps, bench.subnet("macs", macs), after)
-    updates = round(epochs * per_epoch)
+    taken = _nearest(bench, macs, steps)
+    as_it_is = bench.measured(f"alone-{macs:g}-subnet", *steps, taken)
+    after = bench.tuned(round(bench.settings.own * bench.per_epoch), bench.settings.tuning)
+    taught = bench.measured(f"alone-{macs:g}-after", *steps, taken, after)
+    updates = round(epochs * bench.per_epoch)
 
     def by_itself() -> Json:
-        supernet, chosen = bench.model(*steps), bench.model(*steps, bench.subnet("macs", macs))
+        supernet, chosen = bench.model(*steps), bench.model(*steps, taken)
         begun = bench.model(Step("supernet", {**steps[0].parameters, "epochs": 0}))
         module = begun.copy_module()
         edits = chosen.edits[len(supernet.edits) :]
@@ -375,14 +420,23 @@ def _alone(bench: Bench, macs: float, epochs: float, steps: Sequence[Step]) -> l
     ]
 
 
-def _budget(bench: Bench, budget: float, tune: float, whole: float, trained: Sequence[Step]) -> list[Json]:
-    """What is pruned, and the best subnet that is as fast, both fine-tuned."""
+def _budget(
+    bench: Bench,
+    budget: float,
+    tune: float,
+    whole: float,
+    trained: Sequence[Step],
+    front: Sequence[tuple[Step, Json]],
+) -> list[Json]:
+    """What is pruned, and the largest of the measured subnets that is as fast, both fine-tuned."""
     steps = _peer(bench, budget, whole)
     if not steps:
         return []
     peer = bench.measured(f"peer-{budget:g}", *steps)
-    amount = bench.parts.get(f"tuned-{budget:g}-amount", partial(_amount, bench, peer["ratio"], trained))
-    taken = bench.subnet("latency", amount)
+    taken = _as_fast(front, peer["ratio"])
+    if taken is None:
+        bench.shown.note(f"tuned-{budget:g}: no subnet is as fast")
+        return []
     updates = bench.updates(f"tuned-{budget:g}", bench.model(*trained, taken), tune)
     ours = bench.measured(f"tuned-{budget:g}", *trained, taken, bench.tuned(updates, bench.settings.tuning))
     return [
@@ -403,19 +457,10 @@ def _peer(bench: Bench, budget: float, seconds: float) -> tuple[Step, ...]:
     return prune, bench.tuned(updates, bench.settings.tuning)
 
 
-def _amount(bench: Bench, ratio: float, steps: Sequence[Step]) -> float:
-    """What subnet is asked for so that it takes no longer than this, by bisection on measured latencies."""
-    low, high = bench.settings.amounts[-1], 1.0
-    for tried in range(_BISECTED):
-        middle = round((low + high) / 2, 3)
-        try:
-            model = bench.model(*steps, bench.subnet("latency", middle))
-        except RecipeError:  # below the smallest one
-            low = middle
-            continue
-        seen = bench.timed(model, f"amount-{ratio:.3f}-{tried}", _BRIEFLY)["ratio"]
-        low, high = (middle, high) if seen <= ratio * _EQUAL else (low, middle)
-    return low
+def _as_fast(front: Sequence[tuple[Step, Json]], ratio: float) -> Step | None:
+    """What takes the largest of the measured subnets whose latency is no longer."""
+    fast = [(row["macs"], place) for place, (_, row) in enumerate(front) if row["ratio"] <= ratio * _EQUAL]
+    return front[max(fast)[1]][0] if fast else None
 
 
 def _second_fit(bench: Bench, trained: Sequence[Step]) -> Json:
@@ -489,7 +534,6 @@ def bars_of(rows: Sequence[Json], settings: Settings) -> list[Bar]:
     bars.append(Bar("supernet", f"a front of at least {_FRONT}", str(different), different >= _FRONT))
     for table_, side, other, most in (
         ("alone", "ours", "alone", _POINTS),
-        ("alone", "after", "alone", _POINTS),
         ("budget", "ours", "prune", 0.0),
     ):
         mine = [row for row in rows if row["table"] == table_]
@@ -497,7 +541,6 @@ def bars_of(rows: Sequence[Json], settings: Settings) -> list[Bar]:
             pair = {row["side"]: row for row in mine if row["asked"] == asked}
             lost = pair[other]["accuracy"] - pair[side]["accuracy"]
             words = f"at most {most:g} points below {other}" if most else f"not below {other} and finetune"
-            words += f", with {settings.own:g} epoch more" if side == "after" else ""
             bars.append(Bar(f"subnet at {asked:g} ({table_})", words, f"{-lost:+.2f}", lost <= most))
     return bars
 

@@ -339,3 +339,17 @@ def test_a_lenet_is_trained_compressed_and_packed(benchmark, tmp_path: Path, mon
     assert row["coded"] < min(row["zstd"], row["xz"]) < row["artifact"]
     assert row["raw"] > 50 * row["coded"]
     assert 0 <= row["after"] <= 100
+
+
+def test_a_supernet_is_held_against_pruning_with_its_largest_network_that_is_as_fast(benchmark) -> None:  # type: ignore[no-untyped-def]
+    supernet = benchmark("supernet")
+    ratios = {"small": 0.4, "as_fast": 0.604, "slower": 0.7, "larger": 0.5}
+    macs = {"small": 0.2, "as_fast": 0.45, "slower": 0.6, "larger": 0.5}
+    front = [
+        (supernet.Step("subnet", {"macs": macs[name]}), {"macs": macs[name], "ratio": ratio})
+        for name, ratio in ratios.items()
+    ]
+    assert supernet._as_fast(front, 0.6) == front[3][0]
+    assert supernet._as_fast(front, 0.45) == front[0][0]
+    assert supernet._as_fast(front[:2], 0.6) == front[1][0]  # as equal as can be measured
+    assert supernet._as_fast(front, 0.3) is None
