@@ -71,12 +71,13 @@ bench-size: setup fashion
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/size.py $(QUICK)
 
-# New networks: a supernet beside networks of their own, students, merged tasks, and robustness; it goes on.
+# New networks: a supernet beside networks of their own, students, merged tasks, and robustness; hours, and it
+# goes on.
 bench-nets: runtimes fashion
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/supernet.py $(QUICK)
-	$(BIN)/python benchmarks/student.py $(QUICK)
-	$(BIN)/python benchmarks/merge.py $(QUICK)
+	$(BIN)/python benchmarks/student.py --seeds 0 1 2 $(QUICK)
+	$(BIN)/python benchmarks/merge.py --seeds 0 1 2 --rate 0.1 $(QUICK)
 	$(BIN)/python benchmarks/robustness.py $(QUICK)
 
 # What fit chooses by itself, beside the runtimes' own quantizers (70 minutes); the search beside chance (hours),
