@@ -71,6 +71,7 @@ class Settings:
         examples: Training images.
         amounts: Of the latency that costs of layers foretell, where subnets are taken.
         budgets: Likewise, where networks are pruned; subnets are as fast as those measured.
+        narrow: Widths are multiples of it where those of the target's kernels leave too much.
         alone: Fractions of the multiply-accumulates; the networks of the front that are nearest to them are
             trained alone too.
         own: Epochs that those have of their own behind the supernet, in a row more.
@@ -85,13 +86,14 @@ class Settings:
     minutes: float = 25.0
     tuned: float = 0.66
     fronted: float = 0.29
-    front: int = 8
+    front: int = 9
     examples: int = 50_000
     amounts: tuple[float, ...] = (
         *(0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77, 0.72, 0.67, 0.64),
         *(0.61, 0.58, 0.55, 0.51, 0.48, 0.45, 0.42, 0.39, 0.36, 0.33),
     )
-    budgets: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6)
+    budgets: tuple[float, ...] = (0.6, 0.5, 0.4, 0.3)
+    narrow: int = 4
     alone: tuple[float, ...] = (0.5, 0.25)
     own: float = 1.0
     rate: float = 0.15
@@ -99,14 +101,14 @@ class Settings:
     widths: tuple[float, ...] = (0.5, 0.75, 1.0)
     timed: int = 33
     seconds: float = 60.0
-    evaluations: int = 200
+    evaluations: int = 300
 
 
 QUICK = Settings(
     minutes=0.5,
     examples=2000,
     amounts=(0.7, 0.4),
-    budgets=(0.7,),
+    budgets=(0.5,),
     alone=(0.5,),
     timed=5,
     seconds=5.0,
@@ -447,14 +449,17 @@ def _budget(
 
 def _peer(bench: Bench, budget: float, seconds: float) -> tuple[Step, ...]:
     """Pruning to a budget and fine-tuning for so long; nothing where it cannot go so far."""
-    prune = Step("prune", {"latency": budget})
-    try:
-        pruned = bench.model(prune)
-    except RecipeError as error:
-        bench.shown.note(f"peer-{budget:g}: {error.what}")
-        return ()
-    updates = bench.updates(f"peer-{budget:g}", pruned, seconds)
-    return prune, bench.tuned(updates, bench.settings.tuning)
+    hows: tuple[Json, ...] = ({}, {"round_to": bench.settings.narrow})
+    for how in hows:
+        prune = Step("prune", {"latency": budget, **how})
+        try:
+            pruned = bench.model(prune)
+        except RecipeError as error:
+            bench.shown.note(f"peer-{budget:g}: {error.what}")
+            continue
+        updates = bench.updates(f"peer-{budget:g}", pruned, seconds)
+        return prune, bench.tuned(updates, bench.settings.tuning)
+    return ()
 
 
 def _as_fast(front: Sequence[tuple[Step, Json]], ratio: float) -> Step | None:
