@@ -88,7 +88,8 @@ class TestMerge:
     def test_writes_one_artifact_whose_outputs_have_the_names_of_tasks(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        code = merge(folder, f"{BOTH} --recipe quick.yaml --max-drop 100% --out out", monkeypatch)
+        given = "--recipe quick.yaml --max-drop 100% --robustness --workers 2 --out out"
+        code = merge(folder, f"{BOTH} {given}", monkeypatch)
         assert code == 0
         result = Result.model_validate_json((folder / "out" / "result.json").read_text())
         base, seen = result.baseline, result.chosen
@@ -104,8 +105,18 @@ class TestMerge:
         answers = session.run(None, {session.get_inputs()[0].name: x["x"]})
         for task, answer, labels in zip(seen.tasks, answers, (x["y"], right["y"]), strict=True):
             assert task.quality == pytest.approx(float((answer.argmax(1) == labels).mean()))
+        assert result.robustness is not None
+        for task, own in zip(seen.tasks, result.robustness.tasks, strict=True):
+            assert (own.name, own.clean_after) == (task.name, task.quality)
+            assert own.drop_before is not None
+            assert own.drop_before > 0
+        assert {name for name, said in result.omitted.items() if "several" in said} == {
+            "calibration",
+            "privacy",
+        }
         page = (folder / "out" / "report.html").read_text()
         assert 'id="tasks"' in page
+        assert "Drop by corruption, b (accuracy)" in page
         assert "Task b (accuracy)" in page
         assert (folder / "out" / "load.py").is_file()
         assert "merge" in (folder / "out" / "recipe.yaml").read_text()

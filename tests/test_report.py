@@ -13,7 +13,7 @@ import pytest
 
 from featherweight import figures, outcome
 from featherweight.charts import kind, pareto_plots, sparkline
-from featherweight.outcome import Budget, Latency, Result, Violation
+from featherweight.outcome import Budget, Latency, Result, TaskRobustness, Violation
 from featherweight.report import explain, render, terminal_table
 from sample_results import (
     BASELINE,
@@ -447,6 +447,21 @@ class TestBesideTheScore:
             "27.80 points",
             "0.80 points worse [0.30, 1.31]",
         ]
+
+    def test_each_of_several_tasks_has_a_row_in_its_own_unit(self) -> None:
+        told = {"clean_after": 0.9, "drop_before": 0.2, "drop_after": 0.25, "extra_drop": 0.05}
+        tasks = [
+            TaskRobustness(name="kind", metric="accuracy", extra_drop_ci95=(0.01, 0.08), **told),
+            TaskRobustness(name="ink", metric="mse", bounded=False, **told),
+        ]
+        robust = full_result().robustness
+        assert robust is not None
+        result = full_result(robustness=robust.model_copy(update={"tasks": tasks}))
+        rows = {label: cells for label, *cells in terminal_table(result)}
+        kind = ["20.00 points", "25.00 points", "5.00 points worse [1.00, 8.00]"]
+        assert rows["Drop by corruption, kind (accuracy)"] == kind
+        assert rows["Drop by corruption, ink (mse)"] == ["20.00%", "25.00%", "5.00% worse"]
+        assert "Drop by corruption, ink (mse) 20.00% 25.00% 5.00% worse" in Page(render(result)).text
 
     def test_what_is_left_out_says_why(self) -> None:
         nothing = {"robustness": None, "calibration": None, "privacy": None}

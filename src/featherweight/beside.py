@@ -9,7 +9,7 @@ from typing import Any
 from featherweight import figures
 from featherweight.figures import MISSING, Row, Scale, scale_of
 from featherweight.metrics import METRICS
-from featherweight.outcome import Attack, Calibration, Confidence, Privacy, Result, Robustness
+from featherweight.outcome import Attack, Calibration, Confidence, Privacy, Result, Robustness, TaskRobustness
 
 CURVE_WIDTH, CURVE_HEIGHT = 72, 24  # of a small curve, in the units of its drawing
 WHAT = {
@@ -68,17 +68,30 @@ def summary(told: Aside) -> list[Row]:
     rows: list[Row] = []
     seen, scale = told.robustness, told.scale
     if seen is not None:
-        change = scale.change(seen.extra_drop)
-        if seen.extra_drop_ci95 is not None:
-            change += f" {scale.interval(seen.extra_drop_ci95)}"
         label = f"Drop by corruption ({seen.examples} pictures, {len(seen.rows)} ways)"
-        rows.append(Row(label, scale.drop(seen.drop_before), scale.drop(seen.drop_after), change))
+        rows += [_drop_row(label, seen, scale), *task_rows(told)]
     if told.calibration is not None:
         before, after = told.calibration.before, told.calibration.after
         rows.append(_points("Calibration error (ECE)", None if before is None else before.ece, after.ece))
     if told.privacy is not None:
         rows.append(_attack_row("Membership attack (AUC)", told))
     return rows
+
+
+def task_rows(told: Aside) -> list[Row]:
+    """What corruption costs each of several tasks."""
+    tasks = () if told.robustness is None else told.robustness.tasks
+    return [
+        _drop_row(f"Drop by corruption, {task.name} ({task.metric})", task, Scale(task.bounded))
+        for task in tasks
+    ]
+
+
+def _drop_row(label: str, seen: Robustness | TaskRobustness, scale: Scale) -> Row:
+    change = scale.change(seen.extra_drop)
+    if seen.extra_drop_ci95 is not None:
+        change += f" {scale.interval(seen.extra_drop_ci95)}"
+    return Row(label, scale.drop(seen.drop_before), scale.drop(seen.drop_after), change)
 
 
 def corruption_rows(told: Aside) -> list[dict[str, Any]]:

@@ -540,6 +540,26 @@ class CorruptionRow(_Record):
     after: float
 
 
+class TaskRobustness(_Record):
+    """What corrupted pictures cost one of several tasks; fields are those of :class:`Robustness`.
+
+    Attributes:
+        name: The user's.
+        metric: What scores it.
+        bounded: Its scores lie in 0..1, and its drop is absolute.
+    """
+
+    name: str
+    metric: str
+    bounded: bool = True
+    clean_before: float | None = None
+    clean_after: float
+    drop_before: float | None = None
+    drop_after: float
+    extra_drop: float | None = None
+    extra_drop_ci95: tuple[float, float] | None = None
+
+
 class Robustness(_Record):
     """What corrupted pictures cost the original and the artifact, both through the runtime.
 
@@ -559,6 +579,7 @@ class Robustness(_Record):
         error_ratio: Mean over corruptions of the artifact's error over the original's, each added up over
             severities, as mCE does; None where the metric has no error or the original none.
         rows: One for each corruption and severity.
+        tasks: Each task of several by itself; their mean is what the other fields tell.
     """
 
     examples: int
@@ -574,6 +595,7 @@ class Robustness(_Record):
     extra_drop_ci95: tuple[float, float] | None = None
     error_ratio: float | None = None
     rows: list[CorruptionRow]
+    tasks: list[TaskRobustness] = []
 
 
 class Confidence(_Record):

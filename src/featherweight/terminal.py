@@ -206,7 +206,8 @@ def print_beside(told: dict[str, Any], as_json: bool) -> None:
             [[row["kind"], name, *scores, mean] for row in rows for name, scores, mean in row["networks"]],
         )
         print_text(beside.corruption_caption(aside))
-    figures = [[row.label, row.before, row.after, row.change] for row in beside.confidence_rows(aside)]
+    told_rows = (*beside.task_rows(aside), *beside.confidence_rows(aside))
+    figures = [[row.label, row.before, row.after, row.change] for row in told_rows]
     if figures:
         print_table(["", "twin", "artifact", "change"], figures)
     for remark in beside.remarks(aside):

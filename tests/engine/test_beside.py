@@ -26,6 +26,7 @@ from featherweight.metrics import find_metric
 from featherweight.outcome import Calibration, Privacy, Result, Robustness
 from featherweight.picture_inputs import picture_input
 from featherweight.recipe import Recipe, Step
+from featherweight.tasks import Task, TasksMetric
 from golden import model_of, target
 
 INT8 = Recipe((Step("fold", {}), Step("quantize", {})))
@@ -137,6 +138,26 @@ class TestTold:
         alone = corrupted.told(accuracy, {"after": after}, held, 0)
         assert alone.drop_after == 0.5
         assert (alone.drop_before, alone.extra_drop, alone.error_ratio) == (None, None, None)
+
+    def test_each_of_several_tasks_is_told_by_itself(self) -> None:
+        """Of four pictures the first task loses one more than its twin, the second one's error doubles."""
+        tasks = (Task("kind", find_metric("accuracy"), (0, 1)), Task("ink", find_metric("mse"), (1, 2)))
+        before, after = np.ones((31, 4, 4)), np.ones((31, 4, 4))  # columns of each, then right, then error
+        before[1:, 0, 2], after[1:, :2, 2], after[1:, :, 3] = 0, 0, 2
+        held = picture_input(data(), np.arange(9))
+        told = corrupted.told(TasksMetric.of(tasks), {"before": before, "after": after}, held, 0)
+        kind, ink = told.tasks
+        assert (kind.name, kind.clean_after, kind.drop_before, kind.drop_after) == ("kind", 1, 0.25, 0.5)
+        assert kind.extra_drop == 0.25
+        assert kind.extra_drop_ci95 is not None
+        assert kind.extra_drop_ci95[0] <= 0.25 <= kind.extra_drop_ci95[1]
+        assert (ink.metric, ink.bounded) == ("mse", False)
+        assert (ink.drop_before, ink.drop_after, ink.extra_drop, ink.extra_drop_ci95) == (0, 1, 1, None)
+        alone = corrupted.told(TasksMetric.of(tasks), {"after": after}, held, 0).tasks[0]
+        assert (alone.drop_after, alone.drop_before, alone.clean_before, alone.extra_drop) == (
+            0.5,
+            *3 * [None],
+        )
 
     def test_errors_of_the_original_are_what_counts(self) -> None:
         scores = np.full(30, 0.8)

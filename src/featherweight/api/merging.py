@@ -36,6 +36,7 @@ def merge(
     limits: Limits | None = None,
     threads: int = 1,
     tune: bool = True,
+    robustness: bool | None = None,
     devices: int = 1,
     precision: Precision = "32",
     seed: int = 0,
@@ -70,6 +71,7 @@ def merge(
         limits: How long and how well to measure.
         threads: Cores that the runtime may use.
         tune: As of ``fit``.
+        robustness: As of ``fit``.
         devices: Processes that share each batch in training.
         precision: Of training.
         seed: The only source of randomness.
@@ -102,6 +104,7 @@ def merge(
         limits=limits,
         threads=threads,
         tune=tune,
+        robustness=robustness,
         devices=devices,
         precision=precision,
         seed=seed,

@@ -23,6 +23,7 @@ from featherweight.errors import DataError
 from featherweight.membership import attack_areas
 from featherweight.method import Progress
 from featherweight.outcome import Attack, Calibration, Confidence, Privacy
+from featherweight.tasks import tasks_in
 
 MOST_MEMBERS = 2000  # of each kind; from there on an interval is some 0.03 wide
 
@@ -63,6 +64,7 @@ def calibration(data: Data, outputs: Classes, indices: np.ndarray) -> Calibratio
         DataError: The outputs are no class scores (N, C), or there are no labels.
     """
     assert data.scored is not None
+    _check_one_task(data)
     found = _told(outputs, data.scored.targets, indices)
     seen = {name: _confidence(logs, found.labels) for name, logs in found.logs.items()}
     return Calibration(
@@ -110,6 +112,7 @@ def membership(
     """
     scored, train = data.scored, data.train
     assert scored is not None
+    _check_one_task(data)
     if train is None or train.targets is None:
         raise DataError(
             "there are no training examples with labels", fix="add x_train and y_train to the data"
@@ -157,6 +160,13 @@ def first_outputs(
     batches = [picks[i : i + size] for i in range(0, len(picks), size)]
     shown = progress.track(batches, "Asking for outputs", total=len(batches))
     return np.concatenate([run(*examples.take(pick))[0] for pick in shown])
+
+
+def _check_one_task(data: Data) -> None:
+    if tasks_in(data):
+        raise DataError(
+            "it is told of networks with one task, and this one has several", fix="ask of each one"
+        )
 
 
 def _told(

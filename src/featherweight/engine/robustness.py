@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,9 @@ from featherweight.data import Data, Run
 from featherweight.errors import DataError
 from featherweight.method import Progress
 from featherweight.metrics import Metric, drop
-from featherweight.outcome import CorruptionRow, Robustness
+from featherweight.outcome import CorruptionRow, Robustness, TaskRobustness
 from featherweight.picture_inputs import PictureInput, picture_input
+from featherweight.tasks import tasks_of
 
 MOST = 500  # pictures of each corruption and severity
 FEWEST = 100  # with fewer, where there are more, a score says little
@@ -28,6 +30,15 @@ _RESAMPLES = 1000
 _PROBED = 8  # pictures that are corrupted to see what it takes
 
 Rows = Mapping[str, np.ndarray]
+
+
+class _Lost(NamedTuple):
+    """Of one metric, by 'before' (where there is a twin) and 'after'."""
+
+    scores: Mapping[str, np.ndarray]  # clean, then in the order of ``CELLS``
+    drops: Mapping[str, float]
+    extra: float | None
+    extra_ci95: tuple[float, float] | None
 
 
 def corrupted_rows(
@@ -125,13 +136,8 @@ def robustness(
 
 def told(metric: Metric, rows: Rows, pictures: PictureInput, seed: int) -> Robustness:
     """What rows of :func:`corrupted_rows` by the names 'before' (where there is a twin) and 'after' say."""
-    scores = {name: np.array([metric.reduce(cell) for cell in own]) for name, own in rows.items()}
-    drops = {
-        name: float(np.mean([drop(metric, own[0], value) for value in own[1:]]))
-        for name, own in scores.items()
-    }
+    scores, drops, extra, ci95 = _losses(metric, rows, seed)
     before, after = scores.get("before"), scores["after"]
-    extra = None if before is None else drops["after"] - drops["before"]
     return Robustness(
         examples=rows["after"].shape[1],
         pictures=str(pictures),
@@ -143,7 +149,7 @@ def told(metric: Metric, rows: Rows, pictures: PictureInput, seed: int) -> Robus
         drop_before=drops.get("before"),
         drop_after=drops["after"],
         extra_drop=extra,
-        extra_drop_ci95=None if before is None else extra_interval(metric, rows, seed),
+        extra_drop_ci95=ci95,
         error_ratio=None if before is None else error_ratio(metric, before[1:], after[1:]),
         rows=[
             CorruptionRow(
@@ -154,7 +160,42 @@ def told(metric: Metric, rows: Rows, pictures: PictureInput, seed: int) -> Robus
             )
             for i, (kind, severity) in enumerate(CELLS)
         ],
+        tasks=_each_task(metric, rows, seed),
     )
+
+
+def _losses(metric: Metric, rows: Rows, seed: int) -> _Lost:
+    """Scores of all cells, and what corruption costs in the mean."""
+    scores = {name: np.array([metric.reduce(cell) for cell in own]) for name, own in rows.items()}
+    drops = {
+        name: float(np.mean([drop(metric, own[0], value) for value in own[1:]]))
+        for name, own in scores.items()
+    }
+    if "before" not in drops:
+        return _Lost(scores, drops, None, None)
+    return _Lost(scores, drops, drops["after"] - drops["before"], extra_interval(metric, rows, seed))
+
+
+def _each_task(metric: Metric, rows: Rows, seed: int) -> list[TaskRobustness]:
+    """Each of several tasks by itself."""
+    found = []
+    for i, task in enumerate(tasks_of(metric)):
+        own = {name: np.stack([metric.parts(cell)[i][1] for cell in cells]) for name, cells in rows.items()}
+        scores, drops, extra, ci95 = _losses(task.metric, own, seed)
+        found.append(
+            TaskRobustness(
+                name=task.name,
+                metric=task.metric.name,
+                bounded=task.metric.bounded,
+                clean_before=float(scores["before"][0]) if "before" in scores else None,
+                clean_after=float(scores["after"][0]),
+                drop_before=drops.get("before"),
+                drop_after=drops["after"],
+                extra_drop=extra,
+                extra_drop_ci95=ci95,
+            )
+        )
+    return found
 
 
 def error_ratio(metric: Metric, before: np.ndarray, after: np.ndarray) -> float | None:
