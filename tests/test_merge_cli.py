@@ -135,7 +135,8 @@ class TestMerge:
     def test_a_limit_of_one_task_is_held_against_that_task(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        whole = json.loads((folder / "out" / "result.json").read_text())
+        assert merge(folder, f"{BOTH} --recipe quick.yaml --max-drop 100% --out wide", monkeypatch) == 0
+        whole = json.loads((folder / "wide" / "result.json").read_text())
         drops = {task["name"]: task["quality_drop"] for task in whole["chosen"]["tasks"]}
         worst = max(drops, key=lambda name: drops[name])
         assert drops[worst] > 0.01
