@@ -88,7 +88,7 @@ class TestMerge:
     def test_writes_one_artifact_whose_outputs_have_the_names_of_tasks(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        given = "--recipe quick.yaml --max-drop 100% --robustness --workers 2 --out out"
+        given = "--recipe quick.yaml --max-drop 100% --robustness --out out"
         code = merge(folder, f"{BOTH} {given}", monkeypatch)
         assert code == 0
         result = Result.model_validate_json((folder / "out" / "result.json").read_text())

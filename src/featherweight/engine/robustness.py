@@ -179,8 +179,9 @@ def _losses(metric: Metric, rows: Rows, seed: int) -> _Lost:
 def _each_task(metric: Metric, rows: Rows, seed: int) -> list[TaskRobustness]:
     """Each of several tasks by itself."""
     found = []
+    parts = {name: [metric.parts(cell) for cell in cells] for name, cells in rows.items()}
     for i, task in enumerate(tasks_of(metric)):
-        own = {name: np.stack([metric.parts(cell)[i][1] for cell in cells]) for name, cells in rows.items()}
+        own = {name: np.stack([cell[i][1] for cell in cells]) for name, cells in parts.items()}
         scores, drops, extra, ci95 = _losses(task.metric, own, seed)
         found.append(
             TaskRobustness(
